@@ -15,7 +15,7 @@ layers (attention, gates and outputs as often as hidden layers) expect none.
     attention    MultiheadAttention                Glorot uniform for each of q, k, v alone,    0
                                                    as three Linear layers would have it;
                                                    bias_k and bias_v Glorot normal
-    recurrent    RNN, LSTM, GRU and their cells    per gate: input Glorot uniform, recurrent    0, but 1 for an
+    recurrent    RNN, LSTM, GRU and their cells    per gate: input Glorot uniform, recurrent    0; 1 for an
                                                    orthogonal [4]; an LSTM's projection as      LSTM's forget
                                                    an input                                     gate [5]
     prelu        PReLU                             0.25 [2]
