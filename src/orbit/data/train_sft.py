@@ -6,6 +6,7 @@
 The loss is the mean over supervised tokens and carries their number as its weight, so that under gradient
 accumulation a window weighs every token the same, whichever micro-batch it fell into. A micro-batch whose
 labels are all masked has weight 0 and adds nothing. Inside `engine.eval(loader)` the same call only measures.
+The engine's autocast is already on in the loop's body.
 """
 
 from __future__ import annotations
@@ -25,6 +26,4 @@ def train_sft(engine: Engine, objective: CausalLM = CausalLM()) -> None:  # noqa
         engine: inside the body of its `train` or `eval` loop, on dict batches with "labels".
         objective: the loss; give your own to ignore another index.
     """
-    with engine.autocast():
-        outcome = objective(engine.model, engine.data)
-    engine.step_on(outcome)
+    engine.step_on(objective(engine.model, engine.data))
