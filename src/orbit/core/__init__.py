@@ -1,0 +1,36 @@
+"""The training core: one loop, its events, and what must be true around every step."""
+
+from orbit.core.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from orbit.core.events import EVENTS, BaseHook, Plugin
+from orbit.core.feed import Feed, FeedError
+from orbit.core.loop import Core
+from orbit.core.meters import Averages
+from orbit.core.nested import key_average, map_nested_tensor
+from orbit.core.outcome import Outcome
+from orbit.core.rng import seed_everything
+from orbit.core.runtime import resolve_device, unwrap
+from orbit.core.state import TrainState
+from orbit.core.update import NonFiniteGradientError, Updater
+
+__all__ = [
+    "EVENTS",
+    "Averages",
+    "BaseHook",
+    "CheckpointError",
+    "Core",
+    "Feed",
+    "FeedError",
+    "NonFiniteGradientError",
+    "Outcome",
+    "Plugin",
+    "TrainState",
+    "Updater",
+    "key_average",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "map_nested_tensor",
+    "resolve_device",
+    "save_checkpoint",
+    "seed_everything",
+    "unwrap",
+]

@@ -1,0 +1,102 @@
+"""Averages that stay where they were computed, with one host sync a flush.
+
+Reading a loss with `.item()` in the hot loop makes the host wait for the device in every batch. Here a value is
+only appended to a list; `flush()` stacks all values of all names into one tensor and copies that once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orbit.core.nested import as_number
+
+_COMPACT = 1024  # values kept per name before they are folded into one sum, so that an epoch's memory is bounded
+
+
+class Averages:
+    """Weighted means of named scalars: Σ wᵢ·vᵢ / Σ wᵢ. A value of weight 0 contributes nothing, NaN or not.
+
+    >>> averages = Averages()
+    >>> averages.add({"loss": torch.tensor(1.0)}); averages.add({"loss": 4.0}, weight=2.0)
+    >>> averages.flush()
+    {'loss': 3.0}
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, ...], list[tuple[Any, Any]]] = {}
+
+    def add(self, records: Mapping[str, Any], weight: float | Tensor = 1.0) -> None:
+        """Append nested `records` of numbers or one-element tensors. TypeError names a record that is neither."""
+        self._add(records, weight, ())
+
+    def _add(self, records: Mapping[str, Any], weight: Any, path: tuple[str, ...]) -> None:
+        for key, value in records.items():
+            name = (*path, key)
+            if isinstance(value, Mapping):
+                self._add(value, weight, name)
+                continue
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise TypeError(
+                        f"record {'.'.join(name)!r} is no number: a tensor of shape {tuple(value.shape)}; "
+                        "log a float or a 0-d tensor"
+                    )
+                value = value.detach()
+            else:
+                value = as_number(value, ".".join(name))
+            column = self._values.setdefault(name, [])
+            column.append((value, weight))
+            if len(column) > _COMPACT:
+                column[:] = [_fold(column)]
+
+    def flush(self) -> dict[str, Any]:
+        """The means so far as a nested dict of floats; then start again. One host sync."""
+        result = self.peek()
+        self._values.clear()
+        return result
+
+    def peek(self) -> dict[str, Any]:
+        """The means so far; nothing is forgotten. NaN where all weights were 0."""
+        result: dict[str, Any] = {}
+        for name, (mean, _) in self.state().items():
+            *parents, key = name
+            node = result
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[key] = mean
+        return result
+
+    def state(self) -> dict[tuple[str, ...], tuple[float, float]]:
+        """(mean, total weight) of each name. One host sync."""
+        if not self._values:
+            return {}
+        folded = [_fold(column) for column in self._values.values()]
+        parts = [torch.as_tensor(part, dtype=torch.float64) for pair in folded for part in pair]
+        device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
+        numbers = torch.stack([part.to(device) for part in parts]).tolist()
+        return dict(zip(self._values, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+    def load(self, state: Mapping[tuple[str, ...], tuple[float, float]]) -> None:
+        """Go on from a `state()`."""
+        self._values = {tuple(name): [tuple(pair)] for name, pair in state.items()}
+
+
+def _fold(column: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """One (mean, weight) for many, on the device of the values."""
+    if len(column) == 1:
+        return column[0]
+    values, weights = zip(*column, strict=True)
+    device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+    value, weight = _vector(values, device), _vector(weights, device)
+    total = weight.sum()
+    return torch.where(weight > 0, value * weight, 0.0).sum() / total, total
+
+
+def _vector(numbers: tuple[Any, ...], device: torch.device) -> Tensor:
+    if any(isinstance(n, Tensor) for n in numbers):
+        return torch.stack([torch.as_tensor(n, device=device).reshape(()).double() for n in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device=device)

@@ -1,0 +1,79 @@
+"""Keep an optimizer in step with a model whose trainable parameters changed.
+
+A plugin that injects adapters or freezes layers changes what trains, after the optimizer was made. Its `param_groups`
+are edited in place, so that a scheduler and the optimizer's identity stay: parameters that were frozen leave (with
+their state), and new ones join the group of the weight they adapt. Which weight that is follows from the
+structure: the nearest enclosing module that has parameters of its own in the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+Snapshot = list[tuple[nn.Parameter, bool]]
+
+
+def snapshot(model: nn.Module) -> Snapshot:
+    """Every parameter with its requires_grad, to compare with later (the tensors are held, so no id is reused)."""
+    return [(p, p.requires_grad) for p in model.parameters()]
+
+
+def changed(before: Snapshot, after: Snapshot) -> bool:
+    """Other parameters than before, or others that train."""
+    return [(id(p), trains) for p, trains in before] != [(id(p), trains) for p, trains in after]
+
+
+def reconcile(optimizer: Optimizer, model: nn.Module, snapshot_before: Snapshot) -> tuple[int, int]:
+    """Make `optimizer` hold what trains in `model` now, given the `snapshot` from before the change.
+
+    Parameters that were frozen all along stay where the user put them, and trainable ones that the user had left
+    out stay out.
+
+    Returns:
+        (how many parameters left, how many joined).
+
+    Raises:
+        ValueError: after the change the optimizer holds nothing that trains.
+    """
+    before = {id(p): trains for p, trains in snapshot_before}
+    home = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    joining = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in home and not before.get(id(p), False)
+    ]
+    destinations = [_group_of(name, model, home, optimizer) for name, _ in joining]
+    leaving = {id(p) for p in model.parameters() if id(p) in home and before.get(id(p), False) and not p.requires_grad}
+    present = {id(p) for p in model.parameters()}
+    leaving |= {key for key in home if key in before and key not in present}  # replaced by the change
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) in leaving:
+                optimizer.state.pop(p, None)
+        group["params"] = [p for p in group["params"] if id(p) not in leaving]
+    for (_, p), group in zip(joining, destinations, strict=True):
+        group["params"].append(p)
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("nothing is left to train: every parameter that the optimizer holds is frozen")
+    return len(leaving), len(joining)
+
+
+def _group_of(name: str, model: nn.Module, home: dict[int, dict[str, Any]], optimizer: Optimizer) -> dict[str, Any]:
+    for module in _enclosing(name, model):
+        own = dict(module.named_parameters(recurse=False))
+        for p in [own["weight"], *own.values()] if "weight" in own else own.values():
+            if id(p) in home:
+                return home[id(p)]
+    return optimizer.param_groups[0]
+
+
+def _enclosing(name: str, model: nn.Module) -> Iterator[nn.Module]:
+    """The modules around a parameter, innermost first."""
+    path = name.split(".")[:-1]
+    for depth in range(len(path), -1, -1):
+        yield model.get_submodule(".".join(path[:depth]))

@@ -1,0 +1,43 @@
+"""Where the run stands. Everything here is a plain number or string, so that it can be printed and saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Counters and flags of one run.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: passes over the data begun before this one (0 in the first).
+        first_epoch: `epoch` when the current `train()` call began; it counts its own epochs from there.
+        epoch_done: the current epoch is complete and its `after_epoch` has begun.
+        micro_step: micro-batches handed out.
+        samples: rows handed out (first dimension of the batch's first tensor).
+        phase: "idle", "train" or "eval".
+        metrics: floats of the current epoch: train_loss, val_loss, val_acc and what the user adds.
+        stop: (source, reason) once somebody asked to stop.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    first_epoch: int = 0
+    epoch_done: bool = False
+    micro_step: int = 0
+    samples: int = 0
+    phase: str = "idle"
+    metrics: dict[str, float] = field(default_factory=dict)
+    stop: tuple[str, str] | None = None
+
+    _SAVED = ("step", "epoch", "first_epoch", "epoch_done", "micro_step", "samples")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._SAVED} | {"metrics": dict(self.metrics)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self._SAVED:
+            setattr(self, name, state[name])
+        self.metrics = dict(state["metrics"])

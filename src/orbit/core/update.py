@@ -1,0 +1,209 @@
+"""From losses to one optimizer step: accumulate, scale, backward, unscale, check, clip, step, schedule.
+
+A window of micro-batches with losses lossᵢ (means) and weights wᵢ (how many units each mean is over) gives
+
+    g = Σ wᵢ·∇lossᵢ / Σ wᵢ
+
+so that a batch split into unequal parts has the gradient of the whole, in the last, partial window too. To keep
+magnitudes sane in half precision, wᵢ/c is back-propagated and the sum rescaled once, by c/Σ wᵢ. The unit c is a power
+of two near the first weight of the run, so that it changes no bit of the result. Where a window is one micro-batch
+the weight cancels and the loss is back-propagated as it is: bit for bit a bare loop.
+
+Whether the gradient is finite is read off its norm, which clipping needs anyway: one number a step comes to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from orbit.core.outcome import Outcome
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient was NaN or infinite more often in a row than the run allows. Parameters are as before the step."""
+
+
+class Updater:
+    """Accumulates a window of micro-batches and closes it with one optimizer step.
+
+    Args:
+        optimizer: its parameters are stepped.
+        model: its parameters' gradients are cleared, averaged and clipped (with any others the optimizer holds).
+        scheduler: stepped once after each optimizer step.
+        scaler: a GradScaler for fp16; disabled or None otherwise.
+        accumulation: micro-batches in a window.
+        grad_clip: largest gradient norm, None for no clipping.
+        retries: how many windows in a row may be dropped for a non-finite gradient; None raises at the first.
+        before_step, after_step, dropped: called around the step; gradients are final in `before_step`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        scheduler: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
+        accumulation: int = 1,
+        grad_clip: float | None = None,
+        retries: int | None = None,
+        before_step: Callable[[], None] = lambda: None,
+        after_step: Callable[[], None] = lambda: None,
+        dropped: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.optimizer, self.model, self.scheduler = optimizer, model, scheduler
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.accumulation, self.grad_clip, self.retries = accumulation, grad_clip, retries
+        self.before_step, self.after_step, self.dropped = before_step, after_step, dropped
+        self.micro = 0  # micro-batches in the open window
+        self.failures = 0  # windows dropped in a row
+        self.unit: float | None = None  # c of the module docstring
+        self.loss: Tensor | None = None  # mean loss of the last closed window, on its device
+        self.grad_norm: Tensor | None = None  # its gradient's norm before clipping
+        self._total: float | Tensor = 0.0  # Σ wᵢ/c
+        self._loss_sum: float | Tensor = 0.0  # Σ wᵢ/c·lossᵢ
+        self.collect_parameters()
+
+    @property
+    def open(self) -> bool:
+        """A window has begun and is not closed."""
+        return self.micro > 0
+
+    def collect_parameters(self) -> None:
+        """Look again at what the optimizer holds (in the model's order, so that norms add up as in a bare loop)."""
+        held = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+        ordered = [p for p in self.model.parameters() if held.pop(id(p), None) is not None]
+        self.parameters: list[nn.Parameter] = [*ordered, *held.values()]
+
+    def add(self, outcome: Outcome, *, last: bool) -> bool:
+        """Back-propagate one micro-batch; close the window if that fills it or if this is the `last` one.
+
+        Returns:
+            True if the optimizer stepped; False if the window is still open or was dropped.
+
+        Raises:
+            ValueError: the loss is no scalar, has no gradient, or the weight is negative or not finite.
+            NonFiniteGradientError: see `retries`.
+        """
+        last = last or self.micro + 1 >= self.accumulation
+        share = self._share(outcome.weight, alone=last and self.micro == 0)
+        if outcome.loss is not None and not (isinstance(share, float) and share == 0.0):
+            loss = _checked(outcome.loss)
+            if isinstance(share, Tensor):
+                loss = torch.where(share > 0, loss * share, 0.0)  # 0·NaN contributes nothing
+            elif share != 1.0:
+                loss = loss * share
+            with torch.autocast(loss.device.type, enabled=False) if torch.is_autocast_enabled(loss.device.type) else _NO_CONTEXT:
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            self._total = self._total + share
+            self._loss_sum = self._loss_sum + loss.detach()
+        self.micro += 1
+        return self.close() if last else False
+
+    def close(self) -> bool:
+        """Step with what the open window holds. Returns and raises as `add`."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        scaler = self.scaler if gradients else None
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        total = self._total
+        if isinstance(total, Tensor):
+            torch._foreach_mul_(gradients, torch.where(total > 0, 1 / total, 0.0).to(gradients[0].dtype))
+        elif total not in (0.0, 1.0):
+            torch._foreach_mul_(gradients, 1 / total)
+        self.grad_norm = norm = get_total_norm(gradients)
+        if not math.isfinite(norm.item()):
+            self._drop(norm)
+            return False
+        if self.grad_clip is not None:
+            clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+        self.before_step()
+        if scaler is not None:
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if torch.is_autocast_enabled(norm.device.type):
+            torch.clear_autocast_cache()  # it holds casts of the weights as they were
+        self.loss = self._loss_sum / total if isinstance(self._loss_sum, Tensor) else None
+        self.failures = 0
+        self.reset()
+        self.after_step()
+        return True
+
+    def reset(self) -> None:
+        """Forget the open window and every gradient."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.micro, self._total, self._loss_sum = 0, 0.0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unit": self.unit, "failures": self.failures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unit, self.failures = state["unit"], state["failures"]
+
+    def _share(self, weight: float | Tensor, *, alone: bool) -> float | Tensor:
+        """wᵢ/c; exactly 1 for a micro-batch that is its whole window. A host number stays a host number."""
+        if isinstance(weight, Tensor) and weight.device.type == "cpu":
+            weight = weight.item()
+        if not isinstance(weight, Tensor):
+            weight = float(weight)
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise ValueError(f"weight {weight} of a micro-batch: it must be a finite number >= 0 (units that the loss averages over)")
+            if weight == 0.0:
+                return 0.0
+            if alone:
+                return 1.0
+        if self.unit is None:
+            first = float(weight)  # of the whole run: the only time that a weight is read
+            self.unit = 2.0 ** round(math.log2(first)) if first > 0 else 1.0
+        return weight / self.unit
+
+    def _drop(self, norm: Tensor) -> None:
+        """Leave parameters, optimizer and scheduler as they are; raise if that happened too often in a row."""
+        overflow = False
+        if self.scaler is not None:
+            scale = self.scaler.get_scale()
+            self.scaler.update()
+            overflow = self.scaler.get_scale() < scale and scale > 1.0  # fp16: the scale was too large, not the model wrong
+        culprits = [] if overflow else self._non_finite_names()
+        self.reset()
+        self.failures += not overflow
+        if not overflow and self.failures > (self.retries or 0):
+            tried = f"after {self.retries} retries" if self.retries else "and max_non_finite_grad_retries allows no retry"
+            raise NonFiniteGradientError(
+                f"the gradient's norm is {norm.item()} {tried}; not finite first in: {', '.join(culprits) or 'the norm itself'}. "
+                "Lower the learning rate, clip (grad_clip), look at the batch, or allow retries"
+            )
+        self.dropped()
+
+    def _non_finite_names(self, most: int = 3) -> list[str]:
+        names = (name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        return [name for name, _ in zip(names, range(most), strict=False)]
+
+
+_NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"the loss is a {type(loss).__name__}: give a scalar tensor that was computed from the parameters")
+    if loss.numel() != 1:
+        raise ValueError(f"the loss has shape {tuple(loss.shape)}: reduce it to a scalar (mean) first")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss has no gradient: nothing that trains took part in it (all parameters frozen, or computed under no_grad, "
+            "or detached)"
+        )
+    return loss.reshape(()) if loss.ndim else loss

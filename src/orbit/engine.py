@@ -1,0 +1,294 @@
+"""Front door 1: `Engine`. You own the loop; the engine owns what must be right around it.
+
+    for _ in engine.train(loader, num_epochs=3):
+        engine.auto_update()                        # forward, loss, backward, step
+        if engine.is_epoch_end:
+            for _ in engine.eval(val_loader):
+                engine.auto_update()                # the same body; here it only measures
+
+How a batch is read:
+
+    (data, target)              model(data), criterion(output, target)
+    (a, b, ..., target)         model(a, b, ...), criterion(output, target)
+    {"input_ids": ..., ...}     model(**batch), and the model's own `.loss`
+    a tensor                    model(batch), and the model's own `.loss`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from orbit.core import runtime
+from orbit.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from orbit.core.events import Plugin
+from orbit.core.loop import Core
+from orbit.core.nested import count_samples, map_nested_tensor
+from orbit.core.outcome import Outcome
+from orbit.plugin.checkpointing import CheckpointingHook
+from orbit.plugin.mentor import Mentor
+
+
+class Engine(Core):
+    """Train and evaluate a model in a loop that you write.
+
+    Args:
+        model: moved to `device` when the first loop begins.
+        optimizer: made from the model's parameters as they are now; if a plugin changes what trains, its
+            `param_groups` are edited in place. None is enough for evaluation.
+        criterion: `criterion(output, target) -> scalar`. Not needed where the model returns a `.loss`.
+        scheduler: stepped once after every optimizer step.
+        plugins: in any order; None means `[Mentor()]`, which prints a line an epoch. `[]` is silent.
+        mixed_precision: None or "no", "fp16" (with loss scaling), "bf16". The loop's body runs under autocast.
+        grad_clip_norm: largest gradient norm.
+        forward_step: `forward_step(engine, data, target) -> loss`, `(loss, records)` or `Outcome`, used by
+            `auto_update` in place of model and criterion.
+        checkpoint_dir: save at every epoch's end and on SIGTERM or SIGINT, and resume from the newest valid checkpoint;
+            short for `plugins=[CheckpointingHook(interval=None, every_epoch=True, path=checkpoint_dir)]`.
+        device: None means where the model is if that is an accelerator, else CUDA when there is one, else the CPU.
+        gradient_accumulation_steps: micro-batches in a step; the plugin `GradientAccumulation` sets the same.
+        max_non_finite_grad_retries: windows in a row that may be dropped for a NaN or infinite gradient; None raises at
+            the first.
+        no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a window.
+
+    Raises:
+        ValueError: an unknown precision, an absent device, a number outside its range.
+        TypeError: a part of the wrong kind.
+
+    >>> model = nn.Linear(2, 1)
+    >>> engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss(), plugins=[], device="cpu")
+    >>> batches = [(torch.ones(4, 2), torch.zeros(4, 1))] * 3
+    >>> for _ in engine.train(batches, num_epochs=2):
+    ...     loss = engine.auto_update()
+    >>> engine.global_step
+    6
+    """
+
+    closes_windows_at_epoch_end = True
+    _bracketed = (*Core._bracketed, "data", "target", "output", "loss")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        scheduler: Any = None,
+        plugins: Sequence[Plugin] | None = None,
+        mixed_precision: str | None = None,
+        grad_clip_norm: float | None = None,
+        forward_step: Callable[[Engine, Any, Any], Any] | None = None,
+        checkpoint_dir: str | Path | None = None,
+        device: torch.device | str | int | None = None,
+        *,
+        gradient_accumulation_steps: int = 1,
+        max_non_finite_grad_retries: int | None = None,
+        no_sync_accumulate: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}: Engine trains a torch.nn.Module")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is {optimizer!r}: pass a torch.optim.Optimizer made from model.parameters()")
+        for name, part in (("criterion", criterion), ("forward_step", forward_step)):
+            if part is not None and not callable(part):
+                raise TypeError(f"{name} is a {type(part).__name__}, which cannot be called")
+        chosen = [Mentor()] if plugins is None else list(plugins)
+        if checkpoint_dir is not None:
+            chosen.append(CheckpointingHook(interval=None, every_epoch=True, path=Path(checkpoint_dir).absolute()))
+        super().__init__(
+            device=runtime.resolve_device(device, model),
+            mixed_precision=mixed_precision,
+            grad_clip=grad_clip_norm,
+            accumulation=gradient_accumulation_steps,
+            max_non_finite_grad_retries=max_non_finite_grad_retries,
+            no_sync_accumulate=no_sync_accumulate,
+            plugins=chosen,
+        )
+        self.model = model
+        self.optimizer = optimizer
+        self.criterion = criterion
+        self.lr_scheduler = scheduler
+        self.forward_step = forward_step
+        self.console = Console() if console is None else console
+        self.meta: dict[str, Any] = {}
+        self.data: Any = None
+        self.target: Any = None
+        self.output: Any = None
+        self.loss: Tensor | None = None
+
+    # ── the loops ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def train(self, loader: Iterable[Any], num_epochs: int = 1, max_steps: int | None = None) -> Iterator[Engine]:
+        """Iterate over micro-batches: `num_epochs` times over `loader`, or until `global_step` is `max_steps`.
+
+        After `load()` the interrupted call goes on where it stood. A second call trains `num_epochs` more.
+
+        Raises (when iterated): FeedError for an empty or unusable loader, and whatever the loader or a plugin raises.
+        """
+        for name, number in (("num_epochs", num_epochs), ("max_steps", max_steps)):
+            if number is not None and (not isinstance(number, int) or number < 0):
+                raise ValueError(f"{name}={number!r}: it must be a whole number >= 0")
+        return self.microbatches(loader, epochs=num_epochs, steps=max_steps)
+
+    def run(self, train: Iterable[Any], val: Iterable[Any] | None = None, num_epochs: int = 1) -> dict[str, float]:
+        """The plain loop: `auto_update` on every batch, evaluation of `val` at every epoch's end. Returns `metrics`."""
+        with self:
+            for _ in self.train(train, num_epochs=num_epochs):
+                self.auto_update()
+                if val is not None and self.is_epoch_end:
+                    for _ in self.eval(val):
+                        self.auto_update()
+        return self.metrics
+
+    def auto_update(self) -> Tensor:
+        """Forward and loss of the current batch; in training also backward, and a step when the window is full.
+
+        A loss weighs as many units as it averages over: supervised tokens for token labels, else samples, so that
+        accumulated windows have the gradient of the whole batch. Returns the loss, detached.
+
+        Raises:
+            TypeError: the model returned None.
+            ValueError: there is neither a criterion with a target nor a loss of the model's own.
+        """
+        self._require_batch("auto_update()")
+        self.step_on(self._forward())
+        assert self.loss is not None
+        return self.loss
+
+    def update(self, loss: Tensor | Callable[[], Tensor], weight: float | Tensor = 1.0) -> Tensor:
+        """Back-propagate a loss of your own; step when the window is full. In `eval()` it is only recorded.
+
+        Args:
+            loss: a scalar (a mean), or a function that computes it, which lets the engine compute it again.
+            weight: how many units the mean is over. A window's gradient is Σ wᵢ·∇lossᵢ / Σ wᵢ; equal weights give the
+                plain mean over micro-batches.
+
+        Returns the loss, detached.
+        """
+        self._require_batch("update()")
+        value = loss() if callable(loss) else loss
+        self.step_on(Outcome(value, weight))
+        return value.detach()
+
+    def step_on(self, outcome: Outcome) -> None:
+        self.loss = None if outcome.loss is None else outcome.loss.detach() if isinstance(outcome.loss, Tensor) else outcome.loss
+        super().step_on(outcome)
+
+    # ── names that users of an engine expect ──────────────────────────────────────────────────────────────────
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def scheduler(self) -> Any:
+        return self.lr_scheduler
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        return self.hooks
+
+    def unwrap_model(self) -> nn.Module:
+        """The model without compile, DDP and EMA wrappers."""
+        return self.unwrapped_model
+
+    def print(self, *args: Any, plugin: str | None = None) -> None:
+        """Print on rank 0, above any progress bar; `plugin` names the speaker."""
+        if runtime.is_main_process():
+            self.console.print(*([f"[dim]{plugin}[/dim]"] if plugin else []), *args)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the whole training state to a file, atomically and with its sha256 beside it."""
+        return save_checkpoint(self.state_dict(), path)
+
+    def load(self, path: str | Path) -> Engine:
+        """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there.
+
+        Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
+        """
+        found = latest_checkpoint(path) if Path(path).is_dir() else Path(path)
+        self.build()
+        self.load_state_dict(load_checkpoint(Path(path) / "checkpoint_step_*.pt" if found is None else found))
+        return self
+
+    # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _build_parts(self) -> None:
+        self.model.to(self.device)
+        if self.autocast_dtype is torch.float16:
+            self.grad_scaler = torch.amp.GradScaler(self.device.type)
+
+    def _receive(self, batch: Any) -> None:
+        device = self.device
+        self.batch = batch = map_nested_tensor(lambda tensor: tensor.to(device, non_blocking=True), batch)
+        self.output = self.loss = None
+        if isinstance(batch, list | tuple) and len(batch) > 1:
+            *data, self.target = batch
+            self.data = data[0] if len(data) == 1 else tuple(data)
+        else:
+            self.data, self.target = batch[0] if isinstance(batch, list | tuple) and batch else batch, None
+
+    def _forward(self) -> Outcome:
+        if self.forward_step is not None:
+            return _as_outcome(self.forward_step(self, self.data, self.target), self._units())
+        self.output = output = _call(self.model, self.data)
+        if output is None:
+            raise TypeError(f"{type(self.unwrapped_model).__name__}.forward returned None: does it lack a return statement?")
+        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if isinstance(self.data, Mapping) and own is not None:
+            return Outcome(own, self._units())
+        if self.criterion is not None and self.target is not None:
+            return Outcome(self.criterion(output, self.target), self._units())
+        if own is not None:
+            return Outcome(own, self._units())
+        have = "criterion but the batch has no target" if self.criterion is not None else "no criterion"
+        raise ValueError(
+            f"no loss for this batch: there is {have}, and {type(output).__name__} has no loss of its own. Pass criterion= and batches "
+            "(data, target), put labels into dict batches, or call update(loss)"
+        )
+
+    def _units(self) -> int:
+        """How many units a mean loss of this batch averages over."""
+        labels = self.data.get("labels") if isinstance(self.data, Mapping) else None
+        if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+            return int((labels[:, 1:] != -100).sum())
+        return count_samples(self.batch)
+
+    def _record_eval(self, outcome: Outcome) -> None:
+        super()._record_eval(outcome)
+        output, target = self.output, self.target
+        if (
+            isinstance(output, Tensor)
+            and isinstance(target, Tensor)
+            and output.is_floating_point()
+            and not (target.is_floating_point() or target.is_complex())
+            and output.ndim == target.ndim + 1
+            and output.shape[:1] + output.shape[2:] == target.shape
+        ):
+            assert self._eval_losses is not None
+            self._eval_losses.add({"acc": (output.argmax(1) == target).float().mean()}, target.numel())
+
+    def _require_batch(self, caller: str) -> None:
+        if self.phase == "idle":
+            raise RuntimeError(f"{caller} needs a batch: call it inside `for _ in engine.train(loader)` or `engine.eval(loader)`")
+
+
+def _call(model: nn.Module, data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return model(**data)
+    return model(*data) if isinstance(data, tuple) else model(data)
+
+
+def _as_outcome(result: Any, units: float) -> Outcome:
+    if isinstance(result, Outcome):
+        return result
+    loss, records = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if loss is None or isinstance(loss, Tensor):
+        return Outcome(loss, units, records)
+    raise TypeError(f"forward_step returned {type(result).__name__}: return a loss, (loss, records) or an Outcome")

@@ -1,0 +1,20 @@
+"""Plugins, one a file. `Plugin` is the base class; `BaseHook` is its other documented name."""
+
+from orbit.core.events import BaseHook, Plugin
+from orbit.plugin.checkpointing import CheckpointingHook
+from orbit.plugin.early_stopping import EarlyStopping
+from orbit.plugin.gradient_accumulation import GradientAccumulation
+from orbit.plugin.logs import LoggingHook
+from orbit.plugin.mentor import Mentor
+from orbit.plugin.progress import ProgressHook
+
+__all__ = [
+    "BaseHook",
+    "CheckpointingHook",
+    "EarlyStopping",
+    "GradientAccumulation",
+    "LoggingHook",
+    "Mentor",
+    "Plugin",
+    "ProgressHook",
+]

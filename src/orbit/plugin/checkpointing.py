@@ -1,0 +1,151 @@
+"""Save the run at intervals and on signals; resume from the newest checkpoint that is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orbit.core import checkpoint, runtime
+from orbit.core.events import Plugin
+from orbit.plugin.logs import check_interval
+
+if TYPE_CHECKING:
+    from orbit.core.loop import Core
+
+
+class CheckpointingHook(Plugin):
+    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint.py`).
+
+    A signal only sets a flag; the state is saved at the next step boundary, and the process then leaves with
+    `exit_code`. A second signal of the same kind is not held back.
+
+    Args:
+        interval: save every so many steps; None does not.
+        keep_previous: checkpoints kept besides the newest; None keeps all.
+        keep_interval: also keep every checkpoint whose step is a multiple of this.
+        path: folder; a relative one lies in the trainer's workspace, if it has one.
+        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one; a path loads that file, which
+            must exist; None starts anew.
+        exit_signals: signals after which to save and leave.
+        exit_code: process exit code, or "128+signal".
+        exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; one process does not wait.
+        every_epoch: also save at every epoch's end.
+
+    Raises:
+        ValueError: a number outside its range.
+        CheckpointError: at start, if checkpoints exist and none is valid.
+    """
+
+    priority = Plugin.CHECKPOINT
+
+    def __init__(
+        self,
+        interval: int | None = 1000,
+        keep_previous: int | None = 2,
+        keep_interval: int | None = None,
+        path: Path | str = "checkpoints",
+        load: Path | str | None = "latest",
+        exit_signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT),
+        exit_code: int | str = "128+signal",
+        exit_wait: float | timedelta = 60.0,
+        every_epoch: bool = False,
+    ) -> None:
+        self.interval = None if interval is None else check_interval("CheckpointingHook", interval)
+        if keep_previous is not None and keep_previous < 0:
+            raise ValueError(f"CheckpointingHook(keep_previous={keep_previous}): it must be >= 0, or None to keep all")
+        if keep_interval is not None and keep_interval < 1:
+            raise ValueError(f"CheckpointingHook(keep_interval={keep_interval}): it must be >= 1 steps, or None")
+        if exit_code != "128+signal" and not isinstance(exit_code, int):
+            raise ValueError(f'CheckpointingHook(exit_code={exit_code!r}): give a number, or "128+signal"')
+        self.keep_previous, self.keep_interval = keep_previous, keep_interval
+        self.path, self.load = Path(path), load
+        self.exit_signals = [signal.Signals(number) for number in exit_signals]
+        self.exit_code = exit_code
+        self.exit_wait = exit_wait.total_seconds() if isinstance(exit_wait, timedelta) else float(exit_wait)
+        self.every_epoch = every_epoch
+        self.received: signal.Signals | None = None
+        self._previous_handlers: dict[int, Any] = {}
+
+    def folder(self, trainer: Core) -> Path:
+        """Where this hook's checkpoints lie."""
+        workspace = getattr(trainer, "workspace", None)
+        return self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+
+    def on_restore(self, trainer: Core) -> None:
+        if self.load is None:
+            return
+        if self.load == "latest":
+            found = checkpoint.latest_checkpoint(self.folder(trainer))
+            if found is None:
+                return
+        else:
+            found = Path(self.load)
+        trainer.load_state_dict(checkpoint.load_checkpoint(found))
+        trainer.logger.info("resumed from %s at step %d", found, trainer.step)
+
+    def on_before_train(self, trainer: Core) -> None:
+        self.received = None
+        if not self.exit_signals:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn("CheckpointingHook cannot catch signals outside the main thread: pass exit_signals=[] there", stacklevel=2)
+            return
+        for number in self.exit_signals:
+            self._previous_handlers[number] = signal.signal(number, self._receive)
+
+    def on_after_step(self, trainer: Core) -> None:
+        if self.received is not None or (self.interval is not None and trainer.step % self.interval == 0):
+            self.save(trainer)
+        self._leave_if_asked(trainer)
+
+    def on_after_epoch(self, trainer: Core) -> None:
+        if self.every_epoch or self.received is not None:
+            self.save(trainer)
+        self._leave_if_asked(trainer)
+
+    def on_after_train(self, trainer: Core) -> None:
+        self._leave_if_asked(trainer)  # came after the last save, which holds the finished run
+
+    def on_close(self, trainer: Core) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers.clear()
+
+    def save(self, trainer: Core) -> Path:
+        """Save now; older checkpoints go only after the new one has been read back."""
+        state = trainer.state_dict()
+        folder = self.folder(trainer)
+        path = checkpoint.checkpoint_path(folder, trainer.step)
+        if runtime.is_main_process():
+            checkpoint.save_checkpoint(state, path)
+            checkpoint.link_latest(path)
+            if self.keep_previous is not None:
+                checkpoint.prune(folder, self._kept(checkpoint.list_checkpoints(folder), path))
+        return path
+
+    def _kept(self, present: list[Path], newest: Path) -> set[Path]:
+        assert self.keep_previous is not None
+        step = checkpoint.step_of(newest)
+        older = [path for path in present if checkpoint.step_of(path) < step]
+        kept = {newest, *older[len(older) - self.keep_previous :]} if self.keep_previous else {newest}
+        if self.keep_interval is not None:
+            kept |= {path for path in present if checkpoint.step_of(path) % self.keep_interval == 0}
+        return kept
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, self._previous_handlers.get(number) or signal.SIG_DFL)
+
+    def _leave_if_asked(self, trainer: Core) -> None:
+        if self.received is None:
+            return
+        trainer.logger.info("%s: saved at step %d, leaving", self.received.name, trainer.step)
+        if runtime.world_size() > 1:
+            time.sleep(self.exit_wait)
+        raise SystemExit(128 + self.received if self.exit_code == "128+signal" else self.exit_code)

@@ -1,0 +1,88 @@
+"""Stop a run when what it is judged by has stopped improving."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from orbit.core.events import Plugin
+
+if TYPE_CHECKING:
+    from orbit.core.loop import Core
+
+_HIGHER_IS_BETTER = {"acc", "accuracy", "auc", "auroc", "f1", "precision", "recall", "bleu", "rouge", "iou", "map", "dice", "r2", "em"}
+
+
+class EarlyStopping(Plugin):
+    """Ask the trainer to stop after `patience` epochs in a row without improvement of `metrics[monitor]`.
+
+    Epochs in which the metric was not measured do not count. A NaN never improves.
+
+    Args:
+        monitor: a key of `trainer.metrics`, e.g. "val_loss", "val_acc", "train_loss".
+        mode: "min" or "max"; None infers "max" for accuracy-like names (acc, f1, auc, ...), else "min".
+        patience: epochs without improvement that are endured, >= 1.
+        min_delta: an improvement must be larger than this, >= 0.
+
+    Attributes:
+        best: the best value so far, or None.
+        bad_epochs: epochs in a row since then.
+    """
+
+    def __init__(
+        self, monitor: str = "val_loss", mode: str | None = None, patience: int = 5, min_delta: float = 0.0, verbose: bool = True
+    ) -> None:
+        if mode not in (None, "min", "max"):
+            raise ValueError(f'EarlyStopping(mode={mode!r}): use "min", "max" or None to infer it from the name')
+        if patience < 1 or min_delta < 0:
+            raise ValueError(f"EarlyStopping(patience={patience}, min_delta={min_delta}): patience must be >= 1 and min_delta >= 0")
+        self.monitor = monitor
+        self.mode = mode or ("max" if _HIGHER_IS_BETTER & set(re.split(r"[^a-z0-9]+", monitor.lower())) else "min")
+        self.patience, self.min_delta, self.verbose = patience, min_delta, verbose
+        self.best: float | None = None
+        self.bad_epochs = 0
+        self._seen = False
+
+    def on_after_epoch(self, trainer: Core) -> None:
+        value = trainer.metrics.get(self.monitor)
+        if value is None:
+            return
+        self._seen = True
+        if self._improves(value):
+            self.best, self.bad_epochs = value, 0
+            return
+        self.bad_epochs += 1
+        if self.bad_epochs >= self.patience:
+            best = "none" if self.best is None else f"{self.best:.4f}"
+            reason = f"{self.monitor} has not improved for {self.bad_epochs} epochs (best {best})"
+            if self.verbose:
+                trainer.logger.info("EarlyStopping: %s", reason)
+            trainer.stop("EarlyStopping", reason)
+
+    def on_after_train(self, trainer: Core) -> None:
+        if not self._seen and trainer.state.epoch_done:
+            warnings.warn(
+                f"EarlyStopping never saw {self.monitor!r}: metrics are {sorted(trainer.metrics) or 'empty'}; evaluate in the loop, or "
+                "monitor one of these",
+                stacklevel=2,
+            )
+
+    def on_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
+        state_dict[self._key] = {"best": self.best, "bad_epochs": self.bad_epochs}
+
+    def on_load_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
+        if self._key in state_dict:
+            self.best, self.bad_epochs = state_dict[self._key]["best"], state_dict[self._key]["bad_epochs"]
+
+    @property
+    def _key(self) -> str:
+        return f"EarlyStopping({self.monitor})"
+
+    def _improves(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self.best is None:
+            return True
+        return value < self.best - self.min_delta if self.mode == "min" else value > self.best + self.min_delta

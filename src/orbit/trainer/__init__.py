@@ -1,0 +1,18 @@
+"""Front door 2: subclass `BaseTrainer`; hooks under their documented names."""
+
+from orbit.core.events import BaseHook
+from orbit.core.nested import key_average, map_nested_tensor
+from orbit.plugin.checkpointing import CheckpointingHook
+from orbit.plugin.logs import LoggingHook
+from orbit.plugin.progress import ProgressHook
+from orbit.trainer.base import BaseTrainer
+
+__all__ = [
+    "BaseHook",
+    "BaseTrainer",
+    "CheckpointingHook",
+    "LoggingHook",
+    "ProgressHook",
+    "key_average",
+    "map_nested_tensor",
+]
