@@ -171,7 +171,9 @@ def test_offloaded_weights(dora: bool, mlp: Make, fill: Callable[..., None]) -> 
     torch.testing.assert_close(model(x), plain(x))
     model(x).sum().backward()
     plain(x).sum().backward()
-    for mine, theirs in zip(adapter_parameters(model).values(), adapter_parameters(plain).values(), strict=True):
+    for mine, theirs in zip(
+        adapter_parameters(model).values(), adapter_parameters(plain).values(), strict=True
+    ):
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
@@ -211,7 +213,9 @@ def test_other_libraries_adapters_are_refused(mlp: Make) -> None:
         inject(theirs)
 
 
-@pytest.mark.parametrize("name", ["keys", "train", "a.b", "a", "weight", "%2E", "größe", " ", "a/b", "_x", "1"])
+@pytest.mark.parametrize(
+    "name", ["keys", "train", "a.b", "a", "weight", "%2E", "größe", " ", "a/b", "_x", "1"]
+)
 def test_any_name_is_a_task(name: str, mlp: Make, fill: Callable[..., None]) -> None:
     """Law 8: names are escaped in storage and never shown escaped."""
     assert unescape(escape(name)) == name
@@ -227,7 +231,9 @@ def test_any_name_is_a_task(name: str, mlp: Make, fill: Callable[..., None]) -> 
     inject(twin, AdapterConfig(r=2), "a.b.c")
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(x, task=name), y)
-    assert torch.equal(twin.get_parameter(next(iter(adapter_parameters(twin, name)))), model[0].slots()[name].down.weight)
+    assert torch.equal(
+        twin.get_parameter(next(iter(adapter_parameters(twin, name)))), model[0].slots()[name].down.weight
+    )
     with pytest.raises(TaskError, match="already") as error:
         inject(model, AdapterConfig(r=2), name)
     assert repr(name) in str(error.value)
@@ -250,7 +256,9 @@ def roundtrips(tmp: Path) -> dict[str, Callable[[nn.Module], nn.Module]]:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_are_whole_and_independent(how: str, mlp: Make, fill: Callable[..., None], tmp_path: Path) -> None:
+def test_copies_are_whole_and_independent(
+    how: str, mlp: Make, fill: Callable[..., None], tmp_path: Path
+) -> None:
     """Law 8, and law 3: a running call's route is dropped, and layers follow their copy's RouteState."""
     model, x = mlp(), torch.randn(4, 6)
     inject(model, AdapterConfig(r=2), "a")

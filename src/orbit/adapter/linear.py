@@ -2,7 +2,8 @@
 
     LoRA   y = low_rank(base, drop(x))                          base = super().forward(x)
     DoRA   y = rescale(low_rank(base, x), c),   c = m/‖W + s·B·A‖
-           with dropout:  base + [the same of drop(x), its own base(drop(x)) included, − base(drop(x))], as PEFT
+           with dropout:  base + [the same of drop(x), its own base(drop(x)) included, − base(drop(x))], as
+           PEFT
 
 x (…, in)   base, y (…, out)   A (r, in)   B (out, r)   m, c (out,).  The maths is in `lora.py` and `dora.py`.
 """
@@ -35,8 +36,8 @@ class LinearGraft(Graft, nn.Linear):
             return base
         if base.shape[-1] != slot.up.weight.shape[0]:
             raise GraftError(
-                f"an adapted layer gives {base.shape[-1]} features and its adapter {slot.up.weight.shape[0]}: its "
-                "weight was replaced (resize_token_embeddings?); resize before injecting"
+                f"a layer gives {base.shape[-1]} features and its adapter {slot.up.weight.shape[0]}: "
+                "its weight was replaced (resize_token_embeddings?); resize before injecting"
             )
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input

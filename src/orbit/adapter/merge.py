@@ -2,9 +2,9 @@
 
     W' = W + s·B·A        or, for DoRA,        W' = m∘(W + s·B·A)/‖W + s·B·A‖
 
-Subtracting s·B·A again would leave rounding behind (in bf16 0.02 after a hundred rounds), so the Parameter W is set
-aside untouched and put back. While a task is merged the model's `state_dict()` is still that of the unmerged model,
-no route can be taken, and a training forward raises.
+Subtracting s·B·A again would leave rounding behind (in bf16 0.02 after a hundred rounds), so the Parameter W
+is set aside untouched and put back. While a task is merged the model's `state_dict()` is still that of the
+unmerged model, no route can be taken, and a training forward raises.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> 
             until `unmerge`, and the others keep theirs.
 
     Raises:
-        TaskError: no such task. MergeError: merged already, no task is current, a weight that is shared or that
-        is not a plain dense one. RouteError: a call or a `with route` is running. The model is unchanged.
+        TaskError: no such task. MergeError: merged already, no task is current, a weight that is shared or
+        that is not a plain dense one. RouteError: a call or a `with route` is running. The model is
+        unchanged.
     """
     model = unwrapped(model)
     state = state_of(model, name)

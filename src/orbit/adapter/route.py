@@ -7,20 +7,19 @@ Every model replica has one RouteState. Its layers read their current owners fro
     with route(model, "a"): ...       inside the block
     model(x, task="a")                for one call, taken by a hook on the model that was grafted
 
-None is the base model. A new task becomes current when it is injected. Threads may share a route but not change it
-under each other: a call that would is an error. In a backward pass nothing is switched; a replayed layer asks
-`replay.History` what its forward saw.
+None is the base model. A new task becomes current when it is injected. Threads may share a route but not
+change it under each other: a call that would is an error. In a backward pass nothing is switched; a replayed
+layer asks `replay.History` what its forward saw.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,8 +48,8 @@ class _Hold(NamedTuple):
 class RouteState:
     """The tasks of one model replica and the one that is current.
 
-    Copies and pickles keep the tasks and the default route, and drop what belongs to a running call. Layers find
-    their copy's RouteState by themselves when they are rebuilt.
+    Copies and pickles keep the tasks and the default route, and drop what belongs to a running call. Layers
+    find their copy's RouteState by themselves when they are rebuilt.
 
     Attributes:
         configs: the config of every task, in the order of injection.
@@ -110,8 +109,9 @@ class RouteState:
     def _refuse_loss(self) -> None:
         if self._lost:
             raise RouteError(
-                f"{len(self._lost)} layer(s) with adapters left the model, the first a {self._lost[0]}: replaced by "
-                "resize_token_embeddings, say. Resize before injecting; if it was meant, set_route(model, task) again"
+                f"{len(self._lost)} layer(s) with adapters left the model, the first a {self._lost[0]}: "
+                "replaced by resize_token_embeddings, say. Resize before injecting; if it was meant, "
+                "set_route(model, task) again"
             )
 
     def _point(self, layer: Graft) -> None:
@@ -150,7 +150,7 @@ class RouteState:
             self._point(layer)
 
     def enter(self, task: str | None, *, changes: bool = True, root: nn.Module | None = None) -> None:
-        """Start a call or a block; `leave` ends it. With `changes` False it takes the current route as it is."""
+        """Start a call or a block; `leave` ends it. Without `changes` it takes the route as it is."""
         self._refuse_loss()
         if changes:
             self._check(task)
@@ -198,7 +198,7 @@ class RouteState:
             raise TaskError(f"there is no task {task!r}; the model has {list(self.configs)}")
         if self.merged is not None:
             raise RouteError(
-                f"task {self.merged!r} is merged into the weights, so {task!r} cannot be routed; unmerge first"
+                f"task {self.merged!r} is merged into the weights, so {task!r} has no route; unmerge first"
             )
 
     def _refuse_others(self, me: int, task: str | None, changes: bool) -> None:
@@ -220,8 +220,8 @@ class RouteState:
     def _settle(self, root: nn.Module | None = None) -> None:
         """Drop this thread's calls that ended without `leave`.
 
-        torch runs always_call hooks on every Exception, but not on a KeyboardInterrupt. A call is over when its
-        model is no longer on the stack.
+        torch runs always_call hooks on every Exception, but not on a KeyboardInterrupt. A call is over when
+        its model is no longer on the stack.
         """
         me = threading.get_ident()
         if not any(hold.thread == me and hold.root is not None for hold in self._holds):
@@ -289,7 +289,7 @@ class RouteState:
 
 
 class route:
-    """`with route(model, task):` the model's adapted layers use `task` (None: the base model) inside the block.
+    """`with route(model, task):` the model uses `task` (None: the base model) inside the block.
 
     Raises:
         TaskError: no such task. RouteError: merged, or another thread is running the model.
@@ -409,16 +409,20 @@ def _rehook(model: nn.Module, old: RouteState, new: RouteState | None) -> None:
             install(module, new)
 
 
-@functools.cache
 def own_task_argument(cls: type[nn.Module]) -> bool:
     """Does the class's forward have a parameter `task` of its own? Then the keyword is the model's."""
-    return "task" in inspect.signature(cls.forward).parameters
+    if cls not in _OWN_TASK:
+        _OWN_TASK[cls] = "task" in inspect.signature(cls.forward).parameters
+    return _OWN_TASK[cls]
+
+
+_OWN_TASK: dict[type[nn.Module], bool] = {}
 
 
 def _running_models() -> list[nn.Module]:
     """The modules whose `__call__` is on this thread's stack, innermost first."""
     found = []
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
             found.append(frame.f_locals["self"])
