@@ -207,7 +207,7 @@ def test_files_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("fields", "said", "kind"),
     [
-        ({"r": 10**9}, "but rank 1000000000 on this layer", AdapterFileError),
+        ({"r": 10**9}, "but rank 1000000000 on a layer", AdapterFileError),
         ({"r": -1}, "r must be a whole number", ConfigError),
         ({"r": "4"}, "r must be a whole number", ConfigError),
         ({"lora_alpha": None}, "alpha must be a finite number", ConfigError),
