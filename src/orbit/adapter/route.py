@@ -120,7 +120,9 @@ class RouteState:
         with self._lock:
             self._settle()
             if self._holds:
-                raise RouteError(f"the default route cannot become {task!r} while a call or a `with route` is running")
+                raise RouteError(
+                    f"the default route cannot become {task!r} while a call or a `with route` is running"
+                )
             self.default = task
             self._switch(task)
 
@@ -253,7 +255,9 @@ class RouteState:
         except BaseException:
             # torch runs the post-hook even if this hook raised: give it a hold of its own to take away.
             with self._lock:
-                self._holds.append(_Hold(threading.get_ident(), False, None, self.current, True, weakref.ref(model)))
+                self._holds.append(
+                    _Hold(threading.get_ident(), False, None, self.current, True, weakref.ref(model))
+                )
             raise
         self.calls += changes
 
@@ -335,7 +339,9 @@ def find_state(model: nn.Module, task: str | None = None) -> RouteState | None:
     for other in others:
         clash = [n for n, c in other.configs.items() if first.configs.get(n, c) != c]
         if clash:
-            raise TaskError(f"parts of this model have different tasks named {clash[0]!r}; rename one of them")
+            raise TaskError(
+                f"parts of this model have different tasks named {clash[0]!r}; rename one of them"
+            )
         if first.merged != other.merged or first._holds or other._holds:
             raise RouteError("parts of this model are merged or running; unmerge and finish them first")
     for other in others:

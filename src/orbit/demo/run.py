@@ -84,7 +84,7 @@ def run_demo(
     model: str = "smollm2",
     out: str | Path = "runs/demo",
     facts: str | Path | None = None,
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: Recipe = Recipe(),
     device: str | None = None,
     console: Console | None = None,
 ) -> Report:
@@ -158,7 +158,9 @@ def finetune(
     engine = Engine(
         model,
         optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, recipe.warmup)),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _cosine(step, steps, recipe.warmup)
+        ),
         plugins=[LoRA(r=recipe.r, alpha=recipe.alpha), ProgressHook(interval=max(1, steps // 20))],
         mixed_precision=precision,
         grad_clip_norm=1.0,
