@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
-from orbit.adapter.errors import AdapterFileError
-from orbit.adapter.graft import BANKS
+from orbit.adapter.errors import AdapterFileError, ConfigError
+from orbit.adapter.graft import BANKS, Graft
 from orbit.adapter.inject import (
     InjectReport,
     inject,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orbit.adapter import dora
-from orbit.adapter.errors import MergeError
+from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import fresh_factors, low_rank
@@ -33,6 +33,11 @@ class LinearGraft(Graft, nn.Linear):
         base = super().forward(input, *args, **kwargs)
         if slot is None:
             return base
+        if base.shape[-1] != slot.up.weight.shape[0]:
+            raise GraftError(
+                f"an adapted layer gives {base.shape[-1]} features and its adapter {slot.up.weight.shape[0]}: its "
+                "weight was replaced (resize_token_embeddings?); resize before injecting"
+            )
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
         if slot.magnitude is None:

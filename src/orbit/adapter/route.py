@@ -71,6 +71,7 @@ class RouteState:
         self.routed: set[str] = set()
         self.calls = 0  # running calls with task=, read by compiled graphs
         self._layers: list[weakref.ref[Graft]] = []
+        self._lost: list[str] = []  # layers that died with their tasks
         self._holds: list[_Hold] = []
         self._history = History(self.current)
         self._lock = threading.RLock()
@@ -92,11 +93,26 @@ class RouteState:
                 yield layer
 
     def attach(self, layer: Graft) -> None:
-        self._layers = [ref for ref in self._layers if ref() not in (None, layer)] + [weakref.ref(layer)]
+        self.detach(layer)
+        me, what = weakref.ref(self), f"{type(layer).__name__}({layer.extra_repr()})"
+
+        def gone(_: object) -> None:
+            state = me()
+            if state is not None:
+                state._lost.append(what)
+
+        self._layers.append(weakref.ref(layer, gone))
         self._point(layer)
 
     def detach(self, layer: Graft) -> None:
         self._layers = [ref for ref in self._layers if ref() not in (None, layer)]
+
+    def _refuse_loss(self) -> None:
+        if self._lost:
+            raise RouteError(
+                f"{len(self._lost)} layer(s) with adapters left the model, the first a {self._lost[0]}: replaced by "
+                "resize_token_embeddings, say. Resize before injecting; if it was meant, set_route(model, task) again"
+            )
 
     def _point(self, layer: Graft) -> None:
         task = None if self.merged is not None else self.current
@@ -123,6 +139,7 @@ class RouteState:
                 raise RouteError(
                     f"the default route cannot become {task!r} while a call or a `with route` is running"
                 )
+            self._lost.clear()
             self.default = task
             self._switch(task)
 
@@ -134,6 +151,7 @@ class RouteState:
 
     def enter(self, task: str | None, *, changes: bool = True, root: nn.Module | None = None) -> None:
         """Start a call or a block; `leave` ends it. With `changes` False it takes the current route as it is."""
+        self._refuse_loss()
         if changes:
             self._check(task)
         me, replaying = threading.get_ident(), in_backward()
