@@ -13,7 +13,9 @@ for a while slows all of them. `workload.py` says what is timed, `contenders.py`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import io
 import platform
 import statistics
 import sys
@@ -41,6 +43,12 @@ def check_same_work(name: str, job: Job, reference: Job) -> None:
             )
 
 
+def run(contender: Contender, job: Job) -> None:
+    """Train, with whatever the loop prints kept out of the tables."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        contender(job)
+
+
 def measure(workload: Workload, contenders: dict[str, Contender], rounds: int) -> Times:
     """Seconds per step of every contender in every round; one whose package is missing is left out, aloud."""
     times: Times = {}
@@ -49,7 +57,7 @@ def measure(workload: Workload, contenders: dict[str, Contender], rounds: int) -
     for name, contender in contenders.items():  # a first run of each, to import, warm up and compare results
         job = workload.job()
         try:
-            contender(job)
+            run(contender, job)
         except ModuleNotFoundError as missing:
             print(f"left out: {name} ({missing})", file=sys.stderr)
             continue
@@ -60,7 +68,7 @@ def measure(workload: Workload, contenders: dict[str, Contender], rounds: int) -
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             gc.collect()
             job = workload.job()
-            contenders[name](job)
+            run(contenders[name], job)
             times[name].append(job.batches.seconds_per_step)
     return times
 

@@ -35,7 +35,7 @@ class FeedError(ValueError):
 
 
 class _Skipper:
-    """A sampler that passes over its first `skip` items once, lazily, where the original would have drawn them."""
+    """A sampler that passes over its first `skip` items, lazily, where the original would have drawn them."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
@@ -43,8 +43,7 @@ class _Skipper:
         self._current: _SkippingIterator | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        self._current = _SkippingIterator(iter(self.sampler), self.skip)
-        self.skip = 0
+        self._current = _SkippingIterator(iter(self.sampler), self.skip)  # DataLoader may ask twice an epoch
         return self._current
 
     def __len__(self) -> int:
@@ -56,9 +55,10 @@ class _Skipper:
         return getattr(self.sampler, name)
 
     def draw(self) -> None:
-        """Pass over the skipped items now, while the generators are in the epoch's own state."""
-        if self._current is not None:
-            self._current.draw()
+        """Pass over the skipped items now, while the generators are in the epoch's own state; later epochs skip none."""
+        assert self._current is not None
+        self._current.draw()
+        self.skip = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "skip": self.skip, "_current": None}

@@ -524,7 +524,7 @@ class Core:
             "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "updater": None if self._updater is None else self._updater.state_dict(),
-            "epoch_losses": [[list(name), *pair] for name, pair in self._epoch_losses.state().items()],
+            "epoch_losses": self._epoch_losses.state_dict(),
             "feed": position,
             "rng": self._rng or rng.capture(feed.generators if feed is not None else ()),
         }
@@ -560,7 +560,7 @@ class Core:
             self._updater.load_state_dict(state["updater"])
             self._updater.reset()
         self.state.load_state_dict(state["state"])
-        self._epoch_losses.load({tuple(name): (mean, weight) for name, mean, weight in state["epoch_losses"]})
+        self._epoch_losses.load_state_dict(state["epoch_losses"])
         self._position, self._rng = state["feed"], state["rng"]
         self.emit("load_state_dict", state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -67,15 +68,22 @@ def world_size() -> int:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside torch.compile, DDP, DataParallel, FSDP1 and averaged (EMA) models."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.optim.swa_utils import AveragedModel
-
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel, AveragedModel)
+    # A wrapper's class exists only if its module was imported; these imports are slow where nobody asked for them.
+    wrappers = tuple(
+        getattr(sys.modules[module], name)
+        for module, name in (
+            ("torch.nn.parallel", "DistributedDataParallel"),
+            ("torch.nn.parallel", "DataParallel"),
+            ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+            ("torch.optim.swa_utils", "AveragedModel"),
+        )
+        if module in sys.modules
+    )
     while True:
         if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-            model = model._orig_mod
+            model = cast(nn.Module, model.module)
+        elif hasattr(model, "_orig_mod"):  # torch.compile's OptimizedModule
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model
 

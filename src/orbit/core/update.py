@@ -135,7 +135,8 @@ class Updater:
             self.scheduler.step()
         if torch.is_autocast_enabled(norm.device.type):
             torch.clear_autocast_cache()  # it holds casts of the weights as they were
-        self.loss = self._loss_sum / total if isinstance(self._loss_sum, Tensor) else None
+        loss = self._loss_sum
+        self.loss = (loss if isinstance(total, float) and total == 1.0 else loss / total) if isinstance(loss, Tensor) else None
         self.failures = 0
         self.reset()
         self.after_step()
@@ -155,20 +156,23 @@ class Updater:
 
     def _share(self, weight: float | Tensor, *, alone: bool) -> float | Tensor:
         """wᵢ/c; exactly 1 for a micro-batch that is its whole window. A host number stays a host number."""
-        if isinstance(weight, Tensor) and weight.device.type == "cpu":
+        if isinstance(weight, Tensor) and _on_host(weight):
             weight = weight.item()
-        if not isinstance(weight, Tensor):
+        if isinstance(weight, Tensor):
+            if alone:
+                return (weight > 0).to(_widest(weight))
+        else:
             weight = float(weight)
             if not (weight >= 0 and math.isfinite(weight)):
-                raise ValueError(f"weight {weight} of a micro-batch: it must be a finite number >= 0 (units that the loss averages over)")
-            if weight == 0.0:
-                return 0.0
-            if alone:
-                return 1.0
+                raise ValueError(
+                    f"weight {weight} of a micro-batch: it must be a finite number >= 0 (the units that its loss averages over)"
+                )
+            if alone or weight == 0.0:
+                return float(weight > 0)
         if self.unit is None:
-            first = float(weight)  # of the whole run: the only time that a weight is read
+            first = float(weight)  # of the whole run: the only weight that is read from a device
             self.unit = 2.0 ** round(math.log2(first)) if first > 0 else 1.0
-        return weight / self.unit
+        return (weight.to(_widest(weight)) if isinstance(weight, Tensor) else weight) / self.unit
 
     def _drop(self, norm: Tensor) -> None:
         """Leave parameters, optimizer and scheduler as they are; raise if that happened too often in a row."""
@@ -194,6 +198,15 @@ class Updater:
 
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+
+
+def _on_host(weight: Tensor) -> bool:
+    """Reading it makes nobody wait."""
+    return weight.device.type == "cpu"
+
+
+def _widest(weight: Tensor) -> torch.dtype:
+    return torch.float32 if weight.device.type == "mps" else torch.float64
 
 
 def _checked(loss: Any) -> Tensor:
