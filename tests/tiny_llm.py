@@ -48,6 +48,7 @@ def tiny_llama(tokenizer, seed: int = 0, hidden: int = 32, dtype=torch.float32) 
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
+        initializer_range=0.5,  # else every greedy reply is one word repeated
+        tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config).to(dtype).eval()

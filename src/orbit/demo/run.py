@@ -34,7 +34,8 @@ from orbit.demo.report import print_report
 from orbit.demo.score import answers, exact_match, perplexity
 from orbit.demo.smollm2 import resolve_model
 from orbit.engine import Engine
-from orbit.plugin import LoRA, ProgressHook
+from orbit.plugin.lora import LoRA
+from orbit.plugin.progress import ProgressHook
 
 
 @dataclass(frozen=True)
