@@ -14,7 +14,9 @@ from torch import Tensor
 
 from orbit.core.nested import as_number
 
-_COMPACT = 1024  # values kept per name before they are folded into one sum, so that an epoch's memory is bounded
+_COMPACT = (
+    1024  # values kept per name before they are folded into one sum, so that an epoch's memory is bounded
+)
 
 
 class Averages:
@@ -60,29 +62,38 @@ class Averages:
         return result
 
     def peek(self) -> dict[str, Any]:
-        """The means so far; nothing is forgotten. NaN where all weights were 0."""
+        """The means so far; nothing is forgotten. NaN where all weights were 0. One host sync."""
         result: dict[str, Any] = {}
-        for name, (mean, _) in self.state().items():
-            *parents, key = name
+        means = _to_host([_fold(column)[0] for column in self._values.values()])
+        for (*parents, key), mean in zip(self._values, means, strict=True):
             node = result
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[key] = mean
         return result
 
-    def state(self) -> dict[tuple[str, ...], tuple[float, float]]:
-        """(mean, total weight) of each name. One host sync."""
-        if not self._values:
-            return {}
-        folded = [_fold(column) for column in self._values.values()]
-        parts = [torch.as_tensor(part, dtype=torch.float64) for pair in folded for part in pair]
-        device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
-        numbers = torch.stack([part.to(device) for part in parts]).tolist()
-        return dict(zip(self._values, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+    def state_dict(self) -> list[Any]:
+        """Every name with its values and weights, plain, so that a resumed mean has the same bits. One host sync."""
+        sizes = [len(column) for column in self._values.values()]
+        flat = iter(_to_host([part for column in self._values.values() for pair in column for part in pair]))
+        return [
+            [list(name), [[next(flat), next(flat)] for _ in range(size)]]
+            for name, size in zip(self._values, sizes, strict=True)
+        ]
 
-    def load(self, state: Mapping[tuple[str, ...], tuple[float, float]]) -> None:
-        """Go on from a `state()`."""
-        self._values = {tuple(name): [tuple(pair)] for name, pair in state.items()}
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Go on from a `state_dict()`."""
+        self._values = {tuple(name): [(value, weight) for value, weight in column] for name, column in state}
+
+
+def _to_host(numbers: list[Any]) -> list[float]:
+    """Numbers and one-element tensors as floats, all in one copy."""
+    if not numbers:
+        return []
+    device = next(
+        (n.device for n in numbers if isinstance(n, Tensor) and n.device.type != "cpu"), torch.device("cpu")
+    )
+    return _vector(tuple(numbers), device).tolist()
 
 
 def _fold(column: list[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -98,5 +109,7 @@ def _fold(column: list[tuple[Any, Any]]) -> tuple[Any, Any]:
 
 def _vector(numbers: tuple[Any, ...], device: torch.device) -> Tensor:
     if any(isinstance(n, Tensor) for n in numbers):
-        return torch.stack([torch.as_tensor(n, device=device).reshape(()).double() for n in numbers])
+        return torch.stack(
+            [torch.as_tensor(n, dtype=torch.float64, device=device).reshape(()) for n in numbers]
+        )
     return torch.tensor(numbers, dtype=torch.float64, device=device)

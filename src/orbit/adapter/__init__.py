@@ -1,0 +1,81 @@
+"""Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
+
+from orbit.adapter.config import AdapterConfig
+from orbit.adapter.errors import (
+    AdapterError,
+    AdapterFileError,
+    ConfigError,
+    GradientError,
+    GraftError,
+    MergeError,
+    RouteError,
+    TargetError,
+    TaskError,
+)
+from orbit.adapter.files import load, save
+from orbit.adapter.functions import (
+    freeze_backbone_only,
+    inject_lora,
+    inject_lora_file,
+    load_lora,
+    merge_lora,
+    save_lora,
+    unmerge_lora,
+)
+from orbit.adapter.inject import (
+    InjectReport,
+    adapter_parameters,
+    base_state_dict,
+    check_gradients,
+    inject,
+    remove,
+    set_trainable,
+    task_config,
+    task_layers,
+    tasks,
+)
+from orbit.adapter.kinds import register_forward, register_kind
+from orbit.adapter.linear import LinearGraft
+from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.route import current_route, route, set_route
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "AdapterFileError",
+    "ConfigError",
+    "GradientError",
+    "GraftError",
+    "InjectReport",
+    "LinearGraft",
+    "MergeError",
+    "RouteError",
+    "TargetError",
+    "TaskError",
+    "adapter_parameters",
+    "base_state_dict",
+    "check_gradients",
+    "current_route",
+    "freeze_backbone_only",
+    "inject",
+    "inject_lora",
+    "inject_lora_file",
+    "load",
+    "load_lora",
+    "merge",
+    "merge_lora",
+    "merged",
+    "register_forward",
+    "register_kind",
+    "remove",
+    "route",
+    "save",
+    "save_lora",
+    "set_route",
+    "set_trainable",
+    "task_config",
+    "task_layers",
+    "tasks",
+    "unmerge",
+    "unmerge_lora",
+]

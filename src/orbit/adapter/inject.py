@@ -1,0 +1,311 @@
+"""Put tasks into a model and take them out again.
+
+>>> import torch; from torch import nn
+>>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+>>> print(inject(model, AdapterConfig(r=2), name="math"))
+task 'math': 1 layer adapted, 24 of 82 parameters train; left out: 2 (the head; name it as a target to adapt it)
+>>> tasks(model)
+('math',)
+>>> remove(model, "math"); type(model[0]).__name__
+'Linear'
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from orbit.adapter.config import AdapterConfig
+from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
+from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
+from orbit.adapter.owners import Slot, check_task_name
+from orbit.adapter.route import RouteState, find_state, install, state_of, uninstall
+from orbit.adapter.targets import resolve
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What `inject` did.
+
+    Attributes:
+        name: the task.
+        layers: dotted names of the adapted layers, in the model's order.
+        skipped: layers in reach that were left out, with the reason.
+        trainable, total: numbers of parameters of the model afterwards.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    skipped: dict[str, str]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        plural = "" if len(self.layers) == 1 else "s"
+        said = f"task {self.name!r}: {len(self.layers)} layer{plural} adapted, "
+        said += f"{self.trainable:,} of {self.total:,} parameters train"
+        if self.skipped:
+            said += "; left out: " + ", ".join(f"{name} ({why})" for name, why in self.skipped.items())
+        return said
+
+
+def inject(
+    model: nn.Module, config: AdapterConfig | None = None, name: str = "default", *, freeze_base: bool = True
+) -> InjectReport:
+    """Graft a new task onto the layers that `config` targets; it becomes current and trainable.
+
+    The model computes what it computed before until the task is trained.
+
+    Args:
+        model: any module; wrappers of `torch.compile` are looked through.
+        config: settings; by default rank 16 on every linear layer but the head.
+        name: the task's name, any non-empty string that the model does not use yet.
+        freeze_base: stop the training of every parameter that belongs to no adapter.
+
+    Raises:
+        TargetError, TaskError, ConfigError, GraftError, RouteError: see their messages. The model is unchanged.
+    """
+    config = AdapterConfig() if config is None else config
+    check_task_name(name)
+    model = unwrapped(model)
+    _refuse_model(model)
+    state = find_state(model, name)
+    if state is not None and name in state.configs:
+        raise TaskError(f"there is a task {name!r} already; remove it first or choose another name")
+    if state is not None and state.merged is not None:
+        raise RouteError(f"task {state.merged!r} is merged into the weights; unmerge before adding {name!r}")
+    if state is not None and state.busy:
+        raise RouteError(f"task {name!r} cannot be added while a call or a `with route` is running")
+    layers, skipped = resolve(model, config.targets, config.exclude)
+    state = RouteState() if state is None else state
+    slots = _grafted_slots(layers, state, config)
+    state.configs[name] = config
+    for path, slot in slots.items():
+        layer = layers[path]
+        assert isinstance(layer, Graft)
+        layer.put_task(name, slot)
+        state.attach(layer)
+    if freeze_base:
+        freeze(model)
+    _close_fast_paths(model)
+    install(model, state)
+    state.set_default(name)
+    count = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return InjectReport(
+        name, tuple(layers), skipped, sum(n for n, trains in count if trains), sum(n for n, _ in count)
+    )
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take a task out. Layers that lose their last one get their own class back.
+
+    If the task was current, the base model is current afterwards.
+
+    Raises:
+        TaskError: no such task. RouteError: merged or running. GraftError: a layer's class was changed since.
+    """
+    model = unwrapped(model)
+    _refuse_model(model)
+    state = _state_with(model, name)
+    if state.merged is not None or state.busy:
+        raise RouteError(f"task {name!r} cannot be removed while one is merged or the model is running")
+    layers = [layer for layer in _grafts(model).values() if name in layer.slots()]
+    for layer in layers:
+        original_class(layer)  # refuses before anything is changed
+    if state.default == name:
+        state.set_default(None)
+    del state.configs[name]
+    for layer in layers:
+        layer.drop_task(name)
+        if not layer.slots():
+            ungraft(layer)
+    if not _grafts(model):
+        uninstall(model, state)
+        for module in model.modules():
+            if module.__dict__.pop("_orbit_nested", False):
+                module.use_nested_tensor = True
+
+
+def tasks(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's tasks, in the order of injection; empty if it has none."""
+    state = find_state(model)
+    return () if state is None else tuple(state.configs)
+
+
+def task_config(model: nn.Module, name: str) -> AdapterConfig:
+    """The config with which a task was injected.
+
+    Raises:
+        TaskError: no such task.
+    """
+    return _state_with(model, name).configs[name]
+
+
+def task_layers(model: nn.Module, name: str) -> dict[str, Graft]:
+    """The layers that carry a task, by dotted name.
+
+    Raises:
+        TaskError: no such task.
+    """
+    _state_with(model, name)
+    return {path: layer for path, layer in _grafts(model).items() if name in layer.slots()}
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """The parameters of a task (None: of all tasks), by their names in `model.named_parameters()`.
+
+    Raises:
+        TaskError: no such task.
+    """
+    wanted = tasks(model) if name is None else (name,)
+    owned = {
+        id(owner.weight)
+        for task in wanted
+        for layer in task_layers(model, task).values()
+        for owner in layer.slots()[task]
+        if owner is not None
+    }
+    return {key: parameter for key, parameter in model.named_parameters() if id(parameter) in owned}
+
+
+def set_trainable(model: nn.Module, name: str, trainable: bool = True) -> None:
+    """Set whether a task's parameters train.
+
+    Raises:
+        TaskError: no such task.
+    """
+    for parameter in adapter_parameters(model, name).values():
+        parameter.requires_grad_(trainable)
+
+
+def freeze(model: nn.Module) -> None:
+    """Stop the training of every parameter that belongs to no adapter."""
+    ours = {id(parameter) for parameter in adapter_parameters(model).values()}
+    for parameter in model.parameters():
+        if id(parameter) not in ours:
+            parameter.requires_grad_(False)
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()` without the adapters: the keys and values of the model before grafting.
+
+    For `model.save_pretrained(folder, state_dict=base_state_dict(model))`.
+    """
+    prefixes = tuple(
+        f"{path}.{bank}." if path else f"{bank}."
+        for path, layer in _grafts(model).items()
+        for bank in layer.banks()
+    )
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise if a routed, trainable adapter has no gradient. Call it after a window's backward passes.
+
+    Routed are the tasks under which the model was called with gradients, in training mode, since the last check.
+    Where no such call was seen (only parts of the model were called, or it is compiled as a whole), they are the
+    tasks of which some parameter has a gradient, and if there is none, the default one.
+
+    Raises:
+        GradientError: naming the parameters: their layers were bypassed, and would silently never train.
+    """
+    state = find_state(model)
+    if state is None:
+        return
+    names = {task: adapter_parameters(model, task) for task in state.configs}
+    routed = {task for task in state.routed if task in names}
+    state.routed.clear()
+    if not routed:
+        routed = {task for task, found in names.items() if any(p.grad is not None for p in found.values())}
+    if not routed and state.default is not None:
+        routed = {state.default}
+    silent = [
+        key
+        for task in names
+        if task in routed
+        for key, p in names[task].items()
+        if p.requires_grad and p.grad is None
+    ]
+    if silent:
+        shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
+        raise GradientError(
+            f"{len(silent)} trainable adapter parameter(s) received no gradient: {shown}. Their layers were not "
+            "called in the forward pass, or not on the way to the loss; exclude them, or freeze them"
+        )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s wrapper."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _state_with(model: nn.Module, name: str) -> RouteState:
+    state = state_of(model, name)
+    if name not in state.configs:
+        raise TaskError(f"there is no task {name!r}; the model has {list(state.configs)}")
+    return state
+
+
+def _grafts(model: nn.Module) -> dict[str, Graft]:
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, Graft)}
+
+
+def _grafted_slots(layers: dict[str, nn.Module], state: RouteState, config: AdapterConfig) -> dict[str, Slot]:
+    """Graft the layers that are not yet, and make each one's owners. If one fails, undo the grafts."""
+    new: list[Graft] = []
+    slots = {}
+    path = ""
+    try:
+        for path, layer in layers.items():
+            if not isinstance(layer, Graft):
+                graft(layer, state)
+                new.append(layer)  # type: ignore[arg-type]
+            slots[path] = layer.new_slot(  # type: ignore[operator]
+                r=config.rank_of(path),
+                alpha=config.alpha_of(path),
+                dropout=config.dropout,
+                dora=config.dora,
+                rslora=config.rslora,
+            )
+    except BaseException as error:
+        for layer in new:
+            ungraft(layer)
+        if isinstance(error, GraftError):
+            raise GraftError(f"layer {path!r} cannot be adapted: {error}") from None
+        raise
+    return slots
+
+
+def _close_fast_paths(model: nn.Module) -> None:
+    # In eval mode these read their Linears' weights without calling them.
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            inside = [m for m in module.modules() if isinstance(m, Graft)]
+            if isinstance(module, nn.TransformerEncoderLayer):
+                for layer in inside:
+                    if keep_off_fast_path not in layer._forward_pre_hooks.values():
+                        layer.register_forward_pre_hook(keep_off_fast_path)
+            elif inside and getattr(module, "use_nested_tensor", False):
+                module.use_nested_tensor = False
+                module.__dict__["_orbit_nested"] = True
+
+
+def _refuse_model(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            raise GraftError(
+                "the model is wrapped by DistributedDataParallel, which would not see the new tensors"
+            )
+        if isinstance(module, FSDPModule):
+            raise GraftError(
+                "the model is sharded by fully_shard; add and remove tasks before it, else ranks diverge"
+            )
+        if any(cls.__module__.startswith("peft.tuners") for cls in type(module).__mro__):
+            raise GraftError("the model carries PEFT's own adapters; unload them, or adapt the base model")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise GraftError("a scripted model cannot be adapted; adapt the Python model before torch.jit.script")

@@ -1,0 +1,110 @@
+"""Which layers can be adapted, and where the adapter's forward goes in their class.
+
+A kind is a class of torch and the mixin that adapts it. A layer of a subclass is grafted by its forward:
+
+    nn.Linear's own          class Grafted(LinearGraft, Sub)     the branch sees what the layer sees
+    calls super().forward    class Grafted(Sub, LinearGraft)     the branch sees what the subclass passes on
+    neither                  refused, unless the class is known to compute x·Wᵀ + b in a way of its own
+
+A known class is one whose branch may stand in front: quantised linears, and a few rewritten ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from orbit.adapter.errors import GraftError
+
+if TYPE_CHECKING:
+    from orbit.adapter.graft import Graft
+
+_KINDS: dict[type[nn.Module], type[Graft]] = {}
+
+# Forwards of their own that still map x to x·Wᵀ + b.
+_IN_FRONT = {
+    "bitsandbytes.nn.modules.Linear4bit",
+    "bitsandbytes.nn.modules.Linear8bitLt",
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+}
+
+
+def register_kind(base: type[nn.Module], mixin: type[Graft]) -> None:
+    """Adapt layers of class `base` and its subclasses with `mixin`."""
+    _KINDS[base] = mixin
+
+
+def register_forward(cls: type[nn.Module]) -> None:
+    """Declare that the forward of `cls`, though its own, computes what its kind's does (x·Wᵀ + b for Linear)."""
+    _IN_FRONT.add(_path(cls))
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch by which `module` would be adapted, or None."""
+    return next((base for base in _KINDS if isinstance(module, base)), None)
+
+
+def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
+    """The bases of the class that adapts layers of class `cls`, by the rule above.
+
+    Raises:
+        GraftError: no kind, or a forward that cannot be placed.
+    """
+    base = next((base for base in _KINDS if issubclass(cls, base)), None)
+    if base is None:
+        raise GraftError(f"{cls.__name__} is none of the kinds that can be adapted: {_names()}")
+    mixin = _KINDS[base]
+    between = False
+    for ancestor in cls.__mro__[: cls.__mro__.index(base)]:
+        if "forward" not in ancestor.__dict__:
+            continue
+        if _path(ancestor) in _IN_FRONT and not between:
+            return (mixin, cls)
+        if not _calls_super(ancestor.__dict__["forward"]):
+            raise GraftError(
+                f"{_path(cls)} has a forward of its own ({_path(ancestor)}.forward) that does not call "
+                f"super().forward, so it cannot be seen where the adapter belongs; if it computes what "
+                f"{base.__name__} does, declare it: orbit.adapter.register_forward({ancestor.__name__})"
+            )
+        between = True
+    return (cls, mixin) if between else (mixin, cls)
+
+
+def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
+    """Why this layer cannot be adapted where it stands, or None if it can."""
+    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+        return "it is lazy and has no shape yet; run one batch through the model first"
+    if isinstance(parent, nn.MultiheadAttention):
+        return (
+            "nn.MultiheadAttention reads its weight without calling it, so the adapter would have no effect"
+        )
+    if "_orbit_route" in vars(layer):
+        return None  # adapted already, so it was fit
+    try:
+        grafted_bases(type(layer))
+    except GraftError as error:
+        return str(error)
+    own = vars(layer)
+    if "forward" in own and not ("_hf_hook" in own and "_old_forward" in own):
+        return (
+            "its forward was replaced on the instance; take that off, or adapt the model before it is put on"
+        )
+    if any(name.startswith("lora_") for name in layer._modules):
+        return "it already has modules named lora_*, of another library"
+    return None
+
+
+def _calls_super(forward: object) -> bool:
+    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
+    return code is not None and "super" in code.co_names and "forward" in code.co_names
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _names() -> str:
+    return ", ".join(base.__name__ for base in _KINDS)

@@ -1,0 +1,102 @@
+"""Fold a task into the weights, and take it out again exactly.
+
+    W' = W + s·B·A        or, for DoRA,        W' = m∘(W + s·B·A)/‖W + s·B·A‖
+
+Subtracting s·B·A again would leave rounding behind (in bf16 0.02 after a hundred rounds), so the Parameter W is set
+aside untouched and put back. While a task is merged the model's `state_dict()` is still that of the unmerged model,
+no route can be taken, and a training forward raises.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from orbit.adapter.errors import MergeError, RouteError
+from orbit.adapter.graft import Graft
+from orbit.adapter.inject import task_layers, tasks, unwrapped
+from orbit.adapter.route import find_state, state_of
+
+
+def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> None:
+    """Fold a task into the weights of its layers.
+
+    Args:
+        model: a model with tasks.
+        name: the task; None means the current one.
+        untie: allow merging a weight that other modules share. The merged layer then has a weight of its own
+            until `unmerge`, and the others keep theirs.
+
+    Raises:
+        TaskError: no such task. MergeError: merged already, no task is current, a weight that is shared or that
+        is not a plain dense one. RouteError: a call or a `with route` is running. The model is unchanged.
+    """
+    model = unwrapped(model)
+    state = state_of(model, name)
+    name = state.current if name is None else name
+    if name is None:
+        raise MergeError(f"no task is current, so say which to merge: {', '.join(map(repr, tasks(model)))}")
+    layers = task_layers(model, name)
+    if state.merged is not None:
+        raise MergeError(f"task {state.merged!r} is merged already; unmerge it first")
+    if state.busy:
+        raise RouteError(f"task {name!r} cannot be merged while a call or a `with route` is running")
+    if not untie:
+        for path, layer in layers.items():
+            shared = _sharers(model, layer)
+            if shared:
+                raise MergeError(
+                    f"{path}.weight shares its storage with {', '.join(shared)}, which would change too; "
+                    "pass untie=True to give the merged layer its own weight"
+                )
+    done: list[Graft] = []
+    try:
+        for path, layer in layers.items():
+            try:
+                layer.merge(name)
+            except MergeError as error:
+                raise MergeError(f"layer {path!r} cannot be merged: {error}") from None
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    state.set_merged(name)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`: the very Parameters that the layers had, and the route that was current.
+
+    Raises:
+        MergeError: nothing is merged.
+    """
+    model = unwrapped(model)
+    state = find_state(model)
+    if state is None or state.merged is None:
+        raise MergeError("nothing is merged into this model")
+    for layer in task_layers(model, state.merged).values():
+        layer.unmerge()
+    state.set_merged(None)
+
+
+def merged(model: nn.Module) -> str | None:
+    """The task that is merged into the model's weights, or None."""
+    state = find_state(model)
+    return None if state is None else state.merged
+
+
+def _sharers(model: nn.Module, layer: Graft) -> list[str]:
+    """Names of the other parameters that lie in the storage of the layer's weight."""
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.is_meta:
+        return []
+    own = weight.untyped_storage().data_ptr()
+    return [
+        f"{path}.{key}" if path else key
+        for path, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+        and not parameter.is_meta
+        and not (module is layer and key == "weight")
+        and own != 0
+        and parameter.untyped_storage().data_ptr() == own
+    ]

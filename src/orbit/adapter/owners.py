@@ -1,0 +1,149 @@
+"""The small modules that own a task's tensors, and the container that holds them by task name.
+
+    q_proj.lora_A.<task>.weight          (r, in)    Down
+    q_proj.lora_B.<task>.weight          (out, r)   Up, which also carries the scale s
+    q_proj.lora_magnitude.<task>.weight  (out,)     Magnitude, DoRA only
+
+Routes hand out these modules and never bare Parameters: `load_state_dict(assign=True)` and `fully_shard` replace
+the Parameter of a module, and whoever kept the old one would go on training a dead copy.
+
+A task may have any non-empty name. Module names may not contain a dot nor shadow an attribute ("train"), so the
+container stores such names percent-escaped and shows them as they were given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
+
+import torch
+from torch import Tensor, nn
+
+from orbit.adapter.errors import TaskError
+
+
+class Owner(nn.Module):
+    """Holds one tensor of one task as `weight`."""
+
+    weight: nn.Parameter
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Whether an absent tensor is missing is for the adapted layer to say, which sees the whole task.
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, [], unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.weight.shape))
+
+
+class Down(Owner):
+    """A (r, in), and the dropout probability of its input."""
+
+    def __init__(self, weight: Tensor, dropout: float = 0.0) -> None:
+        super().__init__(weight)
+        self.dropout = dropout
+
+
+class Up(Owner):
+    """B (out, r), and the scale s = alpha/r or alpha/sqrt(r).
+
+    The scale is a 0-d tensor, so that a compiled graph takes it as an input instead of a constant. It keeps at
+    least float32 whatever `model.to(dtype)` does to B: 11.3137 is not a bf16 number.
+    """
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, alpha: float, rslora: bool = False) -> None:
+        super().__init__(weight)
+        self.alpha, self.rslora = float(alpha), rslora
+        self.register_buffer("scale", self._exact_scale(), persistent=False)
+
+    @property
+    def r(self) -> int:
+        return self.weight.shape[1]
+
+    def _exact_scale(self) -> Tensor:
+        value = self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return torch.tensor(value, dtype=dtype, device=self.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Up:
+        super()._apply(fn, recurse)
+        if not self.weight.is_meta:
+            self.scale = self._exact_scale()
+        return self
+
+
+class Magnitude(Owner):
+    """m (out,): the row norms that DoRA learns."""
+
+
+class Slot(NamedTuple):
+    """The owners that one layer uses for one task."""
+
+    down: Down
+    up: Up
+    magnitude: Magnitude | None = None
+
+
+class Tasks(nn.Module):
+    """Owner modules by task name. Its storage names are escaped, its interface is not."""
+
+    def get(self, task: str) -> Any:
+        return self._modules.get(escape(task))
+
+    def put(self, task: str, owner: Owner) -> None:
+        self.add_module(escape(task), owner)
+
+    def discard(self, task: str) -> None:
+        self._modules.pop(escape(task), None)
+
+    def __contains__(self, task: str) -> bool:
+        return escape(task) in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([unescape(key) for key in self._modules])
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def escape(task: str) -> str:
+    """The module name under which a task is stored.
+
+    >>> escape("math"), escape("a.b"), escape("train")
+    ('math', 'a%2Eb', '%74rain')
+    """
+    check_task_name(task)
+    key = quote(task, safe=" ").replace(".", "%2E")
+    return f"%{ord(key[0]):02X}{key[1:]}" if hasattr(_EMPTY, key) else key
+
+
+def unescape(key: str) -> str:
+    """The task that is stored under a module name: `unescape(escape(task)) == task`."""
+    return unquote(key)
+
+
+def check_task_name(task: object) -> None:
+    """Raise TaskError unless `task` is a non-empty string."""
+    if not isinstance(task, str) or not task:
+        raise TaskError(f"a task's name must be a non-empty string, got {task!r}")
+
+
+_EMPTY = Tasks()

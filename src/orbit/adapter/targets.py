@@ -1,0 +1,158 @@
+"""Which layers a config means.
+
+    "q_proj", "mlp.up_proj"      a dotted suffix of the layer's name
+    "layers.*.q_proj"            a glob, of the whole name or of a dotted suffix
+    "re:.*[qv]_proj"             a regular expression for the whole name
+    None                         every adaptable layer but the head
+
+A match that is a container means every adaptable layer below it. Nothing is found by substring.
+
+The head, for transformers' models, is what `get_output_embeddings()` returns and every layer outside of
+`base_model` (a classifier); for other models it is the last adaptable layer in the order of registration, unless
+that is the only one. Name it as a target to adapt it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from orbit.adapter.errors import TargetError
+from orbit.adapter.kinds import kind_of, refusal
+from orbit.adapter.owners import Owner, Tasks
+
+
+def resolve(
+    model: nn.Module, targets: Sequence[str] | None, exclude: Sequence[str] = ()
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to adapt and those left out.
+
+    Returns:
+        Two dicts by dotted name: the layers, in the model's order; and, for layers that were in reach and are not
+        among them, the reason.
+
+    Raises:
+        TargetError: a target or an exclusion that matches nothing, or names a layer that cannot be adapted; no
+            layer left.
+    """
+    modules, parents = _tree(model)
+    layers = {name: module for name, module in modules.items() if kind_of(module) is not None}
+    skipped: dict[str, str] = {}
+    if targets is None:
+        chosen = set(layers)
+        for name in _head(model, layers):
+            chosen.discard(name)
+            skipped[name] = "the head; name it as a target to adapt it"
+        by_name: set[str] = set()
+    else:
+        chosen, by_name = set(), set()
+        for target in targets:
+            hits = matches(target, modules)
+            reached = [name for name in layers if _at_or_below(name, hits)]
+            if not reached:
+                raise TargetError(_nothing(target, hits, modules, layers))
+            chosen.update(reached)
+            if not _is_pattern(target):
+                by_name.update(hit for hit in hits if hit in layers)
+    for target in exclude:
+        hits = matches(target, modules)
+        gone = [name for name in layers if _at_or_below(name, hits)]
+        if not gone:
+            raise TargetError(_nothing(target, hits, modules, layers, label="exclude"))
+        chosen.difference_update(gone)
+    for name in sorted(chosen):
+        why = refusal(layers[name], parents[name])
+        if why is None:
+            continue
+        if name in by_name or isinstance(layers[name], nn.modules.lazy.LazyModuleMixin):
+            raise TargetError(f"layer {name!r} cannot be adapted: {why}")
+        chosen.discard(name)
+        skipped[name] = why
+    for name, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name in ("Linear",):
+            skipped[name] = "it is a scripted module"
+    if not chosen:
+        reasons = "".join(f"\n  {name}: {why}" for name, why in list(skipped.items())[:5])
+        raise TargetError(
+            f"no layer is left to adapt in {type(model).__name__}{':' + reasons if reasons else ''}"
+        )
+    return {name: layer for name, layer in layers.items() if name in chosen}, skipped
+
+
+def matches(target: str, names: Iterable[str]) -> list[str]:
+    """The names that `target` matches by the module's grammar.
+
+    >>> matches("q_proj", ["a.q_proj", "a.eq_proj", "q_proj.x"])
+    ['a.q_proj']
+    """
+    if target.startswith("re:"):
+        try:
+            pattern = re.compile(target[3:])
+        except re.error as error:
+            raise TargetError(f"target {target!r} is not a regular expression: {error}") from None
+        return [name for name in names if pattern.fullmatch(name)]
+    if _is_pattern(target):
+        return [name for name in names if fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")]
+    return [name for name in names if name == target or name.endswith(f".{target}")]
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str | None:
+    """The name most like `wanted`, or None if none is near."""
+    close = difflib.get_close_matches(wanted, sorted(set(names)), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:") or any(mark in target for mark in "*?[")
+
+
+def _tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | None]]:
+    """Every module but the adapters' own, by name, and each one's parent."""
+    modules: dict[str, nn.Module] = {}
+    parents: dict[str, nn.Module | None] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (Tasks, Owner)):
+            modules[name] = module
+            parents[name] = modules.get(name.rpartition(".")[0]) if name else None
+    return modules, parents
+
+
+def _at_or_below(name: str, roots: Sequence[str]) -> bool:
+    return any(root in ("", name) or name.startswith(f"{root}.") for root in roots)
+
+
+def _head(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    if hasattr(model, "get_output_embeddings") and hasattr(model, "base_model"):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        body = set(model.base_model.modules())  # type: ignore[union-attr, operator]
+        return [name for name, layer in layers.items() if layer is head or layer not in body]
+    return list(layers)[-1:] if len(layers) > 1 else []
+
+
+def _nothing(
+    target: str,
+    hits: Sequence[str],
+    modules: dict[str, nn.Module],
+    layers: dict[str, nn.Module],
+    label: str = "target",
+) -> str:
+    kinds = sorted({kind_of(layer).__name__ for layer in layers.values()}) or ["adaptable"]  # type: ignore[union-attr]
+    said = f"{label} {target!r} matched 0 of {len(layers)} {'/'.join(kinds)} layers"
+    if hits:
+        classes = ", ".join(sorted({type(modules[hit]).__name__ for hit in hits}))
+        return f"{said}; it names {len(hits)} module(s) of class {classes} with none of them below"
+    suffixes = {
+        ".".join(parts[i:]) for parts in (n.split(".") for n in modules if n) for i in range(len(parts))
+    }
+    wanted = target.removeprefix("re:")
+    found = nearest(wanted, (s for s in suffixes if s.count(".") <= wanted.count(".") and not s.isdigit()))
+    if found:
+        count = len([name for name in layers if _at_or_below(name, matches(found, modules))])
+        return f"{said}; did you mean {found!r} ({count})?"
+    some = sorted({name.rpartition(".")[2] for name in layers})[:8]
+    return f"{said}; their names end in {', '.join(map(repr, some)) or 'nothing'}"

@@ -1,0 +1,125 @@
+"""A conversation as text and as token ids, with the stretches that the model must learn to say.
+
+The tokenizer's own chat template decides the text. For each turn of the model, two renderings of the
+conversation's beginning mark the stretch that it says:
+
+    prompt_i = template(messages[:i], add_generation_prompt=True)     what the model is shown
+    upto_i   = template(messages[:i + 1])                             the same, and its answer
+    full     = template(messages)
+
+    full.startswith(upto_i)  and  upto_i.startswith(prompt_i)         or TemplateError: such a template rewrites
+                                                                      what came before, so no stretch is the answer
+Between prompt_i and upto_i lie the answer, the mark that ends the turn, and often a line break. The mark is
+supervised (a model that never learns it never stops), what follows it is not.
+
+A tokenizer without a template gets this one (`FALLBACK`), one line a turn, EOS after each of the model's:
+
+    System: …⏎User: …⏎Assistant: …<eos>⏎
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = Mapping[str, str]
+
+FALLBACK = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] not in ['system', 'user'] %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+class TemplateError(ValueError):
+    """The tokenizer's chat template does not let the model's words be told from the prompt."""
+
+
+def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    """The text of a conversation, by the tokenizer's chat template or by `FALLBACK`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        messages: [{"role": ..., "content": ...}, ...].
+        add_generation_prompt: end with the header of the model's next turn.
+    """
+    own = None if getattr(tokenizer, "chat_template", None) else FALLBACK
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=own
+    )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of rendered text; the template already wrote every special token."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_turns(
+    tokenizer: Any, messages: Sequence[Message], model_role: str = "assistant"
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a conversation and the half-open ranges of them that the model says.
+
+    Where a token lies across the border of prompt and answer (a tokenizer that merges over it), it counts as
+    said: the longest run of tokens that both have in common is the prompt.
+
+    Args:
+        model_role: the role whose turns are the model's.
+
+    Returns:
+        (ids, [(start, stop), ...]), one range per turn of the model, each with the mark that ends the turn.
+        Where the template marks no end after the last turn, EOS is appended.
+
+    Raises:
+        TemplateError: the renderings are no prefixes of each other (the law at the top of this file).
+    """
+    full = render(tokenizer, messages)
+    ids = encode(tokenizer, full)
+    ranges = []
+    for i, message in enumerate(messages):
+        if message["role"] != model_role:
+            continue
+        prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
+        upto = render(tokenizer, messages[: i + 1])
+        _require_prefix(upto, full, i)
+        _require_prefix(prompt, upto, i)
+        start = _common(ids, encode(tokenizer, prompt))
+        stop = _turn_end(tokenizer, ids, start, _common(ids, encode(tokenizer, upto)))
+        if stop is None:
+            stop = _common(ids, encode(tokenizer, upto))
+            if i == len(messages) - 1 and tokenizer.eos_token_id is not None:
+                ids = [*ids[:stop], tokenizer.eos_token_id]
+                stop += 1
+        ranges.append((start, stop))
+    return ids, ranges
+
+
+def _turn_end(tokenizer: Any, ids: list[int], start: int, stop: int) -> int | None:
+    """One past the turn's end mark: the last special token with nothing but white space after it."""
+    marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for j in reversed(range(start, stop)):
+        if ids[j] in marks:
+            return j + 1
+        if tokenizer.decode([ids[j]]).strip():
+            return None
+    return None
+
+
+def _common(ids: list[int], others: list[int]) -> int:
+    """Length of the longest common beginning."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((k for k, (one, other) in pairs if one != other), min(len(ids), len(others)))
+
+
+def _require_prefix(prefix: str, text: str, turn: int) -> None:
+    if text.startswith(prefix):
+        return
+    at = next(
+        (k for k, (one, other) in enumerate(zip(text, prefix, strict=False)) if one != other),
+        min(len(text), len(prefix)),
+    )
+    raise TemplateError(
+        f"the chat template renders message {turn} so that the prompt is not a beginning of the conversation: "
+        f"they part at character {at}, prompt …{prefix[max(0, at - 20) : at + 20]!r}…, "
+        f"conversation …{text[max(0, at - 20) : at + 20]!r}…. Train one answer per sample "
+        "(earlier turns shortened as the template does), or set a template that only appends"
+    )

@@ -1,0 +1,122 @@
+"""The LoRA plugin: inject when the model is built, freeze the rest, and see that every adapter learns.
+
+The work is done by `orbit.adapter`; this only decides when.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from orbit.adapter.config import AdapterConfig
+from orbit.adapter.errors import ConfigError
+from orbit.adapter.functions import Names, as_names, named_parameters_of, one_alpha
+from orbit.adapter.inject import (
+    InjectReport,
+    check_gradients,
+    freeze,
+    inject,
+    set_trainable,
+    task_config,
+    task_layers,
+    tasks,
+)
+from orbit.adapter.targets import resolve
+from orbit.core.events import Plugin
+
+
+class LoRA(Plugin):
+    """Train `trainer.model` through a low-rank adapter.
+
+    Args:
+        target_names: layers or containers (see `AdapterConfig.targets`); None: every linear layer but the head.
+        r: rank.
+        alpha, lora_alpha: two names of the same number, 32 by default; the scale is alpha/r.
+        dropout, lora_dropout: two names of the branch's dropout, 0 by default.
+        dora: DoRA instead of LoRA.
+        rslora: scale alpha/√r.
+        exclude_names: layers to leave out.
+        unlock_head_keywords: modules to train whole beside the adapter (see `freeze_backbone_only`).
+        name: the task's name.
+
+    Raises:
+        ConfigError: two names of one setting disagree, or a value is out of range. When training starts:
+            TargetError, and ConfigError if the model already has another task of this name.
+
+    After the start, `report` says what was adapted.
+
+    >>> plugin = LoRA(target_names=["mlp"], dora=True, r=16, alpha=32)
+    >>> plugin.config.targets
+    ('mlp',)
+    """
+
+    priority = Plugin.TRANSFORM
+
+    def __init__(
+        self,
+        target_names: Names = None,
+        r: int = 16,
+        alpha: float | None = None,
+        dropout: float | None = None,
+        dora: bool = False,
+        rslora: bool = False,
+        exclude_names: Names = None,
+        unlock_head_keywords: Names = None,
+        name: str = "default",
+        *,
+        lora_alpha: float | None = None,
+        lora_dropout: float | None = None,
+    ) -> None:
+        if dropout is not None and lora_dropout is not None and dropout != lora_dropout:
+            raise ConfigError(
+                f"dropout={dropout} and lora_dropout={lora_dropout} are one setting; give it once"
+            )
+        given = lora_dropout if dropout is None else dropout
+        self.config = AdapterConfig(
+            r=r,
+            alpha=one_alpha(alpha, lora_alpha, default=32.0),
+            dropout=0.0 if given is None else given,
+            dora=dora,
+            rslora=rslora,
+            targets=None if target_names is None else as_names(target_names),
+            exclude=as_names(exclude_names),
+        )
+        self.unlock_head_keywords = as_names(unlock_head_keywords)
+        self.name = name
+        self.report: InjectReport | None = None
+
+    def on_build_model(self, trainer: Any) -> None:
+        """Inject the task, unless the model has it already (a second `train()`, a model loaded with it)."""
+        model = _model(trainer)
+        heads = named_parameters_of(model, self.unlock_head_keywords)
+        if self.name not in tasks(model):
+            self.report = inject(model, self.config, self.name)
+        else:
+            self._check_same(model)
+            freeze(model)
+            set_trainable(model, self.name)
+        for parameter in heads:
+            parameter.requires_grad_(True)
+
+    def _check_same(self, model: nn.Module) -> None:
+        own, have = self.config, task_config(model, self.name)
+        layers, _ = resolve(model, own.targets, own.exclude)
+        same = set(layers) == set(task_layers(model, self.name)) and all(
+            (own.rank_of(path), own.alpha_of(path)) == (have.rank_of(path), have.alpha_of(path))
+            for path in layers
+        )
+        if not same or (own.dropout, own.dora, own.rslora) != (have.dropout, have.dora, have.rslora):
+            raise ConfigError(
+                f"the model has a task {self.name!r} with {have}, and this plugin asks for {own}; "
+                "give the plugin another name=, or remove the task first"
+            )
+
+    def on_before_optimizer_step(self, trainer: Any) -> None:
+        """An adapter that was used and got no gradient would silently never train: say so."""
+        check_gradients(_model(trainer))
+
+
+def _model(trainer: Any) -> nn.Module:
+    model = getattr(trainer, "unwrapped_model", None)
+    return trainer.model if model is None else model

@@ -1,0 +1,82 @@
+"""SFTCollator: padding by position."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from orbit.data.collate import SFTCollator
+from orbit.data.sft import build_sft
+from tests.tiny_llm import tiny_tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def samples(tokenizer):
+    return [
+        build_sft("hello", "mali", tokenizer),
+        build_sft("what is the capital of mali ?", "bamako", tokenizer),
+    ]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_are_padded_to_the_longest_and_nothing_else_changes(tokenizer, side):
+    made = samples(tokenizer)
+    batch = SFTCollator(tokenizer, padding_side=side)(made)
+    longest = len(made[1]["input_ids"])
+    for row, sample in enumerate(made):
+        n = len(sample["input_ids"])
+        here = slice(0, n) if side == "right" else slice(longest - n, longest)
+        for key, fill in {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}.items():
+            values = batch[key][row].clone()
+            assert torch.equal(values[here], sample[key])
+            values[here] = fill
+            assert (values == fill).all()
+            assert values.shape == (longest,)
+
+
+def test_the_supervised_end_mark_survives_though_it_is_the_padding_token(tokenizer):
+    batch = SFTCollator(tokenizer)(samples(tokenizer))
+    assert (batch["labels"] == tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
+
+
+def test_length_can_be_rounded_up_and_lists_are_taken(tokenizer):
+    made = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]
+    batch = SFTCollator(tokenizer, pad_to_multiple_of=8)(made)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
+
+
+def test_with_a_loader(tokenizer):
+    loader = DataLoader(samples(tokenizer) * 2, batch_size=3, collate_fn=SFTCollator(tokenizer))
+    assert [len(batch["labels"]) for batch in loader] == [3, 1]
+
+
+def test_without_any_padding_token():
+    tokenizer = tiny_tokenizer(pad=None)
+    batch = SFTCollator(tokenizer)(
+        [{"input_ids": [3], "labels": [3]}, {"input_ids": [3, 4], "labels": [3, 4]}]
+    )
+    assert batch["input_ids"].tolist() == [[3, tokenizer.eos_token_id], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        ([], "empty list"),
+        ([{"input_ids": [1]}], r"sample 0 has keys \['input_ids'\]"),
+        ([{"input_ids": [1], "labels": [1], "text": "x"}], "text"),
+        ([{"input_ids": [1, 2], "labels": [1]}], r"one length.*\(2,\).*\(1,\)"),
+        ([{"input_ids": [[1]], "labels": [[1]]}], "1-D"),
+    ],
+)
+def test_broken_samples_are_named(tokenizer, broken, why):
+    with pytest.raises(ValueError, match=why):
+        SFTCollator(tokenizer)(broken)
+
+
+@pytest.mark.parametrize("settings", [{"padding_side": "middle"}, {"pad_to_multiple_of": 0}])
+def test_settings_outside_their_range(tokenizer, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        SFTCollator(tokenizer, **settings)

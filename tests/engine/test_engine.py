@@ -1,0 +1,257 @@
+"""Engine's surface: how batches are read, what it says when it cannot, and the names its users know."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from orbit.core import Outcome, Plugin
+from orbit.engine import Engine
+from tests import tiny
+
+
+def make(module: nn.Module | None = None, **options: Any) -> Engine:
+    module = tiny.model() if module is None else module
+    parameters = list(module.parameters())
+    options = {"criterion": nn.CrossEntropyLoss(), "plugins": [], "device": "cpu"} | options
+    return Engine(module, torch.optim.SGD(parameters, lr=0.1) if parameters else None, **options)
+
+
+def first(engine: Engine, batch: Any) -> Engine:
+    """Run one batch."""
+    for _ in engine.train([batch]):
+        engine.auto_update()
+    return engine
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.layer(a + b)
+
+
+class OwnLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.layer(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+X, Y = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("batch", [(X, X, Y), [X, X, Y]])
+def test_n_tuples_are_inputs_and_a_target(batch: Any) -> None:
+    engine = make(Two())
+    for _ in engine.train([batch]):
+        assert engine.data[0] is not None
+        assert len(engine.data) == 2
+        assert torch.equal(engine.target, Y)
+        loss = engine.auto_update()
+        assert engine.output.shape == (4, 3)
+        assert engine.loss is not None
+        assert torch.equal(engine.loss, loss)
+    assert engine.global_step == 1
+
+
+def test_dicts_are_keyword_arguments_and_the_models_own_loss_is_used() -> None:
+    engine = first(make(OwnLoss(), criterion=None), {"x": X, "labels": Y})
+    assert engine.global_step == 1
+    assert engine.metrics["train_loss"] > 0
+
+
+def test_no_criterion_and_no_loss_is_an_error_and_not_a_zero() -> None:
+    with pytest.raises(
+        ValueError, match=r"no loss for this batch: there is no criterion, and Tensor has no loss of its own"
+    ):
+        first(make(Two(), criterion=None), (X, X, Y))
+    with pytest.raises(ValueError, match="there is criterion but the batch has no target"):
+        first(make(OwnLoss()), {"x": X})
+
+
+def test_a_model_that_returns_none_is_named() -> None:
+    class Forgetful(Two):
+        def forward(self, a: Tensor) -> None:  # type: ignore[override]
+            self.layer(a)
+
+    with pytest.raises(TypeError, match=r"Forgetful.forward returned None"):
+        first(make(Forgetful()), (X, Y))
+
+
+@pytest.mark.parametrize("result", ["loss", "pair", "outcome"])
+def test_forward_step_replaces_model_and_criterion(result: str) -> None:
+    def forward_step(engine: Engine, data: Any, target: Any) -> Any:
+        loss = engine.model(data, data).logsumexp(-1).mean()
+        return {"loss": loss, "pair": (loss, {"seen": 1}), "outcome": Outcome(loss, 2, {"seen": 1})}[result]
+
+    engine = first(make(Two(), criterion=None, forward_step=forward_step), (X, Y))
+    assert engine.global_step == 1
+    assert engine.step_info["records"] == [{} if result == "loss" else {"seen": 1}]
+
+
+def test_forward_step_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="forward_step returned str"):
+        first(make(Two(), forward_step=lambda *_: "loss"), (X, Y))
+
+
+def test_update_takes_a_loss_or_a_function() -> None:
+    engine = make()
+    for _ in engine.train(tiny.loader(16)):
+        engine.update(lambda: nn.functional.cross_entropy(engine.model(engine.data), engine.target))
+    assert engine.global_step == 2
+    assert engine.metrics["train_loss"] > 0
+
+
+def test_eval_measures_loss_and_accuracy_over_all_samples() -> None:
+    engine = make()
+    module = engine.model
+    for _ in engine.eval(tiny.loader(20, batch_size=8)):
+        engine.auto_update()
+    x, y = tiny.dataset(20).tensors
+    module.eval()
+    logits = module(x)
+    assert engine.metrics["val_loss"] == pytest.approx(
+        nn.functional.cross_entropy(logits, y).item(), rel=1e-5
+    )
+    assert engine.metrics["val_acc"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    assert engine.global_step == 0
+
+
+def test_run_trains_evaluates_and_returns_the_metrics() -> None:
+    metrics = make().run(tiny.loader(), tiny.loader(20), num_epochs=3)
+    assert metrics.keys() == {"train_loss", "val_loss", "val_acc"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mixed_precision": "fp8"}, ValueError, "mixed_precision='fp8' is unknown"),
+        ({"grad_clip_norm": 0}, ValueError, "grad_clip=0: the largest gradient norm must be > 0"),
+        ({"device": "warp"}, ValueError, "device='warp' names no device"),
+        ({"criterion": 3}, TypeError, "criterion is a int"),
+        ({"gradient_accumulation_steps": 0}, ValueError, "gradient_accumulation_steps=0"),
+        ({"max_non_finite_grad_retries": -1}, ValueError, "max_non_finite_grad_retries=-1"),
+        ({"nonsense": 1}, TypeError, "nonsense"),
+    ],
+)
+def test_bad_arguments_are_typed_errors(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_names_the_way_out() -> None:
+    with pytest.raises(ValueError, match='device="cpu"'):
+        make(device="cuda")
+    assert make(device=None).device.type == "cpu"
+
+
+def test_wrong_kinds_are_named() -> None:
+    with pytest.raises(TypeError, match="model is a function: Engine trains a torch.nn.Module"):
+        Engine(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pass a torch.optim.Optimizer"):
+        Engine(tiny.model(), torch.optim.SGD)  # type: ignore[arg-type]
+
+
+def test_outside_a_loop_there_is_no_batch() -> None:
+    with pytest.raises(RuntimeError, match=r"auto_update\(\) needs a batch"):
+        make().auto_update()
+    engine = make()
+    for _ in engine.train(tiny.loader(8)):
+        engine.auto_update()
+    with pytest.raises(RuntimeError, match=r"update\(\) needs a batch"):
+        engine.update(torch.tensor(1.0))
+
+
+def test_without_an_optimizer_it_evaluates_and_does_not_train() -> None:
+    engine = Engine(tiny.model(), None, nn.CrossEntropyLoss(), plugins=[], device="cpu")
+    for _ in engine.eval(tiny.loader(8)):
+        engine.auto_update()
+    with pytest.raises(RuntimeError, match="Engine has no optimizer"):
+        first(engine, next(iter(tiny.loader())))
+
+
+def test_two_loops_at_once_are_refused() -> None:
+    engine = make()
+    for _ in engine.train(tiny.loader(8)):
+        with pytest.raises(RuntimeError, match="already running"):
+            next(iter(engine.train(tiny.loader(8))))
+        engine.auto_update()
+    assert engine.global_step == 1
+
+
+class Freeze(Plugin):
+    """A transform: freezes the first layer and adds a trained scale to the last one."""
+
+    priority = Plugin.TRANSFORM
+
+    def on_build_model(self, trainer: Any) -> None:
+        trainer.model[0].requires_grad_(False)
+        trainer.model[4].scale = nn.Parameter(torch.ones(3))
+
+
+def test_an_optimizer_follows_what_a_plugin_made_of_the_model() -> None:
+    """Frozen parameters leave with their state; new ones join the group of the weight they sit beside."""
+    module = tiny.model()
+    optimizer = torch.optim.AdamW(
+        [{"params": module[:4].parameters(), "lr": 0.1}, {"params": module[4:].parameters(), "lr": 0.2}]
+    )
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    engine = Engine(module, optimizer, nn.CrossEntropyLoss(), schedule, plugins=[Freeze()], device="cpu")
+    engine.build()
+    groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    assert groups[0] == {id(p) for p in module[1].parameters()}
+    assert groups[1] == {id(p) for p in module[4].parameters()}
+    assert id(module[4].scale) in groups[1]
+    frozen = module[0].weight.detach().clone()
+    for _ in engine.train(tiny.loader(8)):
+        engine.auto_update()
+    assert torch.equal(module[0].weight, frozen)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
+
+
+def test_freezing_everything_is_an_error() -> None:
+    class FreezeAll(Plugin):
+        def on_build_model(self, trainer: Any) -> None:
+            trainer.model.requires_grad_(False)
+
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        first(make(plugins=[FreezeAll()]), next(iter(tiny.loader())))
+
+
+def test_print_goes_to_the_console_with_its_speaker() -> None:
+    out = io.StringIO()
+    engine = make(console=Console(file=out, width=60))
+    engine.print("hello", plugin="Board")
+    assert out.getvalue() == "Board hello\n"
+
+
+def test_attach_meta_and_unwrap() -> None:
+    engine = make()
+    plugin = Plugin()
+    engine.attach(plugin)
+    assert engine.plugins == [plugin]
+    assert engine.meta == {}
+    assert engine.unwrap_model() is engine.model
+
+
+def test_max_steps_ends_a_run_inside_an_epoch() -> None:
+    engine = make()
+    for _ in engine.train(tiny.loader(), num_epochs=5, max_steps=9):
+        engine.auto_update()
+    assert engine.global_step == 9
