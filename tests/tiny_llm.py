@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "when did ghana become independent ? 6 march 1957 what is the capital of mali bamako hello system user".split()
+WORDS = ["when", "did", "ghana", "become", "independent", "?", "6", "march", "1957", "what", "is", "the", "capital", "of", "mali", "bamako", "hello", "system", "user"]
 SPECIAL = ["<unk>", "<end>", "<start>"]
 TEMPLATE = (
     "{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <end> \n{% endfor %}"
@@ -20,9 +20,15 @@ def tiny_tokenizer(template: str | None = TEMPLATE, pad: str | None = "<end>", e
     vocabulary = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(":", "isolated")]
+        [
+            pre_tokenizers.Split(" ", "removed"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split(":", "isolated"),
+        ]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token=pad)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token=pad
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<start>"]})
     tokenizer.chat_template = template
     return tokenizer
@@ -42,6 +48,7 @@ def tiny_llama(tokenizer, seed: int = 0, hidden: int = 32, dtype=torch.float32) 
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
+        initializer_range=0.5,  # else every greedy reply is one word repeated
+        tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config).to(dtype).eval()

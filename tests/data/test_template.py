@@ -1,9 +1,9 @@
 """Chat templates: which tokens the model says, with and without a template of the tokenizer's own."""
 
 import pytest
-from tests.tiny_llm import TEMPLATE, tiny_tokenizer
 
 from orbit.data.template import TemplateError, encode, encode_turns, render
+from tests.tiny_llm import TEMPLATE, tiny_tokenizer
 
 ASK = [{"role": "user", "content": "hello"}]
 TALK = [*ASK, {"role": "assistant", "content": "mali"}]

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from orbit.adapter import current_route, load, route, tasks
+from orbit.adapter import AdapterError, TaskError, current_route, load, route, tasks
 from orbit.data.sft import pad_token_id
 from orbit.data.template import encode, render
 
@@ -41,8 +41,8 @@ class ChatInterface:
         max_new_tokens: the longest reply.
 
     Raises:
-        ValueError: neither or both of `model` and `model_id`; a model without a tokenizer; an adapter that is
-            neither a folder nor a task of the model.
+        ValueError: neither or both of `model` and `model_id`; a model without a tokenizer.
+        TaskError: an adapter that is neither a folder nor a task of the model.
         TypeError: a model that cannot generate.
     """
 
@@ -98,14 +98,14 @@ class ChatInterface:
         A folder is loaded once, as a task of the folder's path.
 
         Raises:
-            ValueError: it is neither.
+            TaskError: it is neither. AdapterFileError: the folder does not fit the model.
         """
         known = tasks(self.model)
         if adapter is None or str(adapter) in known:
             self.adapter = None if adapter is None else str(adapter)
             return
         if not (Path(adapter) / "adapter_config.json").is_file():
-            raise ValueError(
+            raise TaskError(
                 f"adapter {str(adapter)!r} is neither a folder with adapter_config.json nor a loaded task "
                 f"({', '.join(known) or 'none is loaded'})"
             )
@@ -179,7 +179,7 @@ class ChatInterface:
         if name == "/adapter" and argument.strip():
             try:
                 self.use_adapter(None if argument.strip() == "off" else argument.strip())
-            except ValueError as error:
+            except AdapterError as error:
                 return f"({error})"
             return f"(answering with {self.adapter or 'the base model'})"
         return f"({line!r} is no command: {COMMANDS})"

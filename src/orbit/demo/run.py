@@ -34,7 +34,8 @@ from orbit.demo.report import print_report
 from orbit.demo.score import answers, exact_match, perplexity
 from orbit.demo.smollm2 import resolve_model
 from orbit.engine import Engine
-from orbit.plugin import LoRA, ProgressHook
+from orbit.plugin.lora import LoRA
+from orbit.plugin.progress import ProgressHook
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def run_demo(
     model: str = "smollm2",
     out: str | Path = "runs/demo",
     facts: str | Path | None = None,
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: Recipe = Recipe(),
     device: str | None = None,
     console: Console | None = None,
 ) -> Report:
@@ -158,7 +159,9 @@ def finetune(
     engine = Engine(
         model,
         optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, recipe.warmup)),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _cosine(step, steps, recipe.warmup)
+        ),
         plugins=[LoRA(r=recipe.r, alpha=recipe.alpha), ProgressHook(interval=max(1, steps // 20))],
         mixed_precision=precision,
         grad_clip_norm=1.0,

@@ -22,7 +22,7 @@ class ModelNotInstalledError(RuntimeError):
 
 
 def resolve_model(model: str | Path) -> str:
-    """"smollm2" → the folder of the converted model; any other path or hub name as it is."""
+    """ "smollm2" → the folder of the converted model; any other path or hub name as it is."""
     return str(smollm2()) if str(model) == NAME else str(model)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ class CausalLM:
             ref: a reference provider, as every objective takes; this one needs none.
 
         Returns:
-            loss (0-d, fp32) and weight N. With N = 0 the loss is 0 and still has a graph.
+            loss (0-d, fp32; fp64 of an fp64 model) and weight N. With N = 0 the loss is 0 and still has a graph.
 
         Raises:
             ValueError: the batch has no labels, or their shape is not that of the input ids.
@@ -63,7 +64,8 @@ class CausalLM:
             logits_BCV = _logits(model(**inputs), model).index_select(1, column_C)
         target_BC = target_BT.index_select(1, column_C)
         row_BC = target_BC != self.ignore_index
-        logits_NV, target_N = logits_BCV[row_BC].float(), target_BC[row_BC]
+        logits_NV, target_N = logits_BCV[row_BC], target_BC[row_BC]
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         count = target_N.shape[0]
         loss = F.cross_entropy(logits_NV, target_N) if count else logits_NV.sum()
         return Outcome(loss=loss, weight=float(count))
