@@ -177,6 +177,17 @@ def test_offloaded_weights(dora: bool, mlp: Make, fill: Callable[..., None]) -> 
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+def test_offloading_after_grafting_is_refused(mlp: Make) -> None:
+    """Law 4: a matrix on the meta device multiplies to garbage without an error."""
+    from accelerate import cpu_offload
+
+    model = mlp()
+    inject(model, AdapterConfig(r=2))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(GraftError, match="offload the model before injecting"):
+        model(torch.randn(4, 6))
+
+
 def test_meta_weights_are_refused() -> None:
     """Law 4, and nothing is left half-grafted."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"), nn.Linear(4, 4))

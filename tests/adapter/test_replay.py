@@ -47,6 +47,11 @@ def mixed(function: Run, *args: Tensor) -> Tensor:
     return non_reentrant(lambda *inner: reentrant(function, *inner), *args)
 
 
+# torch's tracer makes an instance of every autograd.Function that it meets, and looks at .grad of its inputs.
+tracing = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:.*grad attribute of a Tensor that is not a leaf",
+)
 WAYS = [non_reentrant, reentrant, nested, mixed]
 
 
@@ -262,3 +267,38 @@ def test_history_stays_small(net: Net) -> None:
             net(leaf(), task="a")
     numbers, tasks = find_state(net)._history._switches[threading.get_ident()]
     assert len(numbers) == len(tasks) < 20
+
+
+@tracing
+@pytest.mark.parametrize("how", [non_reentrant, reentrant])
+def test_compiled_blocks(net: Net, how: Run) -> None:
+    """A compiled layer cannot ask what its forward saw; the outputs' hooks tell it."""
+    torch._dynamo.reset()
+
+    def work() -> None:
+        set_route(net, "b")
+        first = net(leaf(), task="a")
+        with route(net, "c"):
+            second = net(leaf())
+        third = net(leaf())
+        (first.sum() + second.square().sum()).backward()
+        set_route(net, None)
+        third.exp().sum().backward()
+
+    work()
+    expected = grads(net)
+    for block in net.blocks:
+        block.compile(backend="aot_eager")
+    net.how = how
+    work()
+    got = grads(net)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient)
+    base = net(leaf(), task=None)
+    out = net(leaf(), task="a")
+    out.register_hook(lambda _: 1 / 0)  # this backward fails after the route was shown
+    with pytest.raises(ZeroDivisionError):
+        out.sum().backward()
+    net.how = plain
+    torch.testing.assert_close(net(leaf(), task=None), base)
+    torch._dynamo.reset()

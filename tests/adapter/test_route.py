@@ -235,7 +235,12 @@ def test_threads_get_an_error_and_not_each_others_task(two: nn.Module) -> None:
     x = torch.randn(4, 6)
     b = two(x)
     with route(two, "a"):
-        for attempt in (lambda: two(x), lambda: two(x, task="b"), lambda: set_route(two, "b")):
+        for attempt in (
+            lambda: two(x),
+            lambda: two(x, task="b"),
+            lambda: set_route(two, "b"),
+            lambda: two[0](x),
+        ):
             error = in_thread(attempt)
             assert isinstance(error, RouteError), error
         assert current_route(two) == "a"

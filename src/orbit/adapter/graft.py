@@ -24,7 +24,7 @@ from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases
 from orbit.adapter.owners import Slot, Tasks, escape
 from orbit.adapter.replay import in_backward
-from orbit.adapter.route import RouteState
+from orbit.adapter.state import RouteState
 
 BANKS = ("lora_A", "lora_B", "lora_magnitude")  # in the order of Slot's fields
 _BACKUP = "_orbit_backup"  # the unmerged weight, a non-persistent buffer
@@ -76,8 +76,11 @@ class Graft(nn.Module):
     def current_slot(self) -> Slot | None:
         """The owners that this forward uses."""
         slot = self._orbit_slot
-        if not torch.compiler.is_compiling() and in_backward():
-            slot = self._orbit_route.slot_in_backward(self)
+        if not torch.compiler.is_compiling():
+            if in_backward():
+                slot = self._orbit_route.slot_in_backward(self)
+            elif self._orbit_route.owner is not None:
+                self._orbit_route.refuse_stranger()
         if slot is None and self._orbit_merged is not None and self.training and torch.is_grad_enabled():
             raise RouteError(
                 f"task {self._orbit_merged!r} is merged into the weights, and training would apply it twice; "

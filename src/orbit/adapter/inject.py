@@ -23,7 +23,8 @@ from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
 from orbit.adapter.owners import Slot, check_task_name
-from orbit.adapter.route import RouteState, find_state, install, state_of, uninstall
+from orbit.adapter.route import find_state, install, state_of, uninstall
+from orbit.adapter.state import RouteState
 from orbit.adapter.targets import resolve
 
 

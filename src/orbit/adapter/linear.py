@@ -39,6 +39,10 @@ class LinearGraft(Graft, nn.Linear):
                 f"a layer gives {base.shape[-1]} features and its adapter {slot.up.weight.shape[0]}: "
                 "its weight was replaced (resize_token_embeddings?); resize before injecting"
             )
+        if slot.down.weight.is_meta and not base.is_meta:
+            raise GraftError(  # torch would multiply by it without a word, and return garbage
+                "an adapter is on the meta device: offload the model before injecting, not after"
+            )
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
         if slot.magnitude is None:
@@ -90,7 +94,9 @@ class LinearGraft(Graft, nn.Linear):
         return w2
 
     def _is_dense(self, W: Tensor) -> bool:
-        return W.is_floating_point() and W.shape == (self.out_features, self.in_features)
+        # A tensor subclass (torchao's quantised weights) looks dense and need not have these operations.
+        plain = type(W) in (Tensor, nn.Parameter)
+        return plain and W.is_floating_point() and W.shape == (self.out_features, self.in_features)
 
     # -- what Graft asks of a kind ---------------------------------------------------------------------------
 
@@ -111,7 +117,7 @@ class LinearGraft(Graft, nn.Linear):
     def merged_weight(self, slot: Slot) -> Tensor:
         """W + s·B·A, or its DoRA form, computed in at least float32 and rounded once."""
         W = self._parameters.get("weight")
-        if W is None or not self._is_dense(W) or W.is_meta or type(W.data) is not Tensor:
+        if W is None or not self._is_dense(W) or W.is_meta:
             raise MergeError(
                 f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded"
             )
