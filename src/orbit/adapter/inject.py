@@ -218,20 +218,20 @@ def check_gradients(model: nn.Module) -> None:
     state = find_state(model)
     if state is None:
         return
-    names = {task: adapter_parameters(model, task) for task in state.configs}
-    routed = {task for task in state.routed if task in names}
+    owned: dict[str, list[nn.Parameter]] = {task: [] for task in state.configs}
+    for layer in state.layers():
+        for task, slot in layer.slots().items():
+            owned[task] += [owner.weight for owner in slot if owner is not None]
+    routed = {task for task in state.routed if task in owned}
     state.routed.clear()
     if not routed:
-        routed = {task for task, found in names.items() if any(p.grad is not None for p in found.values())}
+        routed = {task for task, found in owned.items() if any(p.grad is not None for p in found)}
     if not routed and state.default is not None:
         routed = {state.default}
-    silent = [
-        key
-        for task in names
-        if task in routed
-        for key, p in names[task].items()
-        if p.requires_grad and p.grad is None
-    ]
+    silent_ids = {id(p) for task in routed for p in owned[task] if p.requires_grad and p.grad is None}
+    if not silent_ids:
+        return
+    silent = [name for name, parameter in model.named_parameters() if id(parameter) in silent_ids]
     if silent:
         shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
         raise GradientError(

@@ -80,7 +80,7 @@ class LinearGraft(Graft, nn.Linear):
         if torch.compiler.is_compiling() and self._is_dense(W):
             return dora.squared_rows(W)  # one pass over W, fused with the product that needs W anyway
         keep = not W.requires_grad and not W.is_inference()
-        mark = (W.data_ptr(), W._version, W.dtype) if keep else None
+        mark = (W._version, W.dtype, W.data_ptr() if self._is_dense(W) else None) if keep else None
         ref, seen, w2 = self.__dict__.get("_orbit_w2", (None, None, None))
         if keep and ref is not None and ref() is W and seen == mark:
             return w2

@@ -68,7 +68,7 @@ class RouteState:
         self.current = self.default
         self.routed: set[str] = set()
         self.calls = 0  # running calls with task=, read by compiled graphs
-        self._layers: list[weakref.ref[Graft]] = []
+        self._layers: dict[int, weakref.ref[Graft]] = {}
         self._lost: list[str] = []  # layers that died with their tasks
         self._holds: list[_Hold] = []
         self.owner: int | None = None  # the thread whose call or block chose the current task
@@ -87,25 +87,27 @@ class RouteState:
 
     def layers(self) -> Iterator[Graft]:
         """The adapted layers that are still alive."""
-        for ref in self._layers:
+        for ref in list(self._layers.values()):
             layer = ref()
             if layer is not None:
                 yield layer
 
     def attach(self, layer: Graft) -> None:
-        self.detach(layer)
-        me, what = weakref.ref(self), f"{type(layer).__name__}({layer.extra_repr()})"
+        """Steer this layer from now on."""
+        me, key, what = weakref.ref(self), id(layer), f"{type(layer).__name__}({layer.extra_repr()})"
 
-        def gone(_: object) -> None:
+        def gone(ref: object) -> None:
             state = me()
-            if state is not None:
+            if state is not None and state._layers.get(key) is ref:
+                del state._layers[key]
                 state._lost.append(what)
 
-        self._layers.append(weakref.ref(layer, gone))
+        self._layers[key] = weakref.ref(layer, gone)
         self._point(layer)
 
     def detach(self, layer: Graft) -> None:
-        self._layers = [ref for ref in self._layers if ref() not in (None, layer)]
+        """Let go of a layer that loses its last task."""
+        self._layers.pop(id(layer), None)
 
     def _refuse_loss(self) -> None:
         if self._lost:
@@ -214,8 +216,10 @@ class RouteState:
         if self.owner is not None and self.owner != threading.get_ident():
             self._refuse_others(threading.get_ident(), self.default, False)
 
-    def _refuse_others(self, me: int, task: str | None, changes: bool) -> None:
+    def _refuse_others(self, me: int, task: str | None, changes: bool, *, calls_only: bool = False) -> None:
         for hold in self._holds:
+            if hold.root is None and calls_only:
+                continue
             if hold.thread != me and not hold.replaying and (changes or hold.changes):
                 theirs = f"task {hold.task!r}" if hold.changes else f"the default {self.current!r}"
                 mine = f"task {task!r}" if changes else f"the default {self.default!r}"
@@ -315,7 +319,8 @@ class RouteState:
         if self._shown == task:
             return
         with self._lock:
-            self._refuse_others(threading.get_ident(), task, True)
+            # Blocks do not count: the thread that waits for this backward pass may hold one.
+            self._refuse_others(threading.get_ident(), task, True, calls_only=True)
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             self._show(task)
 
@@ -326,7 +331,7 @@ class RouteState:
 
 def has_compiled_parts(model: nn.Module) -> bool:
     """Is any module of the model compiled by itself?"""
-    return "torch._dynamo" in sys.modules and any(
+    return any(
         module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
     )
 
