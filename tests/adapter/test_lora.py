@@ -33,6 +33,18 @@ def test_first_and_second_derivatives(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradgradcheck(lambda *t: low_rank(*t, s), inputs)
 
 
+def test_a_loss_of_the_output_and_of_its_own_gradient() -> None:
+    """h is an output that nobody sees, and has two gradients here: through y and through dB."""
+    base, x, A, B, s = parts(2, 4)
+    inputs = [t.requires_grad_() for t in (x, A, B)]
+    results = []
+    for branch in (low_rank, lambda base, x, A, B, s: base + s * x @ A.T @ B.T):
+        y = branch(base, *inputs, s)
+        (dB,) = torch.autograd.grad(y.square().sum(), B, create_graph=True)
+        results.append(torch.autograd.grad(y.sum() + dB.square().sum(), inputs))
+    torch.testing.assert_close(*results)
+
+
 def test_skips_gradients_that_nobody_asks_for() -> None:
     base, x, A, B, s = parts(2, 4)
     low_rank(base, x, A.requires_grad_(), B, s).sum().backward()

@@ -40,6 +40,11 @@ def test_nothing_is_found_by_substring() -> None:
     assert matches("1", ["1", "a.1", "10", "a.11"]) == ["1", "a.1"]
 
 
+def test_a_container_is_not_its_namesake_with_another_digit() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(12))})
+    assert [name for name in resolve(model, ["layers.1"])[0]] == ["layers.1.0"]
+
+
 def test_none_is_everything_but_the_head(llama: Make, mlp: Make) -> None:
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
