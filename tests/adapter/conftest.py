@@ -39,7 +39,9 @@ def mlp() -> Callable[[], nn.Module]:
 
     def make() -> nn.Module:
         torch.manual_seed(7)
-        return nn.Sequential(nn.Linear(6, 10), nn.ReLU(inplace=True), nn.Linear(10, 8, bias=False), nn.Linear(8, 3))
+        return nn.Sequential(
+            nn.Linear(6, 10), nn.ReLU(inplace=True), nn.Linear(10, 8, bias=False), nn.Linear(8, 3)
+        )
 
     return make
 

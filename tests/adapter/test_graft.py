@@ -171,8 +171,21 @@ def test_offloaded_weights(dora: bool, mlp: Make, fill: Callable[..., None]) -> 
     torch.testing.assert_close(model(x), plain(x))
     model(x).sum().backward()
     plain(x).sum().backward()
-    for mine, theirs in zip(adapter_parameters(model).values(), adapter_parameters(plain).values(), strict=True):
+    for mine, theirs in zip(
+        adapter_parameters(model).values(), adapter_parameters(plain).values(), strict=True
+    ):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_offloading_after_grafting_is_refused(mlp: Make) -> None:
+    """Law 4: a matrix on the meta device multiplies to garbage without an error."""
+    from accelerate import cpu_offload
+
+    model = mlp()
+    inject(model, AdapterConfig(r=2))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(GraftError, match="offload the model before injecting"):
+        model(torch.randn(4, 6))
 
 
 def test_meta_weights_are_refused() -> None:
@@ -211,7 +224,9 @@ def test_other_libraries_adapters_are_refused(mlp: Make) -> None:
         inject(theirs)
 
 
-@pytest.mark.parametrize("name", ["keys", "train", "a.b", "a", "weight", "%2E", "größe", " ", "a/b", "_x", "1"])
+@pytest.mark.parametrize(
+    "name", ["keys", "train", "a.b", "a", "weight", "%2E", "größe", " ", "a/b", "_x", "1"]
+)
 def test_any_name_is_a_task(name: str, mlp: Make, fill: Callable[..., None]) -> None:
     """Law 8: names are escaped in storage and never shown escaped."""
     assert unescape(escape(name)) == name
@@ -227,7 +242,9 @@ def test_any_name_is_a_task(name: str, mlp: Make, fill: Callable[..., None]) -> 
     inject(twin, AdapterConfig(r=2), "a.b.c")
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(x, task=name), y)
-    assert torch.equal(twin.get_parameter(next(iter(adapter_parameters(twin, name)))), model[0].slots()[name].down.weight)
+    assert torch.equal(
+        twin.get_parameter(next(iter(adapter_parameters(twin, name)))), model[0].slots()[name].down.weight
+    )
     with pytest.raises(TaskError, match="already") as error:
         inject(model, AdapterConfig(r=2), name)
     assert repr(name) in str(error.value)
@@ -250,7 +267,9 @@ def roundtrips(tmp: Path) -> dict[str, Callable[[nn.Module], nn.Module]]:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_are_whole_and_independent(how: str, mlp: Make, fill: Callable[..., None], tmp_path: Path) -> None:
+def test_copies_are_whole_and_independent(
+    how: str, mlp: Make, fill: Callable[..., None], tmp_path: Path
+) -> None:
     """Law 8, and law 3: a running call's route is dropped, and layers follow their copy's RouteState."""
     model, x = mlp(), torch.randn(4, 6)
     inject(model, AdapterConfig(r=2), "a")

@@ -97,7 +97,9 @@ def test_autocast_is_pefts(kind: str, mlp: Callable[[], nn.Module]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_fresh_adapter_returns_the_very_bits(kind: str, dropout: float, mlp: Callable[[], nn.Module]) -> None:
+def test_a_fresh_adapter_returns_the_very_bits(
+    kind: str, dropout: float, mlp: Callable[[], nn.Module]
+) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model, x = mlp().to(dtype), torch.randn(5, 6).to(dtype)
         before = model(x)
@@ -106,7 +108,7 @@ def test_a_fresh_adapter_returns_the_very_bits(kind: str, dropout: float, mlp: C
 
 
 class Int8Linear(nn.Linear):
-    """A quantised linear as they are made: an integer weight, and a forward that calls torch's with a dense one."""
+    """A quantised linear as they are made: an integer weight, and a forward of its own."""
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None)

@@ -21,12 +21,13 @@ class AdapterConfig:
         dropout: probability of dropping an input of the low-rank branch, in [0, 1).
         dora: learn a magnitude beside the direction (`adapter/dora.py`).
         rslora: s = alpha/√r instead of alpha/r.
-        targets: which layers, as dotted suffixes ("q_proj", "mlp.up_proj"), globs ("layers.*.q_proj") or regular
-            expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a container means
-            every adaptable layer below it. None: every linear layer but the head (`adapter/targets.py`).
+        targets: which layers, as dotted suffixes ("q_proj", "mlp.up_proj"), globs ("layers.*.q_proj") or
+            regular expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a
+            container means every adaptable layer below it. None: every linear layer but the head
+            (`adapter/targets.py`).
         exclude: layers to leave out, in the same grammar.
-        rank_pattern, alpha_pattern: other values of r and alpha for layers whose name ends in a match of the key,
-            a regular expression. The first key that matches counts, as in PEFT.
+        rank_pattern, alpha_pattern: other values of r and alpha for layers whose name ends in a match of the
+            key, a regular expression. The first key that matches counts, as in PEFT.
 
     Raises:
         ConfigError: if a value lies outside its range.
@@ -138,7 +139,7 @@ class AdapterConfig:
                 raise ConfigError(f"{key}={value!r} cannot be honoured here")
         if layers is None and not _empty(fields.get("layers_to_transform")):
             raise ConfigError(
-                f"layers_to_transform={fields['layers_to_transform']!r} needs the adapter's own file to be resolved"
+                f"layers_to_transform={fields['layers_to_transform']!r} is only resolved with the weights"
             )
         try:
             config = cls(

@@ -5,15 +5,15 @@
 
     W (out, in)   A (r, in)   B (out, r)   m, n, c (out,)   base = x·Wᵀ + b   u, y (…, out)
 
-The right-hand form of y leaves a fresh adapter's output unchanged to the last bit: m starts as n, so c − 1 = 0.
-There is no epsilon; a row whose V is exactly zero has no direction and gets c = 1 instead of 0/0.
+The right-hand form of y leaves a fresh adapter's output unchanged to the last bit: m starts as n, so c − 1 =
+0. There is no epsilon; a row whose V is exactly zero has no direction and gets c = 1 instead of 0/0.
 
 The norm never forms V (in bf16, W + s·B·A rounds the update away, and it is as large as W):
 
     n² = ‖W‖² + 2s·Σᵣ(B∘(W·Aᵀ)) + s²·Σᵣ((B·A·Aᵀ)∘B)      row by row, in at least float32
 
-‖W‖² is cached by the layer while W is frozen. The magnitude's gradient is dm = Σ dy∘(u − b)/n over all rows of x;
-where m ≠ 0 that is Σ dy∘(y − b)/m, but it also holds at m = 0 and survives an in-place activation on y.
+‖W‖² is cached by the layer while W is frozen. The magnitude's gradient is dm = Σ dy∘(u − b)/n over all rows
+of x; where m ≠ 0 that is Σ dy∘(y − b)/m, but it also holds at m = 0 and survives an in-place activation on y.
 
 Source: Liu et al. 2024 (arXiv 2402.09353), its section 4.3 for the detached norm. PEFT agrees to rounding.
 """

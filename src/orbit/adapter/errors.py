@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class AdapterError(Exception):
-    """Base of every error that `orbit.adapter` raises on purpose. The model is then as it was before the call."""
+    """Base of every error that `orbit.adapter` raises on purpose; the model is then as it was before."""
 
 
 class ConfigError(AdapterError, ValueError):

@@ -4,11 +4,11 @@
     base_model.model.<layer>.lora_B.weight              (out, r)
     base_model.model.<layer>.lora_magnitude_vector      (out,)     DoRA only
 
-PEFT and vLLM load what is written here, and the reverse. A path that ends in `.safetensors` means one file, with the
-config in its metadata. Nothing but safetensors and JSON is read: no pickle.
+PEFT and vLLM load what is written here, and the reverse. A path that ends in `.safetensors` means one file,
+with the config in its metadata. Nothing but safetensors and JSON is read: no pickle.
 
-Writing is atomic: a new folder appears complete or not at all; in an existing one each file is replaced whole.
-Loading is strict and checks everything before it touches the model.
+Writing is atomic: a new folder appears complete or not at all; in an existing one each file is replaced
+whole. Loading is strict and checks everything before it touches the model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
-from orbit.adapter.errors import AdapterFileError, ConfigError
-from orbit.adapter.graft import BANKS, Graft
+from orbit.adapter.errors import AdapterFileError
+from orbit.adapter.graft import BANKS
 from orbit.adapter.inject import (
     InjectReport,
     inject,
@@ -95,7 +95,8 @@ def load(
         The report of the injection, or None if the task was there.
 
     Raises:
-        AdapterFileError: naming the key or field that is missing, unexpected, of the wrong shape or not finite.
+        AdapterFileError: naming the key or field that is missing, unexpected, of the wrong shape or not
+            finite.
         ConfigError: a field of PEFT's config cannot be honoured. The model is unchanged.
     """
     model = _root(model)
@@ -116,7 +117,7 @@ def load(
     _check_coverage(path, fields, set(found), set(layers))
     for layer_name, banks in found.items():
         module = layers[layer_name][1]
-        _check_layer(path, layer_name, banks, config, module.in_features, module.out_features)  # type: ignore[arg-type]
+        _check_layer(path, layer_name, banks, config, module.in_features, module.out_features)
 
     report = None
     if name in tasks(model):
@@ -147,9 +148,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         hint = "; adapter_model.bin is a pickle, convert it to safetensors with PEFT" if pickled else ""
         raise AdapterFileError(f"there is no file {weights}{hint}")
     try:
-        with safe_open(weights, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(weights, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise AdapterFileError(f"{weights} cannot be read: {error}") from None
     try:
@@ -224,8 +225,8 @@ def _check_layer(
             raise AdapterFileError(f"{path}: {_key(name, bank)} is missing")
         if tuple(banks[bank].shape) != shape:
             raise AdapterFileError(
-                f"{path}: {_key(name, bank)} has shape {tuple(banks[bank].shape)}, but rank {r} on this layer "
-                f"({in_features} -> {out_features}) asks for {shape}"
+                f"{path}: {_key(name, bank)} has shape {tuple(banks[bank].shape)}, but rank {r} on a layer "
+                f"{in_features} -> {out_features} asks for {shape}"
             )
     for bank in banks:
         if bank not in wanted:
@@ -267,7 +268,7 @@ def _key(layer: str, bank: str) -> str:
 
 
 def _target_modules(model: nn.Module, layers: set[str]) -> list[str] | str:
-    """The adapted layers as PEFT will find exactly them: last segments, else full names, else one expression."""
+    """The adapted layers as PEFT finds just them: last segments, else full names, else an expression."""
     names = [_clean(raw) for raw, module in model.named_modules() if not isinstance(module, (Tasks, Owner))]
     for candidate in (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers)):
         if {name for name in names if _peft_match(candidate, name)} == layers:

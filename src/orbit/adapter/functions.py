@@ -1,7 +1,7 @@
 """Document 000's functions, over the adapter core.
 
-They differ from it in taste only: `inject_lora` takes loose arguments and returns the model, where `inject` takes
-an AdapterConfig and returns a report; both do the same.
+They differ from it in taste only: `inject_lora` takes loose arguments and returns the model, where `inject`
+takes an AdapterConfig and returns a report; both do the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def inject_lora(
         lora_alpha, alpha: two names of the same number, 16 by default; the scale is alpha/r.
         lora_dropout: dropout before the branch.
         dora: DoRA instead of LoRA.
-        target_names: layers or containers (see `AdapterConfig.targets`); None: every linear layer but the head.
+        target_names: layers or containers (see `AdapterConfig.targets`); None: every linear layer but the
+            head.
         exclude_names: layers to leave out.
         rslora: scale alpha/√r.
         name: the task's name.

@@ -1,8 +1,8 @@
 """The graft: a layer that carries tasks and is still its layer.
 
-Its class becomes a generated subclass; its parameters keep their names, shapes and storage; each task's tensors live
-in owner modules beside them (`owners.py`). Removing the last task restores the class it had. A wrapper module would
-rename every parameter and be silently wrong wherever somebody reads `layer.weight`.
+Its class becomes a generated subclass; its parameters keep their names, shapes and storage; each task's
+tensors live in owner modules beside them (`owners.py`). Removing the last task restores the class it had. A
+wrapper module would rename every parameter and be silently wrong wherever somebody reads `layer.weight`.
 
 `Graft` holds what every kind needs: tasks, copying, loading, the merged weight. A kind adds its forward
 (`linear.py`). State on the layer, all of it in `__dict__`:
@@ -14,7 +14,6 @@ rename every parameter and be silently wrong wherever somebody reads `layer.weig
 
 from __future__ import annotations
 
-import functools
 import types
 from typing import Any
 
@@ -25,7 +24,7 @@ from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases
 from orbit.adapter.owners import Slot, Tasks, escape
 from orbit.adapter.replay import in_backward
-from orbit.adapter.route import RouteState
+from orbit.adapter.state import RouteState
 
 BANKS = ("lora_A", "lora_B", "lora_magnitude")  # in the order of Slot's fields
 _BACKUP = "_orbit_backup"  # the unmerged weight, a non-persistent buffer
@@ -77,8 +76,11 @@ class Graft(nn.Module):
     def current_slot(self) -> Slot | None:
         """The owners that this forward uses."""
         slot = self._orbit_slot
-        if not torch.compiler.is_compiling() and in_backward():
-            slot = self._orbit_route.slot_in_backward(self)
+        if not torch.compiler.is_compiling():
+            if in_backward():
+                slot = self._orbit_route.slot_in_backward(self)
+            elif self._orbit_route.owner is not None:
+                self._orbit_route.refuse_stranger()
         if slot is None and self._orbit_merged is not None and self.training and torch.is_grad_enabled():
             raise RouteError(
                 f"task {self._orbit_merged!r} is merged into the weights, and training would apply it twice; "
@@ -88,7 +90,9 @@ class Graft(nn.Module):
 
     # -- what a kind provides --------------------------------------------------------------------------------
 
-    def new_slot(self, **settings: Any) -> Slot:
+    def new_slot(
+        self, *, r: int, alpha: float, dropout: float = 0.0, dora: bool = False, rslora: bool = False
+    ) -> Slot:
         """Fresh owners for a task, not yet attached; a fresh adapter changes nothing."""
         raise NotImplementedError
 
@@ -99,10 +103,10 @@ class Graft(nn.Module):
     # -- merging ---------------------------------------------------------------------------------------------
 
     def merge(self, task: str) -> None:
-        """Put W' in the place of W. The Parameter W itself is the backup, so unmerging restores the very bits."""
-        original = self._parameters["weight"]
-        assert original is not None and self._orbit_merged is None
+        """Put W' in the place of W. The Parameter W itself is the backup, so unmerging is exact."""
         merged = nn.Parameter(self.merged_weight(self.slots()[task]), requires_grad=False)
+        original = self._parameters["weight"]
+        assert original is not None
         self.register_buffer(_BACKUP, original, persistent=False)
         self._parameters["weight"] = merged
         self._orbit_merged = task
@@ -188,20 +192,23 @@ def ungraft(layer: Graft) -> None:
         layer.__dict__.pop(name, None)
     for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is keep_off_fast_path]:
         del layer._forward_pre_hooks[key]
-    layer.__class__ = cls
+    layer.__class__ = cls  # type: ignore[assignment]
     _rebind_accelerate(layer)
 
 
 def keep_off_fast_path(layer: nn.Module, args: Any) -> None:
-    """A hook that does nothing. `nn.TransformerEncoderLayer` reads weights around forwards unless there is one."""
+    """A hook that does nothing; without one `nn.TransformerEncoderLayer` reads weights around forwards."""
 
 
-@functools.cache
 def grafted_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of grafted layers whose own class is `cls`."""
-    bases = grafted_bases(cls)
-    body = {"_orbit_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(f"Grafted{cls.__name__}", bases, body)
+    if cls not in _CLASSES:
+        body = {"_orbit_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        _CLASSES[cls] = type(f"Grafted{cls.__name__}", grafted_bases(cls), body)
+    return _CLASSES[cls]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
@@ -213,7 +220,7 @@ def original_class(layer: nn.Module) -> type[nn.Module]:
     original = type(layer).__dict__.get("_orbit_original")
     if original is None:
         raise GraftError(
-            f"the class of an adapted layer was changed after grafting, to {type(layer).__name__}; undo that first"
+            f"an adapted layer's class was changed after grafting, to {type(layer).__name__}; undo that first"
         )
     return original
 

@@ -3,7 +3,7 @@
 >>> import torch; from torch import nn
 >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 >>> print(inject(model, AdapterConfig(r=2), name="math"))
-task 'math': 1 layer adapted, 24 of 82 parameters train; left out: 2 (the head; name it as a target to adapt it)
+task 'math': 1 layer adapted, 24 of 82 parameters train; left out: 2 (the head)
 >>> tasks(model)
 ('math',)
 >>> remove(model, "math"); type(model[0]).__name__
@@ -23,7 +23,8 @@ from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
 from orbit.adapter.owners import Slot, check_task_name
-from orbit.adapter.route import RouteState, find_state, install, state_of, uninstall
+from orbit.adapter.route import find_state, install, state_of, uninstall
+from orbit.adapter.state import RouteState
 from orbit.adapter.targets import resolve
 
 
@@ -67,7 +68,8 @@ def inject(
         freeze_base: stop the training of every parameter that belongs to no adapter.
 
     Raises:
-        TargetError, TaskError, ConfigError, GraftError, RouteError: see their messages. The model is unchanged.
+        TargetError, TaskError, ConfigError, GraftError, RouteError: see their messages. The model is
+            unchanged.
     """
     config = AdapterConfig() if config is None else config
     check_task_name(name)
@@ -127,7 +129,7 @@ def remove(model: nn.Module, name: str) -> None:
         uninstall(model, state)
         for module in model.modules():
             if module.__dict__.pop("_orbit_nested", False):
-                module.use_nested_tensor = True
+                module.__dict__["use_nested_tensor"] = True
 
 
 def tasks(model: nn.Module) -> tuple[str, ...]:
@@ -206,9 +208,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def check_gradients(model: nn.Module) -> None:
     """Raise if a routed, trainable adapter has no gradient. Call it after a window's backward passes.
 
-    Routed are the tasks under which the model was called with gradients, in training mode, since the last check.
-    Where no such call was seen (only parts of the model were called, or it is compiled as a whole), they are the
-    tasks of which some parameter has a gradient, and if there is none, the default one.
+    Routed are the tasks under which the model was called with gradients, in training mode, since the last
+    check. Where no such call was seen (only parts of the model were called, or it is compiled as a whole),
+    they are the tasks of which some parameter has a gradient, and if there is none, the default one.
 
     Raises:
         GradientError: naming the parameters: their layers were bypassed, and would silently never train.
@@ -216,25 +218,25 @@ def check_gradients(model: nn.Module) -> None:
     state = find_state(model)
     if state is None:
         return
-    names = {task: adapter_parameters(model, task) for task in state.configs}
-    routed = {task for task in state.routed if task in names}
+    owned: dict[str, list[nn.Parameter]] = {task: [] for task in state.configs}
+    for layer in state.layers():
+        for task, slot in layer.slots().items():
+            owned[task] += [owner.weight for owner in slot if owner is not None]
+    routed = {task for task in state.routed if task in owned}
     state.routed.clear()
     if not routed:
-        routed = {task for task, found in names.items() if any(p.grad is not None for p in found.values())}
+        routed = {task for task, found in owned.items() if any(p.grad is not None for p in found)}
     if not routed and state.default is not None:
         routed = {state.default}
-    silent = [
-        key
-        for task in names
-        if task in routed
-        for key, p in names[task].items()
-        if p.requires_grad and p.grad is None
-    ]
+    silent_ids = {id(p) for task in routed for p in owned[task] if p.requires_grad and p.grad is None}
+    if not silent_ids:
+        return
+    silent = [name for name, parameter in model.named_parameters() if id(parameter) in silent_ids]
     if silent:
         shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
         raise GradientError(
-            f"{len(silent)} trainable adapter parameter(s) received no gradient: {shown}. Their layers were not "
-            "called in the forward pass, or not on the way to the loss; exclude them, or freeze them"
+            f"{len(silent)} trainable adapter parameter(s) received no gradient: {shown}. Their layers were "
+            "not called in the forward pass, or not on the way to the loss; exclude them, or freeze them"
         )
 
 

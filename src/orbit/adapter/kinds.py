@@ -38,7 +38,7 @@ def register_kind(base: type[nn.Module], mixin: type[Graft]) -> None:
 
 
 def register_forward(cls: type[nn.Module]) -> None:
-    """Declare that the forward of `cls`, though its own, computes what its kind's does (x·Wᵀ + b for Linear)."""
+    """Declare that the forward of `cls`, though its own, computes what its kind's does (x·Wᵀ + b)."""
     _IN_FRONT.add(_path(cls))
 
 

@@ -2,7 +2,8 @@
 
     LoRA   y = low_rank(base, drop(x))                          base = super().forward(x)
     DoRA   y = rescale(low_rank(base, x), c),   c = m/‖W + s·B·A‖
-           with dropout:  base + [the same of drop(x), its own base(drop(x)) included, − base(drop(x))], as PEFT
+           with dropout:  base + [the same of drop(x), its own base(drop(x)) included, − base(drop(x))], as
+           PEFT
 
 x (…, in)   base, y (…, out)   A (r, in)   B (out, r)   m, c (out,).  The maths is in `lora.py` and `dora.py`.
 """
@@ -35,8 +36,12 @@ class LinearGraft(Graft, nn.Linear):
             return base
         if base.shape[-1] != slot.up.weight.shape[0]:
             raise GraftError(
-                f"an adapted layer gives {base.shape[-1]} features and its adapter {slot.up.weight.shape[0]}: its "
-                "weight was replaced (resize_token_embeddings?); resize before injecting"
+                f"a layer gives {base.shape[-1]} features and its adapter {slot.up.weight.shape[0]}: "
+                "its weight was replaced (resize_token_embeddings?); resize before injecting"
+            )
+        if slot.down.weight.is_meta and not base.is_meta:
+            raise GraftError(  # torch would multiply by it without a word, and return garbage
+                "an adapter is on the meta device: offload the model before injecting, not after"
             )
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
@@ -75,7 +80,7 @@ class LinearGraft(Graft, nn.Linear):
         if torch.compiler.is_compiling() and self._is_dense(W):
             return dora.squared_rows(W)  # one pass over W, fused with the product that needs W anyway
         keep = not W.requires_grad and not W.is_inference()
-        mark = (W.data_ptr(), W._version, W.dtype) if keep else None
+        mark = (W._version, W.dtype, W.data_ptr() if self._is_dense(W) else None) if keep else None
         ref, seen, w2 = self.__dict__.get("_orbit_w2", (None, None, None))
         if keep and ref is not None and ref() is W and seen == mark:
             return w2
@@ -89,7 +94,9 @@ class LinearGraft(Graft, nn.Linear):
         return w2
 
     def _is_dense(self, W: Tensor) -> bool:
-        return W.is_floating_point() and W.shape == (self.out_features, self.in_features)
+        # A tensor subclass (torchao's quantised weights) looks dense and need not have these operations.
+        plain = type(W) in (Tensor, nn.Parameter)
+        return plain and W.is_floating_point() and W.shape == (self.out_features, self.in_features)
 
     # -- what Graft asks of a kind ---------------------------------------------------------------------------
 
@@ -110,7 +117,7 @@ class LinearGraft(Graft, nn.Linear):
     def merged_weight(self, slot: Slot) -> Tensor:
         """W + s·B·A, or its DoRA form, computed in at least float32 and rounded once."""
         W = self._parameters.get("weight")
-        if W is None or not self._is_dense(W) or W.is_meta or type(W.data) is not Tensor:
+        if W is None or not self._is_dense(W) or W.is_meta:
             raise MergeError(
                 f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded"
             )

@@ -5,12 +5,12 @@
     x (…, in)   base (…, out), the layer's own output   A (r, in)   B (out, r)   h (…, r)
     s = α/r, or α/√r for rsLoRA; a 0-d tensor
 
-Backward, with g = s·(dy·B):  d_base = dy   dx = g·A   dA = gᵀ·x   dB = dyᵀ·h. It keeps x, which its neighbours
-keep anyway, and h, which is small; never ΔW, nor a copy of x in the adapter's dtype. h is returned as a second
-output because that makes second derivatives exact.
+Backward, with g = s·(dy·B):  d_base = dy   dx = g·A   dA = gᵀ·x   dB = dyᵀ·h. It keeps x, which its
+neighbours keep anyway, and h, which is small; never ΔW, nor a copy of x in the adapter's dtype. h is returned
+as a second output because that makes second derivatives exact.
 
-Sources: Hu et al. 2021 (arXiv 2106.09685), Kalajdzievski 2023 for rsLoRA (arXiv 2312.03732). B = 0 at the start,
-so a fresh adapter changes nothing.
+Sources: Hu et al. 2021 (arXiv 2106.09685), Kalajdzievski 2023 for rsLoRA (arXiv 2312.03732). B = 0 at the
+start, so a fresh adapter changes nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        base, x, A, B, s = inputs
+        _, x, A, B, s = inputs
         ctx.save_for_backward(x, A, B, s, output[1])
         ctx.set_materialize_grads(False)
 

@@ -2,14 +2,14 @@
 
     W' = W + s·B·A        or, for DoRA,        W' = m∘(W + s·B·A)/‖W + s·B·A‖
 
-Subtracting s·B·A again would leave rounding behind (in bf16 0.02 after a hundred rounds), so the Parameter W is set
-aside untouched and put back. While a task is merged the model's `state_dict()` is still that of the unmerged model,
-no route can be taken, and a training forward raises.
+Subtracting s·B·A again would leave rounding behind (in bf16 0.02 after a hundred rounds), so the Parameter W
+is set aside untouched and put back. While a task is merged the model's `state_dict()` is still that of the
+unmerged model, no route can be taken, and a training forward raises.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from orbit.adapter.errors import MergeError, RouteError
 from orbit.adapter.graft import Graft
@@ -27,8 +27,9 @@ def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> 
             until `unmerge`, and the others keep theirs.
 
     Raises:
-        TaskError: no such task. MergeError: merged already, no task is current, a weight that is shared or that
-        is not a plain dense one. RouteError: a call or a `with route` is running. The model is unchanged.
+        TaskError: no such task. MergeError: merged already, no task is current, a weight that is shared or
+        that is not a plain dense one. RouteError: a call or a `with route` is running. The model is
+        unchanged.
     """
     model = unwrapped(model)
     state = state_of(model, name)
@@ -87,7 +88,7 @@ def merged(model: nn.Module) -> str | None:
 def _sharers(model: nn.Module, layer: Graft) -> list[str]:
     """Names of the other parameters that lie in the storage of the layer's weight."""
     weight = layer._parameters.get("weight")
-    if weight is None or weight.is_meta:
+    if weight is None or not _is_plain(weight):
         return []
     own = weight.untyped_storage().data_ptr()
     return [
@@ -95,8 +96,13 @@ def _sharers(model: nn.Module, layer: Graft) -> list[str]:
         for path, module in model.named_modules()
         for key, parameter in module._parameters.items()
         if parameter is not None
-        and not parameter.is_meta
+        and _is_plain(parameter)
         and not (module is layer and key == "weight")
         and own != 0
         and parameter.untyped_storage().data_ptr() == own
     ]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Does it have a storage of its own kind? Meta tensors and tensor subclasses do not."""
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta

@@ -1,7 +1,7 @@
 """Weights that accelerate keeps elsewhere between forwards.
 
-An offloaded layer's weight is on the meta device and comes back for the length of its forward. Its adapters live on
-the device where the forward runs: a matrix on the meta device would multiply to garbage.
+An offloaded layer's weight is on the meta device and comes back for the length of its forward. Its adapters
+live on the device where the forward runs: a matrix on the meta device would multiply to garbage.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def execution_device(layer: nn.Module) -> torch.device:
 @contextmanager
 def weights_at_hand(layer: nn.Module) -> Iterator[None]:
     """Inside, the weight of an offloaded layer is on its execution device."""
-    hook = offload_hook(layer) if layer.weight.is_meta else None  # type: ignore[union-attr]
+    hook = offload_hook(layer) if layer.weight.is_meta else None
     if hook is None:
         yield
         return

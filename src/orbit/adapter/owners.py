@@ -4,11 +4,11 @@
     q_proj.lora_B.<task>.weight          (out, r)   Up, which also carries the scale s
     q_proj.lora_magnitude.<task>.weight  (out,)     Magnitude, DoRA only
 
-Routes hand out these modules and never bare Parameters: `load_state_dict(assign=True)` and `fully_shard` replace
-the Parameter of a module, and whoever kept the old one would go on training a dead copy.
+Routes hand out these modules and never bare Parameters: `load_state_dict(assign=True)` and `fully_shard`
+replace the Parameter of a module, and whoever kept the old one would go on training a dead copy.
 
-A task may have any non-empty name. Module names may not contain a dot nor shadow an attribute ("train"), so the
-container stores such names percent-escaped and shows them as they were given.
+A task may have any non-empty name. Module names may not contain a dot nor shadow an attribute ("train"), so
+the container stores such names percent-escaped and shows them as they were given.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Down(Owner):
 class Up(Owner):
     """B (out, r), and the scale s = alpha/r or alpha/sqrt(r).
 
-    The scale is a 0-d tensor, so that a compiled graph takes it as an input instead of a constant. It keeps at
-    least float32 whatever `model.to(dtype)` does to B: 11.3137 is not a bf16 number.
+    The scale is a 0-d tensor, so that a compiled graph takes it as an input instead of a constant. It keeps
+    at least float32 whatever `model.to(dtype)` does to B: 11.3137 is not a bf16 number.
     """
 
     scale: Tensor

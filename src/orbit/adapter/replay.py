@@ -1,13 +1,14 @@
 """Which route a forward saw, asked during the backward pass.
 
-Activation checkpointing runs a forward again inside the backward pass, when the route may have changed: `loss_a` and
-`loss_b` were computed under tasks a and b, and both are replayed under whatever is current now. The replay must use
-the route of its own forward.
+Activation checkpointing runs a forward again inside the backward pass, when the route may have changed:
+`loss_a` and `loss_b` were computed under tasks a and b, and both are replayed under whatever is current now.
+The replay must use the route of its own forward.
 
 Autograd numbers its nodes in the order of their creation, per thread. So the history of a route is a list of
-(number of the next node, task) noted at every switch; the node that autograd is evaluating while a layer is replayed
-tells when its forward ran, and the history tells which task was current then. This pins every replay, whoever
-started it: transformers' gradient checkpointing, `torch.utils.checkpoint` in both its variants, an adjoint method.
+(number of the next node, task) noted at every switch; the node that autograd is evaluating while a layer is
+replayed tells when its forward ran, and the history tells which task was current then. This pins every
+replay, whoever started it: transformers' gradient checkpointing, `torch.utils.checkpoint` in both its
+variants, an adjoint method.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import sys
 import threading
 from bisect import bisect_right
+from types import FrameType
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction
@@ -58,8 +60,8 @@ class History:
         """The task that was current when the node now being evaluated was created.
 
         Raises:
-            RouteError: if that lies too far back, or if several threads ran forwards under different tasks, so
-                that the node's number does not tell.
+            RouteError: if that lies too far back, or if several threads ran forwards under different tasks,
+                so that the node's number does not tell.
         """
         if len(self._tasks) == 1:
             return self._first
@@ -79,7 +81,7 @@ class History:
             found.add(self._first if index < 0 else tasks[index])
         if len(found) > 1:
             raise RouteError(
-                f"a checkpointed forward is replayed and ran under one of the tasks {sorted(map(repr, found))}, "
+                f"a checkpointed forward is replayed that ran under one of {sorted(map(repr, found))}, "
                 f"switched by {len(self._switches)} threads; {_WAY_OUT}"
             )
         return found.pop()
@@ -91,7 +93,7 @@ _WAY_OUT = "run forward and backward under one route, or turn activation checkpo
 def _original_node() -> torch.autograd.graph.Node | None:
     """The node of the outermost backward pass: a reentrant checkpoint inside another is itself a replay."""
     node = torch._C._current_autograd_node()
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is CheckpointFunction.backward.__code__:
             node = frame.f_locals["ctx"]

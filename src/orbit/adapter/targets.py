@@ -8,8 +8,8 @@
 A match that is a container means every adaptable layer below it. Nothing is found by substring.
 
 The head, for transformers' models, is what `get_output_embeddings()` returns and every layer outside of
-`base_model` (a classifier); for other models it is the last adaptable layer in the order of registration, unless
-that is the only one. Name it as a target to adapt it.
+`base_model` (a classifier); for other models it is the last adaptable layer in the order of registration,
+unless that is the only one. Name it as a target to adapt it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def resolve(
     """The layers to adapt and those left out.
 
     Returns:
-        Two dicts by dotted name: the layers, in the model's order; and, for layers that were in reach and are not
-        among them, the reason.
+        Two dicts by dotted name: the layers, in the model's order; and, for layers that were in reach and are
+        not among them, the reason.
 
     Raises:
-        TargetError: a target or an exclusion that matches nothing, or names a layer that cannot be adapted; no
-            layer left.
+        TargetError: a target or an exclusion that matches nothing, or names a layer that cannot be adapted;
+            no layer left.
     """
     modules, parents = _tree(model)
     layers = {name: module for name, module in modules.items() if kind_of(module) is not None}
@@ -47,7 +47,7 @@ def resolve(
         chosen = set(layers)
         for name in _head(model, layers):
             chosen.discard(name)
-            skipped[name] = "the head; name it as a target to adapt it"
+            skipped[name] = "the head"
         by_name: set[str] = set()
     else:
         chosen, by_name = set(), set()
@@ -129,7 +129,7 @@ def _at_or_below(name: str, roots: Sequence[str]) -> bool:
 def _head(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     if hasattr(model, "get_output_embeddings") and hasattr(model, "base_model"):
         head = model.get_output_embeddings()  # type: ignore[operator]
-        body = set(model.base_model.modules())  # type: ignore[union-attr, operator]
+        body = set(model.base_model.modules())  # type: ignore[union-attr]
         return [name for name, layer in layers.items() if layer is head or layer not in body]
     return list(layers)[-1:] if len(layers) > 1 else []
 

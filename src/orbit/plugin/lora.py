@@ -30,7 +30,8 @@ class LoRA(Plugin):
     """Train `trainer.model` through a low-rank adapter.
 
     Args:
-        target_names: layers or containers (see `AdapterConfig.targets`); None: every linear layer but the head.
+        target_names: layers or containers (see `AdapterConfig.targets`); None: every linear layer but the
+            head.
         r: rank.
         alpha, lora_alpha: two names of the same number, 32 by default; the scale is alpha/r.
         dropout, lora_dropout: two names of the branch's dropout, 0 by default.

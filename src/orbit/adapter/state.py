@@ -1,0 +1,357 @@
+"""The state behind a model's route: its tasks, the current one, and who relies on it.
+
+Every model replica has one RouteState; `route.py` is its face. It points each layer at the owners to use,
+counts the calls and blocks that rely on that, and refuses what would change it under them. Its bound methods
+are the hooks on the model's root (closures could not be pickled with the model).
+
+In a backward pass nothing is switched: a replayed layer asks `replay.History` what its forward saw. A
+compiled layer cannot ask. So if some of the model is compiled, the outputs of a call carry a hook that shows
+the call's task to the layers while the backward pass runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from orbit.adapter.config import AdapterConfig
+from orbit.adapter.errors import RouteError, TaskError
+from orbit.adapter.owners import Slot
+from orbit.adapter.replay import History, in_backward
+
+if TYPE_CHECKING:
+    from orbit.adapter.graft import Graft
+
+
+class _Hold(NamedTuple):
+    """One call or block that relies on the current route."""
+
+    thread: int
+    changes: bool  # did it ask for a task of its own?
+    task: str | None
+    before: str | None
+    replaying: bool  # entered inside a backward pass, where nothing is switched
+    root: weakref.ref[nn.Module] | None  # of a call: the model called
+
+
+class RouteState:
+    """The tasks of one model replica and the one that is current.
+
+    Copies and pickles keep the tasks and the default route, and drop what belongs to a running call. Layers
+    find their copy's RouteState by themselves when they are rebuilt.
+
+    Attributes:
+        configs: the config of every task, in the order of injection.
+        default: the task that is current outside of calls and blocks.
+        current: the task that is current now.
+        merged: the task that is merged into the weights, if any.
+        routed: tasks that ran with gradients since the last `check_gradients`.
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, AdapterConfig] = {}
+        self.default: str | None = None
+        self.merged: str | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.current = self.default
+        self.routed: set[str] = set()
+        self.calls = 0  # running calls with task=, read by compiled graphs
+        self._layers: dict[int, weakref.ref[Graft]] = {}
+        self._lost: list[str] = []  # layers that died with their tasks
+        self._holds: list[_Hold] = []
+        self.owner: int | None = None  # the thread whose call or block chose the current task
+        self._shown = self.current  # the task whose owners the layers have
+        self._history = History(self.current)
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"configs": dict(self.configs), "default": self.default, "merged": self.merged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    # -- layers ----------------------------------------------------------------------------------------------
+
+    def layers(self) -> Iterator[Graft]:
+        """The adapted layers that are still alive."""
+        for ref in list(self._layers.values()):
+            layer = ref()
+            if layer is not None:
+                yield layer
+
+    def attach(self, layer: Graft) -> None:
+        """Steer this layer from now on."""
+        me, key, what = weakref.ref(self), id(layer), f"{type(layer).__name__}({layer.extra_repr()})"
+
+        def gone(ref: object) -> None:
+            state = me()
+            if state is not None and state._layers.get(key) is ref:
+                del state._layers[key]
+                state._lost.append(what)
+
+        self._layers[key] = weakref.ref(layer, gone)
+        self._point(layer)
+
+    def detach(self, layer: Graft) -> None:
+        """Let go of a layer that loses its last task."""
+        self._layers.pop(id(layer), None)
+
+    def _refuse_loss(self) -> None:
+        if self._lost:
+            raise RouteError(
+                f"{len(self._lost)} layer(s) with adapters left the model, the first a {self._lost[0]}: "
+                "replaced by resize_token_embeddings, say. Resize before injecting; if it was meant, "
+                "set_route(model, task) again"
+            )
+
+    def _point(self, layer: Graft) -> None:
+        task = None if self.merged is not None else self._shown
+        layer.__dict__["_orbit_slot"] = None if task is None else layer.slots().get(task)
+
+    @property
+    def busy(self) -> bool:
+        """Is a call or a block running?"""
+        self._settle()
+        return bool(self._holds)
+
+    # -- switching -------------------------------------------------------------------------------------------
+
+    def set_default(self, task: str | None) -> None:
+        """Make `task` current until further notice.
+
+        Raises:
+            TaskError: no such task. RouteError: inside a call or block, or while merged.
+        """
+        self._check(task)
+        with self._lock:
+            self._settle()
+            if self._holds:
+                raise RouteError(
+                    f"the default route cannot become {task!r} while a call or a `with route` is running"
+                )
+            self._lost.clear()
+            self.default = task
+            self._switch(task)
+
+    def set_merged(self, task: str | None) -> None:
+        """`task` was merged into the weights (None: unmerged), so that its branch rests."""
+        self.merged = task
+        for layer in self.layers():
+            self._point(layer)
+
+    def enter(self, task: str | None, *, changes: bool = True, root: nn.Module | None = None) -> None:
+        """Start a call or a block; `leave` ends it. Without `changes` it takes the route as it is."""
+        self._refuse_loss()
+        if changes:
+            self._check(task)
+        me, replaying = threading.get_ident(), in_backward()
+        with self._lock:
+            self._settle(root)
+            if not replaying:
+                self._refuse_others(me, task, changes)
+            ref = None if root is None else weakref.ref(root)
+            self._holds.append(_Hold(me, changes, task, self.current, replaying, ref))
+            if replaying:
+                return
+            if changes:
+                self.owner = me
+                self._switch(task)
+            else:
+                if self._shown != self.current:  # a backward pass failed before it could put this right
+                    self._show(self.current)
+                self._history.note(self.current)
+            if root is not None and root.training and self.current is not None and torch.is_grad_enabled():
+                self.routed.add(self.current)
+
+    def leave(self) -> None:
+        """End this thread's last call or block and put back the route that it found."""
+        me = threading.get_ident()
+        with self._lock:
+            for index in range(len(self._holds) - 1, -1, -1):
+                if self._holds[index].thread == me:
+                    hold = self._holds.pop(index)
+                    self._find_owner()
+                    if hold.changes and not hold.replaying:
+                        self._switch(hold.before)
+                    return
+
+    def slot_in_backward(self, layer: Graft) -> Slot | None:
+        """What a layer uses when it runs inside a backward pass: the route of its forward."""
+        for hold in reversed(self._holds):
+            if hold.replaying and hold.changes and hold.thread == threading.get_ident():
+                task = hold.task
+                break
+        else:
+            task = self._history.task_of_replay()
+        return None if task is None or self.merged is not None else layer.slots().get(task)
+
+    def _check(self, task: str | None) -> None:
+        if task is not None and not isinstance(task, str):
+            raise RouteError(f"a route is a task's name or None for the base model, got {task!r}")
+        if task is not None and task not in self.configs:
+            raise TaskError(f"there is no task {task!r}; the model has {list(self.configs)}")
+        if self.merged is not None:
+            raise RouteError(
+                f"task {self.merged!r} is merged into the weights, so {task!r} has no route; unmerge first"
+            )
+
+    def _find_owner(self) -> None:
+        self.owner = next((h.thread for h in self._holds if h.changes and not h.replaying), None)
+
+    def refuse_stranger(self) -> None:
+        """An adapted layer runs in this thread: is it under another thread's task?"""
+        if self.owner is not None and self.owner != threading.get_ident():
+            self._refuse_others(threading.get_ident(), self.default, False)
+
+    def _refuse_others(self, me: int, task: str | None, changes: bool, *, calls_only: bool = False) -> None:
+        for hold in self._holds:
+            if hold.root is None and calls_only:
+                continue
+            if hold.thread != me and not hold.replaying and (changes or hold.changes):
+                theirs = f"task {hold.task!r}" if hold.changes else f"the default {self.current!r}"
+                mine = f"task {task!r}" if changes else f"the default {self.default!r}"
+                raise RouteError(
+                    f"thread {me} asks for {mine} while thread {hold.thread} runs this model under {theirs}; "
+                    "one route at a time per replica: take turns, or give each thread copy.deepcopy(model)"
+                )
+
+    def _switch(self, task: str | None) -> None:
+        self.current = task
+        self._show(task)
+        self._history.note(task)
+
+    def _show(self, task: str | None) -> None:
+        self._shown = task
+        for layer in self.layers():
+            self._point(layer)
+
+    def _settle(self, root: nn.Module | None = None) -> None:
+        """Drop this thread's calls that ended without `leave`.
+
+        torch runs always_call hooks on every Exception, but not on a KeyboardInterrupt. A call is over when
+        its model is no longer on the stack.
+        """
+        me = threading.get_ident()
+        if not any(hold.thread == me and hold.root is not None for hold in self._holds):
+            return
+        running = _running_models()
+        if root is not None and root in running:
+            running.remove(root)  # the call that is just starting
+        stale = None
+        for index, hold in enumerate(self._holds):
+            if hold.thread != me or hold.root is None:
+                continue
+            model = hold.root()
+            if model is not None and model in running:
+                running.remove(model)
+            elif stale is None:
+                stale = index
+        if stale is not None:
+            before = self._holds[stale].before
+            self._holds = [h for i, h in enumerate(self._holds) if i < stale or h.thread != me]
+            self._find_owner()
+            self.calls = sum(hold.changes and hold.root is not None for hold in self._holds)
+            self._switch(before)
+
+    # -- the hooks on the model's root -----------------------------------------------------------------------
+
+    def pre_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take `task=` out of a call's keywords. Compiled graphs see nothing of a call without it."""
+        if torch.compiler.is_compiling() and "task" not in kwargs:
+            return None
+        return self._enter_call(model, args, kwargs)
+
+    def post_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Release the call's route; runs always, also when the forward raised."""
+        if torch.compiler.is_compiling() and not self.calls:
+            return
+        self._leave_call(model, output)
+
+    @torch.compiler.disable
+    def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "task" not in kwargs or own_task_argument(type(model)):
+            self._guarded_enter(None, model, changes=False)
+            return None
+        kwargs = dict(kwargs)
+        self._guarded_enter(kwargs.pop("task"), model, changes=True)
+        return args, kwargs
+
+    def _guarded_enter(self, task: str | None, model: nn.Module, *, changes: bool) -> None:
+        try:
+            self.enter(task, changes=changes, root=model)
+        except BaseException:
+            # torch runs the post-hook even if this hook raised: give it a hold of its own to take away.
+            with self._lock:
+                self._holds.append(
+                    _Hold(threading.get_ident(), False, None, self.current, True, weakref.ref(model))
+                )
+            raise
+        self.calls += changes
+
+    @torch.compiler.disable
+    def _leave_call(self, model: nn.Module, output: Any) -> None:
+        me = threading.get_ident()
+        if torch.is_grad_enabled() and not in_backward() and has_compiled_parts(model):
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(functools.partial(self._begin_backward, self.current))
+        last = next((h for h in reversed(self._holds) if h.thread == me), None)
+        if last is not None and last.root is not None and last.root() is model:
+            self.calls -= last.changes
+            self.leave()
+
+    # -- the hook on a call's outputs, where parts of the model are compiled ---------------------------------
+
+    def _begin_backward(self, task: str | None, grad: Tensor) -> None:
+        if self._shown == task:
+            return
+        with self._lock:
+            # Blocks do not count: the thread that waits for this backward pass may hold one.
+            self._refuse_others(threading.get_ident(), task, True, calls_only=True)
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            self._show(task)
+
+    def _end_backward(self) -> None:
+        if self._shown != self.current:
+            self._show(self.current)
+
+
+def has_compiled_parts(model: nn.Module) -> bool:
+    """Is any module of the model compiled by itself?"""
+    return any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
+    )
+
+
+def own_task_argument(cls: type[nn.Module]) -> bool:
+    """Does the class's forward have a parameter `task` of its own? Then the keyword is the model's."""
+    if cls not in _OWN_TASK:
+        _OWN_TASK[cls] = "task" in inspect.signature(cls.forward).parameters
+    return _OWN_TASK[cls]
+
+
+_OWN_TASK: dict[type[nn.Module], bool] = {}
+
+
+def _running_models() -> list[nn.Module]:
+    """The modules whose `__call__` is on this thread's stack, innermost first."""
+    found = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found

@@ -1,0 +1,339 @@
+"""Adapters on disk: PEFT's format both ways, strictness, atomic writing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from orbit.adapter import (
+    AdapterConfig,
+    AdapterError,
+    AdapterFileError,
+    ConfigError,
+    inject,
+    load,
+    save,
+    task_config,
+    task_layers,
+    tasks,
+)
+from orbit.adapter.files import CONFIG, WEIGHTS
+
+# peft asks transformers a question that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+Make = Callable[..., nn.Module]
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"dora": True},
+    "rslora": {"rslora": True},
+    "patterns": {
+        "rank_pattern": {"layers.0.*q_proj": 2, "v_proj": 6},
+        "alpha_pattern": {"layers.1.mlp.*": 3},
+        "dora": True,
+    },
+}
+ATTENTION = ("q_proj", "v_proj", "mlp")
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_what_we_save(
+    kind: str, llama: Make, fill: Callable[..., None], tokens: Tensor, tmp_path: Path
+) -> None:
+    model = llama()
+    inject(model, AdapterConfig(r=4, alpha=8, targets=ATTENTION, **KINDS[kind]), "facts")
+    fill(model)
+    save(model, tmp_path / "a", "facts")
+    assert sorted(os.listdir(tmp_path / "a")) == [CONFIG, WEIGHTS]
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "a")
+    assert isinstance(theirs, peft.PeftModelForCausalLM)
+    mine = logits(model, tokens)
+    assert not torch.allclose(mine, logits(llama(), tokens), atol=1e-2)
+    torch.testing.assert_close(logits(theirs, tokens), mine, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_we_load_what_peft_saves(
+    kind: str, llama: Make, fill: Callable[..., None], tokens: Tensor, tmp_path: Path
+) -> None:
+    config = dict(KINDS[kind])
+    theirs = peft.get_peft_model(
+        llama(),
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"],
+            use_dora=config.pop("dora", False),
+            use_rslora=config.pop("rslora", False),
+            **config,
+        ),
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.eval().save_pretrained(tmp_path / "a")
+    model = llama()
+    report = load(model, tmp_path / "a")
+    assert report is not None
+    assert len(report.layers) == 8
+    torch.testing.assert_close(logits(model, tokens), logits(theirs, tokens), rtol=0, atol=1e-5)
+    assert report.trainable == 0
+    again = llama()
+    load(again, save(model, tmp_path / "b"))
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize(
+    "targets", [".*layers.*(q|v)_proj", "all-linear", ["model.layers.0.self_attn.q_proj", "up_proj"]]
+)
+def test_pefts_ways_to_write_targets(targets: Any, llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    theirs.eval().save_pretrained(tmp_path)
+    model = llama()
+    load(model, tmp_path)
+    torch.testing.assert_close(logits(model, tokens), logits(theirs, tokens), rtol=0, atol=1e-5)
+
+
+def test_layers_to_transform(llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(), config)
+    theirs.eval().save_pretrained(tmp_path)
+    model = llama()
+    assert load(model, tmp_path).layers == ("model.layers.1.self_attn.q_proj",)
+    torch.testing.assert_close(logits(model, tokens), logits(theirs, tokens), rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="layers_to_transform"):
+        AdapterConfig.from_peft(json.loads((tmp_path / CONFIG).read_text()))
+
+
+def test_targets_are_written_so_that_peft_finds_the_same_layers(tmp_path: Path) -> None:
+    model = nn.ModuleDict(
+        {"fc": nn.Linear(2, 2), "deep": nn.ModuleDict({"fc": nn.Linear(2, 2)}), "out": nn.Linear(2, 2)}
+    )
+    written = {}
+    for targets in [("re:.*fc",), ("re:fc",), ("deep.fc",)]:
+        inject(model, AdapterConfig(r=1, targets=targets), "-".join(targets))
+        save(model, tmp_path / "x", "-".join(targets))
+        written[targets] = json.loads((tmp_path / "x" / CONFIG).read_text())["target_modules"]
+    assert written == {("re:.*fc",): ["fc"], ("re:fc",): "fc", ("deep.fc",): ["deep.fc"]}
+
+
+@pytest.fixture
+def saved(llama: Make, fill: Callable[..., None], tmp_path: Path) -> Path:
+    model = llama()
+    inject(model, AdapterConfig(r=4, targets=("q_proj", "v_proj"), dora=True))
+    fill(model)
+    return save(model, tmp_path / "saved")
+
+
+def refuses(llama: Make, path: Path, said: str, kind: type[AdapterError] = AdapterFileError) -> None:
+    """Loading says what is wrong and changes nothing."""
+    model = llama()
+    with pytest.raises(kind, match=said):
+        load(model, path)
+    assert tasks(model) == ()
+    assert all(p.requires_grad for p in model.parameters())
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def edit(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(path / WEIGHTS)
+    change(tensors)
+    save_file(tensors, path / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(f"{Q}.lora_A.weight"), f"{Q}.lora_A.weight is missing"),
+        (lambda t: t.pop(f"{Q}.lora_magnitude_vector"), f"{Q}.lora_magnitude_vector is missing"),
+        (
+            lambda t: [t.pop(k) for k in list(t) if k.startswith(Q)],
+            f"{Q}.lora_A.weight is missing; target_modules",
+        ),
+        (lambda t: t.update({f"{Q}.weight": torch.ones(1)}), f"{Q}.weight is unexpected"),
+        (lambda t: t.update({"lora_A.weight": torch.ones(1)}), "lora_A.weight is unexpected"),
+        (lambda t: t.update({f"{Q}.lora_embedding_A": torch.ones(1)}), "lora_embedding_A is unexpected"),
+        (
+            lambda t: t.update({Q.replace("q_proj", "q_porj") + ".lora_A.weight": torch.ones(1)}),
+            "belongs to no adaptable layer of LlamaForCausalLM; the nearest layer is 'model.*q_proj'",
+        ),
+        (
+            lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan")),
+            f"{Q}.lora_A.weight holds values that are not finite",
+        ),
+        (
+            lambda t: t[f"{Q}.lora_B.weight"][0].fill_(float("inf")),
+            "lora_B.weight holds values that are not finite",
+        ),
+        (
+            lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(5, 32)}),
+            r"has shape \(5, 32\), but rank 4 .* \(4, 32\)",
+        ),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(32, 4, 1)}), r"has shape \(32, 4, 1\)"),
+        (lambda t: t.clear(), "holds no tensors"),
+        (
+            lambda t: t.update(
+                {k.replace("q_proj", "k_proj"): v.clone() for k, v in t.items() if k.startswith(Q)}
+            ),
+            "k_proj.lora_A.weight is unexpected; target_modules",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(
+    change: Callable[[dict[str, Tensor]], Any], said: str, llama: Make, saved: Path
+) -> None:
+    edit(saved, change)
+    refuses(llama, saved, said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "kind"),
+    [
+        ({"r": 10**9}, "but rank 1000000000 on a layer", AdapterFileError),
+        ({"r": -1}, "r must be a whole number", ConfigError),
+        ({"r": "4"}, "r must be a whole number", ConfigError),
+        ({"lora_alpha": None}, "alpha must be a finite number", ConfigError),
+        ({"use_dora": False}, "lora_magnitude_vector is unexpected: use_dora is false", AdapterFileError),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'", ConfigError),
+        ({"bias": "all"}, "bias='all' cannot be honoured", ConfigError),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*cannot be honoured", ConfigError),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True cannot be honoured", ConfigError),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' cannot be honoured", ConfigError),
+        ({"from_the_future": 1}, "from_the_future=1 cannot be honoured", ConfigError),
+        ({"rank_pattern": [1]}, "malformed", ConfigError),
+        ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is unexpected", AdapterFileError),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(
+    fields: dict[str, Any], said: str, kind: type[AdapterError], llama: Make, saved: Path
+) -> None:
+    config = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**config, **fields}))
+    refuses(llama, saved, said, kind)
+
+
+def test_files_that_cannot_be_read_are_refused(llama: Make, saved: Path, tmp_path: Path) -> None:
+    refuses(llama, tmp_path / "nowhere", "there is no file .*nowhere")
+    weights = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    refuses(llama, saved, "cannot be read")
+    (saved / WEIGHTS).write_bytes(weights)
+    (saved / CONFIG).write_text("{")
+    refuses(llama, saved, "not JSON")
+    (saved / CONFIG).write_text("[]")
+    refuses(llama, saved, "must be an object")
+    (saved / CONFIG).unlink()
+    refuses(llama, saved, "there is no adapter_config.json")
+    (saved / WEIGHTS).unlink()
+    (saved / "adapter_model.bin").write_bytes(b"")
+    refuses(llama, saved, "is a pickle")
+
+
+def test_loading_into_a_task_that_is_there(
+    llama: Make, fill: Callable[..., None], tokens: Tensor, saved: Path, tmp_path: Path
+) -> None:
+    model, other = llama(), llama()
+    load(other, saved)
+    inject(model, task_config(other, "default"), "mine")
+    assert load(model, saved, "mine") is None
+    assert torch.equal(logits(model, tokens), logits(other, tokens))
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
+    load(model, saved, "another", trainable=True)
+    assert tasks(model) == ("mine", "another")
+    for config, said in [
+        (AdapterConfig(r=4, targets=("q_proj", "v_proj")), "dora is True, but False in task 'x'"),
+        (AdapterConfig(r=8, targets=("q_proj", "v_proj"), dora=True), "rank of .* is 4, but 8"),
+        (AdapterConfig(r=4, alpha=1, targets=("q_proj", "v_proj"), dora=True), "alpha of .* is 32.0, but 1"),
+        (AdapterConfig(r=4, targets=("q_proj",), dora=True), "only the file adapts layer .*v_proj"),
+        (AdapterConfig(r=4, targets=("self_attn",), dora=True), "only the model adapts layer .*k_proj"),
+    ]:
+        fresh = llama()
+        inject(fresh, config, "x")
+        before = {name: p.clone() for name, p in fresh.named_parameters()}
+        with pytest.raises(AdapterFileError, match=said):
+            load(fresh, saved, "x")
+        assert all(torch.equal(p, before[name]) for name, p in fresh.named_parameters())
+
+
+def test_one_file(llama: Make, tokens: Tensor, saved: Path, tmp_path: Path) -> None:
+    model, other = llama(), llama()
+    load(model, saved)
+    path = save(model, tmp_path / "deep" / "one.safetensors")
+    assert os.listdir(tmp_path / "deep") == ["one.safetensors"]
+    load(other, path)
+    assert torch.equal(logits(other, tokens), logits(model, tokens))
+
+
+def test_writing_is_all_or_nothing(
+    llama: Make, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    inject(model, AdapterConfig(r=2, targets=("q_proj",)))
+    (saved / "README.md").write_text("mine")
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    real = os.fsync
+    left = [1]
+
+    def full(handle: int) -> None:
+        if not left.pop():
+            raise OSError(28, "no space left")
+        left.append(0)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save(model, saved)
+    left[:] = [1]
+    with pytest.raises(OSError, match="no space"):
+        save(model, tmp_path / "new")
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+    save(model, saved)
+    assert sorted(p.name for p in saved.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (save(model, tmp_path / "new").stat().st_mode & 0o777) == 0o777 & ~umask
+
+
+def test_wrapped_models_save_plain_names(llama: Make, tokens: Tensor, saved: Path, tmp_path: Path) -> None:
+    model, other = llama(), llama()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    load(model, saved)
+    assert load_file(save(model, tmp_path / "x") / WEIGHTS).keys() == load_file(saved / WEIGHTS).keys()
+    load(other, tmp_path / "x")
+    for path, layer in task_layers(other, "default").items():
+        own = task_layers(model, "default")[path.replace("layers.0.", "layers.0._orig_mod.")]
+        assert torch.equal(layer.slots()["default"].up.weight, own.slots()["default"].up.weight)
+
+
+def test_config_round_trip_with_peft() -> None:
+    for config in [
+        AdapterConfig(r=3, alpha=5, dropout=0.1, dora=True, targets=("k", "q"), exclude=("head",)),
+        AdapterConfig(r=3, rslora=True, targets=("re:.*q",), rank_pattern={"q": 4}, alpha_pattern={"k": 2.0}),
+        AdapterConfig(),
+    ]:
+        fields = config.to_peft()
+        theirs = peft.LoraConfig(**{k: v for k, v in fields.items() if k != "peft_type"})
+        assert AdapterConfig.from_peft(fields) == config
+        assert theirs.r == config.r
+    with pytest.raises(ConfigError, match="no way to write"):
+        AdapterConfig(targets=("a.*", "b")).to_peft()

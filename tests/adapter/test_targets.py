@@ -1,0 +1,91 @@
+"""Which layers a target means, and what an unmatched one says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from orbit.adapter import AdapterConfig, TargetError, inject
+from orbit.adapter.targets import matches, resolve
+
+Make = Callable[..., nn.Module]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+def names(model: nn.Module, *targets: str, exclude: tuple[str, ...] = ()) -> list[str]:
+    layers, _ = resolve(model, targets or None, exclude)
+    return [name.removeprefix("model.layers.") for name in layers]
+
+
+def test_grammar(llama: Make) -> None:
+    model = llama()
+    assert names(model, "q_proj") == ["0.self_attn.q_proj", "1.self_attn.q_proj"]
+    assert names(model, "layers.1.self_attn.q_proj") == ["1.self_attn.q_proj"]
+    assert names(model, "mlp") == [f"{i}.mlp.{n}" for i in range(2) for n in MLP]
+    assert names(model, "layers.0") == [f"0.self_attn.{n}" for n in ATTENTION] + [f"0.mlp.{n}" for n in MLP]
+    assert names(model, "layers.*.q_proj") == ["0.self_attn.q_proj", "1.self_attn.q_proj"]
+    assert names(model, "[qv]_proj") == [f"{i}.self_attn.{n}" for i in range(2) for n in ("q_proj", "v_proj")]
+    assert names(model, r"re:.*\.1\..*(gate|up)_proj") == ["1.mlp.gate_proj", "1.mlp.up_proj"]
+    assert names(model, "lm_head") == ["lm_head"]
+    assert names(model, "v_proj", "q_proj")[0] == "0.self_attn.q_proj"  # in the model's order
+    assert names(model, "layers", exclude=("mlp", "layers.0")) == [f"1.self_attn.{n}" for n in ATTENTION]
+
+
+def test_nothing_is_found_by_substring() -> None:
+    assert matches("q_proj", ["a.eq_proj", "q_proj.b", "a.q_proj.x"]) == []
+    assert matches("1", ["1", "a.1", "10", "a.11"]) == ["1", "a.1"]
+
+
+def test_none_is_everything_but_the_head(llama: Make, mlp: Make) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    report = inject(llama(), AdapterConfig(r=2))
+    assert len(report.layers) == 14
+    assert set(report.skipped) == {"lm_head"}
+    assert names(mlp()) == ["0", "2"]
+    assert names(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))) == ["1"]
+    bert = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        num_labels=2,
+    )
+    classifier = BertForSequenceClassification(bert)
+    assert "classifier" not in names(classifier)
+    assert "bert.pooler.dense" in names(classifier)
+    assert "pooler.dense" in names(BertModel(bert))  # no head: nothing is left out
+    assert names(classifier, "classifier") == ["classifier"]
+
+
+def test_unmatched_targets_say_what_is_near(llama: Make) -> None:
+    model = llama()
+    for target, said in [
+        ("q_porj", "target 'q_porj' matched 0 of 15 Linear layers; did you mean 'q_proj' (2)?"),
+        (
+            "self_attn.q_prj",
+            "target 'self_attn.q_prj' matched 0 of 15 Linear layers; did you mean 'self_attn.q_proj' (2)?",
+        ),
+        ("xyzzy", "their names end in 'down_proj', 'gate_proj'"),
+        ("norm", "it names 1 module(s) of class LlamaRMSNorm with none of them below"),
+        ("re:[", "not a regular expression"),
+    ]:
+        with pytest.raises(TargetError, match=re.escape(said)):
+            inject(model, AdapterConfig(targets=("v_proj", target)))
+    with pytest.raises(TargetError, match=r"exclude 'qproj' matched 0 .* did you mean 'q_proj' \(2\)"):
+        inject(model, AdapterConfig(exclude=("qproj",)))
+    with pytest.raises(TargetError, match="no layer is left"):
+        inject(model, AdapterConfig(targets=("mlp",), exclude=("layers",)))
+    assert not any("lora" in name for name in model.state_dict())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_shared_layers_are_one_layer() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(3, 3)})
+    assert names(model, "re:.*") == ["a", "c"]

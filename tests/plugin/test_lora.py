@@ -1,0 +1,104 @@
+"""The LoRA plugin, under a bare trainer and under the real ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from orbit.adapter import ConfigError, GradientError, TargetError, adapter_parameters, inject_lora, tasks
+from orbit.engine import Engine
+from orbit.plugin.lora import LoRA
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    noise = torch.Generator().manual_seed(0)
+    return [(torch.randn(6, 4, generator=noise), torch.randn(6, 2, generator=noise)) for _ in range(4)]
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_building_injects_and_freezes() -> None:
+    trainer = SimpleNamespace(model=net())
+    plugin = LoRA(target_names=["0", "2"], r=2, alpha=4, dora=True, unlock_head_keywords=["4"], name="math")
+    plugin.on_build_model(trainer)
+    assert plugin.report is not None
+    assert plugin.report.layers == ("0", "2")
+    assert trains(trainer.model) == {"4.weight", "4.bias", *adapter_parameters(trainer.model, "math")}
+    plugin.on_build_model(trainer)  # a second train(): nothing to do
+    LoRA(target_names=["re:[02]"], r=2, lora_alpha=4, dora=True, name="math").on_build_model(trainer)
+    assert tasks(trainer.model) == ("math",)
+    with pytest.raises(ConfigError, match="the model has a task 'math' with"):
+        LoRA(target_names=["0"], r=2, alpha=4, dora=True, name="math").on_build_model(trainer)
+    with pytest.raises(ConfigError, match="the model has a task 'math' with"):
+        LoRA(target_names=["0", "2"], r=2, alpha=4, name="math").on_build_model(trainer)
+
+
+def test_another_frozen_task_stays_frozen() -> None:
+    model = inject_lora(net(), name="old")
+    for parameter in adapter_parameters(model, "old").values():
+        parameter.requires_grad_(False)
+    LoRA(r=2, name="new").on_build_model(SimpleNamespace(model=model))
+    assert trains(model) == set(adapter_parameters(model, "new"))
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ConfigError, match="alpha=1 and lora_alpha=2 are one setting"):
+        LoRA(alpha=1, lora_alpha=2)
+    with pytest.raises(ConfigError, match=r"dropout=0.1 and lora_dropout=0.2 are one setting"):
+        LoRA(dropout=0.1, lora_dropout=0.2)
+    with pytest.raises(ConfigError, match="r must be"):
+        LoRA(r=0)
+    with pytest.raises(TypeError, match="ranks"):
+        LoRA(ranks=3)  # type: ignore[call-arg]
+    trainer = SimpleNamespace(model=net())
+    with pytest.raises(TargetError, match="'hed' names none"):
+        LoRA(unlock_head_keywords="hed").on_build_model(trainer)
+    assert tasks(trainer.model) == ()
+    assert LoRA().config.alpha == 32
+    assert LoRA(lora_alpha=5, lora_dropout=0.5).config.dropout == 0.5
+
+
+def test_an_adapter_without_a_gradient_stops_the_step() -> None:
+    trainer = SimpleNamespace(model=net())
+    plugin = LoRA(r=2)
+    plugin.on_build_model(trainer)
+    trainer.model(torch.randn(2, 4)).sum().backward()
+    plugin.on_before_optimizer_step(trainer)
+    trainer.model.zero_grad()
+    trainer.model[2](torch.randn(2, 8)).sum().backward()
+    trainer.model[2].zero_grad()
+    with pytest.raises(GradientError, match=r"0\.lora_A"):
+        plugin.on_before_optimizer_step(trainer)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_training_under_engine_moves_the_adapter_alone(dora: bool) -> None:
+    model = net()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    engine = Engine(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1),
+        criterion=nn.MSELoss(),
+        plugins=[LoRA(r=2, dora=dora)],
+        device="cpu",
+    )
+    losses = []
+    for _ in range(2):
+        for _ in engine.train(data(), num_epochs=3):
+            engine.auto_update()
+            losses.append(float(engine.loss))
+    assert losses[-1] < 0.9 * losses[3]  # the same batch
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.abs().sum() > 0 for name, p in after.items() if "lora_B" in name)
+    assert tasks(model) == ("default",)
