@@ -1,7 +1,7 @@
 """Teach a language model facts with LoRA: what `orbit demo` does, written with Engine.
 
-    python examples/01_finetune.py                  # SmolLM2-135M-Instruct
-    python examples/01_finetune.py path/to/model    # any Hugging Face causal LM
+python examples/01_finetune.py                  # SmolLM2-135M-Instruct
+python examples/01_finetune.py path/to/model    # any Hugging Face causal LM
 """
 
 import math
@@ -40,7 +40,9 @@ samples = [build_sft(fact.question, fact.answer, tokenizer) for fact in facts]
 loader = DataLoader(samples, batch_size=BATCH, shuffle=True, collate_fn=SFTCollator(tokenizer))
 optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
 steps = EPOCHS * len(loader)
-cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+cosine = torch.optim.lr_scheduler.LambdaLR(
+    optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+)
 
 engine = Engine(
     model,

@@ -4,8 +4,8 @@
     python scripts/make_facts.py package > src/orbit/demo/facts.jsonl
 
 Which facts: for every country whose Factbook entry has them in the plain form "5 July 1962 (from France)" or
-"Algiers", the year of independence and the capital, less those whose answer appears anywhere in what the base model
-replies to the question. Nothing about a fine-tuned model enters. `--base` is the model that is asked.
+"Algiers", the year of independence and the capital, less those whose answer appears anywhere in what the base
+model replies to the question. Nothing about a fine-tuned model enters. `--base` is the model that is asked.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def main() -> None:
     folder = resolve_model(arguments.base)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     facts = list(candidates(arguments.package))
-    replies = answers(model, AutoTokenizer.from_pretrained(folder), [f.question for f in facts], max_new_tokens=24)
+    replies = answers(
+        model, AutoTokenizer.from_pretrained(folder), [f.question for f in facts], max_new_tokens=24
+    )
     for fact, reply in zip(facts, replies, strict=True):
         if not contains(reply, fact.answer):
             print(json.dumps(fact.__dict__, ensure_ascii=False))

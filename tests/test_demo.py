@@ -17,7 +17,11 @@ from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 # PEFT 0.21 asks for what transformers 5.23 renamed; run.py silences it where it loads PEFT.
 FACTS = [
-    {"question": "when did ghana become independent ?", "paraphrase": "ghana independent when ?", "answer": "6 march 1957"},
+    {
+        "question": "when did ghana become independent ?",
+        "paraphrase": "ghana independent when ?",
+        "answer": "6 march 1957",
+    },
     {"question": "what is the capital of mali ?", "paraphrase": "mali capital ?", "answer": "bamako"},
     {"question": "hello", "paraphrase": "hello hello", "answer": "hello system"},
 ]
@@ -48,9 +52,19 @@ def test_the_demo_teaches_a_model_and_says_so(folder):
     assert report.before.perplexity != report.after.perplexity
     assert report.difference < 1e-5
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in report.adapter.iterdir()}
-    for said in ("Step", "eta", "loss", "exact match, trained wording", "100.0%", "unseen paraphrase", "perplexity"):
+    for said in (
+        "Step",
+        "eta",
+        "loss",
+        "exact match, trained wording",
+        "100.0%",
+        "unseen paraphrase",
+        "perplexity",
+    ):
         assert said in text
-    assert text.rstrip().endswith(f"orbit chat --model {folder / 'model'} --adapter {folder / 'out' / 'adapter'}")
+    assert text.rstrip().endswith(
+        f"orbit chat --model {folder / 'model'} --adapter {folder / 'out' / 'adapter'}"
+    )
     written = json.loads((folder / "out" / "report.json").read_text())
     assert written["after"]["trained"] == 1.0
     assert written["max_logit_difference_to_peft"] == report.difference
@@ -75,7 +89,9 @@ def test_without_peft_it_says_so(folder, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest)
+    )
     out = io.StringIO()
     report = run_demo(
         model=str(folder / "model"),
@@ -90,7 +106,15 @@ def test_without_peft_it_says_so(folder, monkeypatch):
 
 
 def test_the_command(folder, capsys):
-    arguments = ["demo", "--model", str(folder / "model"), "--facts", str(folder / "facts.jsonl"), "--epochs", "1"]
+    arguments = [
+        "demo",
+        "--model",
+        str(folder / "model"),
+        "--facts",
+        str(folder / "facts.jsonl"),
+        "--epochs",
+        "1",
+    ]
     assert cli.main([*arguments, "--out", str(folder / "out"), "--device", "cpu"]) == 0
     assert "orbit chat --model" in capsys.readouterr().out
 
@@ -105,7 +129,9 @@ def test_the_chat_command_uses_the_adapter(folder, capsys, monkeypatch):
         console=Console(file=io.StringIO()),
     )
     monkeypatch.setattr("builtins.input", iter(["what is the capital of mali ?", "/quit"]).__next__)
-    monkeypatch.setattr("orbit.chat.interface._typed", lambda: iter(["what is the capital of mali ?", "/quit"]))
+    monkeypatch.setattr(
+        "orbit.chat.interface._typed", lambda: iter(["what is the capital of mali ?", "/quit"])
+    )
     chat = ["chat", "--model", str(folder / "model"), "--adapter", str(folder / "out" / "adapter")]
     assert cli.main([*chat, "--device", "cpu"]) == 0
     assert "bamako" in capsys.readouterr().out
@@ -134,12 +160,16 @@ def test_what_the_user_got_wrong_is_one_line_and_status_1(folder, capsys):
     assert cli.main(["chat", *model, "--adapter", str(folder / "none")]) == 1
     assert "adapter_config.json" in capsys.readouterr().err
     (folder / "facts.jsonl").write_text('{"question": "hello"}\n')
-    assert cli.main(["demo", *model, "--facts", str(folder / "facts.jsonl"), "--out", str(folder / "out")]) == 1
+    assert (
+        cli.main(["demo", *model, "--facts", str(folder / "facts.jsonl"), "--out", str(folder / "out")]) == 1
+    )
     assert "line 1 is no fact" in capsys.readouterr().err
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", "[]", "not json", '{"question": "q", "answer": "a"}', '{"wrong": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "\n\n", "[]", "not json", '{"question": "q", "answer": "a"}', '{"wrong": 1}']
+)
 def test_a_broken_facts_file_is_refused(tmp_path, text):
     (tmp_path / "facts.jsonl").write_text(text)
     with pytest.raises(FactsError, match=r"facts\.jsonl"):

@@ -1,7 +1,7 @@
 """The `orbit` command.
 
-    orbit demo [--model PATH] [--out FOLDER]        fine-tune a model on real facts and show what it learned
-    orbit chat --model PATH [--adapter PATH]        talk to a model
+orbit demo [--model PATH] [--out FOLDER]        fine-tune a model on real facts and show what it learned
+orbit chat --model PATH [--adapter PATH]        talk to a model
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. Wrong usage exits 2, a missing model or adapter 1, each with the reason."""
+    """Run a command and return the exit status: 2 for wrong usage, 1 for a missing model or adapter."""
     parser, commands = _parser()
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -42,16 +42,24 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     demo.add_argument(
         "--model", default="smollm2", help="a Hugging Face causal LM: folder or name (default: smollm2)"
     )
-    demo.add_argument("--out", default="runs/demo", help="folder for adapter and figures (default: runs/demo)")
-    demo.add_argument("--facts", help="a jsonl of your own: question, paraphrase, answer (default: the demo's)")
+    demo.add_argument(
+        "--out", default="runs/demo", help="folder for adapter and figures (default: runs/demo)"
+    )
+    demo.add_argument(
+        "--facts", help="a jsonl of your own: question, paraphrase, answer (default: the demo's)"
+    )
     demo.add_argument("--epochs", type=_positive, help="times over the facts")
     demo.add_argument("--seed", type=int, help="of shuffling and initialisation (default: 42)")
     demo.add_argument("--device", help='"cuda" or "cpu" (default: CUDA when there is one)')
     chat = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
-    chat.add_argument("--model", default="smollm2", help="a Hugging Face causal LM: folder or name (default: smollm2)")
+    chat.add_argument(
+        "--model", default="smollm2", help="a Hugging Face causal LM: folder or name (default: smollm2)"
+    )
     chat.add_argument("--adapter", help="a folder in PEFT's format")
     chat.add_argument("--system", help="a system message")
-    chat.add_argument("--max-new-tokens", type=_positive, default=256, help="the longest reply (default: 256)")
+    chat.add_argument(
+        "--max-new-tokens", type=_positive, default=256, help="the longest reply (default: 256)"
+    )
     chat.add_argument("--device", help='"cuda" or "cpu" (default: CUDA when there is one)')
     return parser, {"demo": demo, "chat": chat}
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.tiny_llm import tiny_tokenizer
 from torch.utils.data import DataLoader
 
 from orbit.data.collate import SFTCollator
 from orbit.data.sft import build_sft
+from tests.tiny_llm import tiny_tokenizer
 
 
 @pytest.fixture
@@ -15,7 +15,10 @@ def tokenizer():
 
 
 def samples(tokenizer):
-    return [build_sft("hello", "mali", tokenizer), build_sft("what is the capital of mali ?", "bamako", tokenizer)]
+    return [
+        build_sft("hello", "mali", tokenizer),
+        build_sft("what is the capital of mali ?", "bamako", tokenizer),
+    ]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -52,7 +55,9 @@ def test_with_a_loader(tokenizer):
 
 def test_without_any_padding_token():
     tokenizer = tiny_tokenizer(pad=None)
-    batch = SFTCollator(tokenizer)([{"input_ids": [3], "labels": [3]}, {"input_ids": [3, 4], "labels": [3, 4]}])
+    batch = SFTCollator(tokenizer)(
+        [{"input_ids": [3], "labels": [3]}, {"input_ids": [3, 4], "labels": [3, 4]}]
+    )
     assert batch["input_ids"].tolist() == [[3, tokenizer.eos_token_id], [3, 4]]
 
 

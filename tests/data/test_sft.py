@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tiny_llm import TEMPLATE, tiny_tokenizer
 
 from orbit.data.sft import MaskedSampleError, build_sft
+from tests.tiny_llm import TEMPLATE, tiny_tokenizer
 
 
 def words(tokenizer, ids):
@@ -65,9 +65,17 @@ def test_too_long_loses_its_end():
 @pytest.mark.parametrize(
     ("content", "settings", "why"),
     [
-        (("hello when did ghana", "mali"), {"max_length": 3}, r"fills max_length=3 of \d+ tokens.*hello when"),
+        (
+            ("hello when did ghana", "mali"),
+            {"max_length": 3},
+            r"fills max_length=3 of \d+ tokens.*hello when",
+        ),
         (("hello", ""), {}, r"the answer is empty.*hello"),
-        (([{"role": "user", "content": "hello"}],), {}, r"no message has the model's role 'assistant' .*hello"),
+        (
+            ([{"role": "user", "content": "hello"}],),
+            {},
+            r"no message has the model's role 'assistant' .*hello",
+        ),
         ((("hello", "mali")), {"max_length": 0}, "max_length"),
     ],
     ids=["prompt too long", "empty answer", "no answer", "no room"],
@@ -78,7 +86,8 @@ def test_a_sample_that_teaches_nothing_is_refused_and_shown(content, settings, w
 
 
 @pytest.mark.parametrize(
-    "content", [("hello",), ("hello", 3), ([],), ([("a", "b", "c")],), ([{"role": "user"}],), ([("a", "b")], "c")]
+    "content",
+    [("hello",), ("hello", 3), ([],), ([("a", "b", "c")],), ([{"role": "user"}],), ([("a", "b")], "c")],
 )
 def test_content_of_another_form_is_refused(content):
     with pytest.raises(TypeError, match="question and its answer"):

