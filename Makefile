@@ -13,7 +13,7 @@ ARGS   ?=
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip
-INSTALL := $(PIP) install --quiet -c constraints.txt
+INSTALL := $(PIP) install -qq -c constraints.txt
 TREE    := src tests benchmarks examples scripts
 PINS    := pyproject.toml constraints.txt
 

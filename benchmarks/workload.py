@@ -29,8 +29,8 @@ Batch = tuple[Tensor, Tensor]
 class ClockedBatches(Dataset[Batch]):
     """`steps` times the same batch; fetching number `warmup` and the last one are the clock's two moments."""
 
-    def __init__(self, batch: Batch, steps: int, warmup: int) -> None:
-        self.batch, self.steps, self.warmup = batch, steps, warmup
+    def __init__(self, batch: Batch, steps: int, warmup: int, clock: Callable[[], float]) -> None:
+        self.batch, self.steps, self.warmup, self.clock = batch, steps, warmup, clock
         self.fetched = 0
         self.moments: list[float] = []
 
@@ -41,7 +41,7 @@ class ClockedBatches(Dataset[Batch]):
         if self.fetched in (self.warmup, self.steps - 1):
             if self.batch[0].is_cuda:
                 torch.cuda.synchronize()
-            self.moments.append(time.perf_counter())
+            self.moments.append(self.clock())
         self.fetched += 1
         return self.batch
 
@@ -85,12 +85,14 @@ class Workload:
     steps: int
     warmup: int
     device: str = "cpu"
+    clock: Callable[[], float] = time.perf_counter
 
     def job(self) -> Job:
         torch.manual_seed(0)
         model = self.make_model().to(self.device)
         x = torch.randn(self.input_shape, device=self.device)
-        return Job(model, ClockedBatches((x, torch.zeros_like(x)), self.steps, self.warmup), self.device)
+        batches = ClockedBatches((x, torch.zeros_like(x)), self.steps, self.warmup, self.clock)
+        return Job(model, batches, self.device)
 
 
 def one_parameter() -> nn.Module:

@@ -26,7 +26,9 @@ def loader(samples: int = 50, batch_size: int = 8, **options: Any) -> DataLoader
 def model(seed: int = 1) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+        return nn.Sequential(
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)
+        )
 
 
 def optimizer(module: nn.Module) -> torch.optim.Optimizer:
@@ -46,7 +48,9 @@ def same(left: nn.Module, right: nn.Module) -> bool:
 class Trainer(BaseTrainer):
     """The tiny model under BaseTrainer; `plugins=` become its hooks."""
 
-    def __init__(self, max_steps: int = 14, plugins: list[Plugin] | None = None, data: Any = None, **options: Any) -> None:
+    def __init__(
+        self, max_steps: int = 14, plugins: list[Plugin] | None = None, data: Any = None, **options: Any
+    ) -> None:
         super().__init__(max_steps, device="cpu", **options)
         self.given, self.data = plugins or [], data
 

@@ -93,13 +93,17 @@ class Engine(Core):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: Engine trains a torch.nn.Module")
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer is {optimizer!r}: pass a torch.optim.Optimizer made from model.parameters()")
+            raise TypeError(
+                f"optimizer is {optimizer!r}: pass a torch.optim.Optimizer made from model.parameters()"
+            )
         for name, part in (("criterion", criterion), ("forward_step", forward_step)):
             if part is not None and not callable(part):
                 raise TypeError(f"{name} is a {type(part).__name__}, which cannot be called")
-        chosen = [Mentor()] if plugins is None else list(plugins)
+        chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
         if checkpoint_dir is not None:
-            chosen.append(CheckpointingHook(interval=None, every_epoch=True, path=Path(checkpoint_dir).absolute()))
+            chosen.append(
+                CheckpointingHook(interval=None, every_epoch=True, path=Path(checkpoint_dir).absolute())
+            )
         super().__init__(
             device=runtime.resolve_device(device, model),
             mixed_precision=mixed_precision,
@@ -123,7 +127,9 @@ class Engine(Core):
 
     # ── the loops ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def train(self, loader: Iterable[Any], num_epochs: int = 1, max_steps: int | None = None) -> Iterator[Engine]:
+    def train(
+        self, loader: Iterable[Any], num_epochs: int = 1, max_steps: int | None = None
+    ) -> Iterator[Engine]:
         """Iterate over micro-batches: `num_epochs` times over `loader`, or until `global_step` is `max_steps`.
 
         After `load()` the interrupted call goes on where it stood. A second call trains `num_epochs` more.
@@ -135,7 +141,9 @@ class Engine(Core):
                 raise ValueError(f"{name}={number!r}: it must be a whole number >= 0")
         return self.microbatches(loader, epochs=num_epochs, steps=max_steps)
 
-    def run(self, train: Iterable[Any], val: Iterable[Any] | None = None, num_epochs: int = 1) -> dict[str, float]:
+    def run(
+        self, train: Iterable[Any], val: Iterable[Any] | None = None, num_epochs: int = 1
+    ) -> dict[str, float]:
         """The plain loop: `auto_update` on every batch, evaluation of `val` at every epoch's end. Returns `metrics`."""
         with self:
             for _ in self.train(train, num_epochs=num_epochs):
@@ -176,7 +184,13 @@ class Engine(Core):
         return value.detach()
 
     def step_on(self, outcome: Outcome) -> None:
-        self.loss = None if outcome.loss is None else outcome.loss.detach() if isinstance(outcome.loss, Tensor) else outcome.loss
+        self.loss = (
+            None
+            if outcome.loss is None
+            else outcome.loss.detach()
+            if isinstance(outcome.loss, Tensor)
+            else outcome.loss
+        )
         super().step_on(outcome)
 
     # ── names that users of an engine expect ──────────────────────────────────────────────────────────────────
@@ -239,7 +253,9 @@ class Engine(Core):
             return _as_outcome(self.forward_step(self, self.data, self.target), self._units())
         self.output = output = _call(self.model, self.data)
         if output is None:
-            raise TypeError(f"{type(self.unwrapped_model).__name__}.forward returned None: does it lack a return statement?")
+            raise TypeError(
+                f"{type(self.unwrapped_model).__name__}.forward returned None: does it lack a return statement?"
+            )
         own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(self.data, Mapping) and own is not None:
             return Outcome(own, self._units())
@@ -249,16 +265,20 @@ class Engine(Core):
             return Outcome(own, self._units())
         have = "criterion but the batch has no target" if self.criterion is not None else "no criterion"
         raise ValueError(
-            f"no loss for this batch: there is {have}, and {type(output).__name__} has no loss of its own. Pass criterion= and batches "
+            f"no loss for this batch: there is {have}, and {type(output).__name__} has no loss of "
+            "its own. Pass criterion= and batches "
             "(data, target), put labels into dict batches, or call update(loss)"
         )
 
     def _units(self) -> int:
         """How many units a mean loss of this batch averages over."""
         labels = self.data.get("labels") if isinstance(self.data, Mapping) else None
-        if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-            return int((labels[:, 1:] != -100).sum())
-        return count_samples(self.batch)
+        if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
+            return count_samples(self.batch)
+        model = self.unwrapped_model
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        shifted = not encodes and getattr(model, "loss_type", None) in (None, "ForCausalLM")
+        return int(((labels[:, 1:] if shifted else labels) != -100).sum())
 
     def _record_eval(self, outcome: Outcome) -> None:
         super()._record_eval(outcome)
@@ -276,7 +296,9 @@ class Engine(Core):
 
     def _require_batch(self, caller: str) -> None:
         if self.phase == "idle":
-            raise RuntimeError(f"{caller} needs a batch: call it inside `for _ in engine.train(loader)` or `engine.eval(loader)`")
+            raise RuntimeError(
+                f"{caller} needs a batch: call it inside `for _ in engine.train(loader)` or `engine.eval(loader)`"
+            )
 
 
 def _call(model: nn.Module, data: Any) -> Any:
@@ -291,4 +313,6 @@ def _as_outcome(result: Any, units: float) -> Outcome:
     loss, records = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if loss is None or isinstance(loss, Tensor):
         return Outcome(loss, units, records)
-    raise TypeError(f"forward_step returned {type(result).__name__}: return a loss, (loss, records) or an Outcome")
+    raise TypeError(
+        f"forward_step returned {type(result).__name__}: return a loss, (loss, records) or an Outcome"
+    )

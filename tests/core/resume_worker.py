@@ -1,8 +1,9 @@
 """Runs in processes of their own, which may kill themselves.
 
-Reads lines `FACE WORKERS FOLDER AT SIGNAL`. For each it forks a process that trains the tiny model (dropout, batch norm) on a
-shuffled loader with accumulation 3, saves every two steps, resumes from FOLDER if there is something, and writes the
-final weights to FOLDER/final.pt; in the body of micro-batch AT (0 for never) it sends itself SIGNAL. Prints `exit code N`.
+Reads lines `FACE WORKERS FOLDER AT SIGNAL`. For each it forks a process that trains the tiny model (dropout, batch
+norm) on a shuffled loader with accumulation 3, saves every two steps, resumes from FOLDER if there is something, and
+writes the final weights to FOLDER/final.pt; in the body of micro-batch AT (0 for never) it sends itself SIGNAL.
+Prints `exit code N`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,13 @@ def run(face: str, workers: int, folder: Path, kill_at: int, number: int) -> Non
                 perhaps_die()
                 return super().forward(input)
 
-        trainer = Dying(max_steps=17, plugins=[checkpoints], data=loader, grad_clip=0.5, gradient_accumulation_steps=ACCUMULATION)
+        trainer = Dying(
+            max_steps=17,
+            plugins=[checkpoints],
+            data=loader,
+            grad_clip=0.5,
+            gradient_accumulation_steps=ACCUMULATION,
+        )
         trainer.train()
         module = trainer.model
     torch.save(module.state_dict(), folder / "final.pt")

@@ -27,7 +27,9 @@ class Noisy(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         self.fetched += 1
-        return torch.tensor([index, torch.rand(()).item(), random.random(), np.random.rand()], dtype=torch.float64)
+        return torch.tensor(
+            [index, torch.rand(()).item(), random.random(), np.random.rand()], dtype=torch.float64
+        )
 
 
 class Plain(Dataset[Any]):
@@ -39,7 +41,9 @@ class Plain(Dataset[Any]):
 
 
 def shuffled(**options: Any) -> DataLoader[Any]:
-    return DataLoader(Plain() if options.get("num_workers") else Noisy(), batch_size=4, shuffle=True, **options)
+    return DataLoader(
+        Plain() if options.get("num_workers") else Noisy(), batch_size=4, shuffle=True, **options
+    )
 
 
 def with_generator() -> DataLoader[Any]:
@@ -47,7 +51,11 @@ def with_generator() -> DataLoader[Any]:
 
 
 def weighted() -> DataLoader[Any]:
-    return DataLoader(Noisy(), batch_size=4, sampler=WeightedRandomSampler([1.0] * SIZE, SIZE, generator=torch.Generator().manual_seed(6)))
+    return DataLoader(
+        Noisy(),
+        batch_size=4,
+        sampler=WeightedRandomSampler([1.0] * SIZE, SIZE, generator=torch.Generator().manual_seed(6)),
+    )
 
 
 def unbatched() -> DataLoader[Any]:

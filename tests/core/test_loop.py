@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -210,13 +210,15 @@ def test_stop_ends_at_the_next_step_boundary(accumulation: int) -> None:
 
 def test_a_finite_loader_is_cycled_with_set_epoch() -> None:
     class Sampler(torch.utils.data.RandomSampler):
-        epochs: list[int] = []
+        epochs: ClassVar[list[int]] = []
 
         def set_epoch(self, epoch: int) -> None:
             self.epochs.append(epoch)
 
     data = tiny.dataset(16)
-    trainer = tiny.Trainer(max_steps=5, data=torch.utils.data.DataLoader(data, batch_size=8, sampler=Sampler(data)))
+    trainer = tiny.Trainer(
+        max_steps=5, data=torch.utils.data.DataLoader(data, batch_size=8, sampler=Sampler(data))
+    )
     trainer.train()
     assert trainer.step == 5
     assert Sampler.epochs == [0, 1, 2]

@@ -31,7 +31,9 @@ def worker() -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def start(worker: subprocess.Popen[str], face: str, workers: int, folder: Path, at: int = 0, number: int = 0) -> int:
+def start(
+    worker: subprocess.Popen[str], face: str, workers: int, folder: Path, at: int = 0, number: int = 0
+) -> int:
     """One run to its end in a new process; its exit code, negative for the signal that ended it."""
     folder.mkdir(exist_ok=True)
     assert worker.stdin is not None
@@ -61,12 +63,22 @@ def test_killed_and_resumed_is_uninterrupted(worker: Any, face: str, workers: in
         assert all(torch.equal(resumed[key], whole[key]) for key in whole), f"killed at micro-batch {at}"
 
 
-def run(epochs: int, *, stop_after: int | None = None, state: dict[str, Any] | None = None) -> tuple[Engine, dict[str, Any] | None]:
+def run(
+    epochs: int, *, stop_after: int | None = None, state: dict[str, Any] | None = None
+) -> tuple[Engine, dict[str, Any] | None]:
     torch.manual_seed(42 if state is None else 123)
     model = tiny.model()
     optimizer = tiny.optimizer(model)
-    engine = Engine(model, optimizer, nn.CrossEntropyLoss(), tiny.scheduler(optimizer), device="cpu", gradient_accumulation_steps=2,
-                    plugins=[EarlyStopping("val_loss", patience=50), Mentor(verbose=False)])  # fmt: skip
+    plugins = [EarlyStopping("val_loss", patience=50), Mentor(verbose=False)]
+    engine = Engine(
+        model,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        tiny.scheduler(optimizer),
+        plugins,
+        device="cpu",
+        gradient_accumulation_steps=2,
+    )
     if state is not None:
         engine.load_state_dict(state)
     for _ in engine.train(tiny.loader(), num_epochs=epochs):
@@ -88,7 +100,9 @@ def test_state_dict_at_any_step_goes_on_to_the_same_bits(step: int) -> None:
     assert tiny.same(resumed.model, whole.model)
     assert resumed.metrics == whole.metrics
     assert resumed.global_step == whole.global_step
-    assert [p._train for p in resumed.plugins if isinstance(p, Mentor)] == [p._train for p in whole.plugins if isinstance(p, Mentor)]
+    assert [p._train for p in resumed.plugins if isinstance(p, Mentor)] == [
+        p._train for p in whole.plugins if isinstance(p, Mentor)
+    ]
 
 
 def test_a_state_dict_is_plain_and_shares_nothing_with_the_run_that_loads_it(tmp_path: Path) -> None:
@@ -125,7 +139,9 @@ def test_base_trainer_takes_a_state_before_and_after_the_build() -> None:
 
 
 def test_saving_inside_a_window_is_refused() -> None:
-    engine = Engine(tiny.model(), None, nn.CrossEntropyLoss(), plugins=[], device="cpu", gradient_accumulation_steps=3)
+    engine = Engine(
+        tiny.model(), None, nn.CrossEntropyLoss(), plugins=[], device="cpu", gradient_accumulation_steps=3
+    )
     engine.optimizer = tiny.optimizer(engine.model)
     for _ in engine.train(tiny.loader()):
         engine.auto_update()
@@ -137,7 +153,14 @@ def test_saving_inside_a_window_is_refused() -> None:
 def test_checkpoint_dir_resumes_by_itself_and_finished_runs_stay_finished(tmp_path: Path) -> None:
     def go(epochs: int) -> tuple[Engine, int]:
         model = tiny.model()
-        engine = Engine(model, tiny.optimizer(model), nn.CrossEntropyLoss(), plugins=[], device="cpu", checkpoint_dir=tmp_path)
+        engine = Engine(
+            model,
+            tiny.optimizer(model),
+            nn.CrossEntropyLoss(),
+            plugins=[],
+            device="cpu",
+            checkpoint_dir=tmp_path,
+        )
         bodies = 0
         for _ in engine.train(tiny.loader(), num_epochs=epochs):
             engine.auto_update()

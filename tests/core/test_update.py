@@ -37,7 +37,9 @@ def mean_loss(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(x).flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
-def gradients(dtype: torch.dtype, rows: int, *, tensors: bool = False, samples: int = SAMPLES) -> list[Tensor]:
+def gradients(
+    dtype: torch.dtype, rows: int, *, tensors: bool = False, samples: int = SAMPLES
+) -> list[Tensor]:
     """The gradient that one window of micro-batches of `rows` rows steps with."""
     model = token_model(dtype)
     x, labels = (part[:samples] for part in token_data(dtype))
@@ -135,7 +137,15 @@ def poisoned(at: set[int]) -> list[Any]:
 def plain_engine(**options: Any) -> Engine:
     model = nn.Linear(8, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    return Engine(model, optimizer, nn.CrossEntropyLoss(), torch.optim.lr_scheduler.StepLR(optimizer, 1), plugins=[], device="cpu", **options)
+    return Engine(
+        model,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        plugins=[],
+        device="cpu",
+        **options,
+    )
 
 
 def test_a_bad_window_is_dropped_without_a_trace() -> None:
@@ -168,11 +178,13 @@ def test_retries_are_counted_in_a_row(retries: int | None, raised_at: int) -> No
 
 def test_fp16_overflow_lowers_the_scale_and_repeats_the_step() -> None:
     model = nn.Linear(8, 3)
-    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.01), nn.CrossEntropyLoss(), plugins=[], device="cpu",
-                    mixed_precision="fp16")  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    engine = Engine(model, optimizer, nn.CrossEntropyLoss(), plugins=[], device="cpu", mixed_precision="fp16")
     engine.build()
     assert engine.grad_scaler is not None
-    engine.grad_scaler.load_state_dict(engine.grad_scaler.state_dict() | {"scale": 2.0**24, "growth_tracker": 0, "_growth_tracker": 0})
+    engine.grad_scaler.load_state_dict(
+        engine.grad_scaler.state_dict() | {"scale": 2.0**24, "growth_tracker": 0, "_growth_tracker": 0}
+    )
     dtypes = set()
     for _ in engine.train(poisoned(set()), num_epochs=2):
         engine.auto_update()

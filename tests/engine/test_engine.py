@@ -74,7 +74,9 @@ def test_dicts_are_keyword_arguments_and_the_models_own_loss_is_used() -> None:
 
 
 def test_no_criterion_and_no_loss_is_an_error_and_not_a_zero() -> None:
-    with pytest.raises(ValueError, match=r"no loss for this batch: there is no criterion, and Tensor has no loss of its own"):
+    with pytest.raises(
+        ValueError, match=r"no loss for this batch: there is no criterion, and Tensor has no loss of its own"
+    ):
         first(make(Two(), criterion=None), (X, X, Y))
     with pytest.raises(ValueError, match="there is criterion but the batch has no target"):
         first(make(OwnLoss()), {"x": X})
@@ -121,7 +123,9 @@ def test_eval_measures_loss_and_accuracy_over_all_samples() -> None:
     x, y = tiny.dataset(20).tensors
     module.eval()
     logits = module(x)
-    assert engine.metrics["val_loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+    assert engine.metrics["val_loss"] == pytest.approx(
+        nn.functional.cross_entropy(logits, y).item(), rel=1e-5
+    )
     assert engine.metrics["val_acc"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
     assert engine.global_step == 0
 
@@ -143,7 +147,9 @@ def test_run_trains_evaluates_and_returns_the_metrics() -> None:
         ({"nonsense": 1}, TypeError, "nonsense"),
     ],
 )
-def test_bad_arguments_are_typed_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_typed_errors(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         make(**options)
 
@@ -202,7 +208,9 @@ class Freeze(Plugin):
 def test_an_optimizer_follows_what_a_plugin_made_of_the_model() -> None:
     """Frozen parameters leave with their state; new ones join the group of the weight they sit beside."""
     module = tiny.model()
-    optimizer = torch.optim.AdamW([{"params": module[:4].parameters(), "lr": 0.1}, {"params": module[4:].parameters(), "lr": 0.2}])
+    optimizer = torch.optim.AdamW(
+        [{"params": module[:4].parameters(), "lr": 0.1}, {"params": module[4:].parameters(), "lr": 0.2}]
+    )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     engine = Engine(module, optimizer, nn.CrossEntropyLoss(), schedule, plugins=[Freeze()], device="cpu")
     engine.build()

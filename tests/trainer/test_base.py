@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,14 @@ def test_parts_are_built_in_order_once() -> None:
     assert order == []
     trainer.train()
     trainer._build()
-    assert order == ["build_data_loader", "build_model", "build_optimizer", "build_lr_scheduler", "build_grad_scaler", "build_hooks"]
+    assert order == [
+        "build_data_loader",
+        "build_model",
+        "build_optimizer",
+        "build_lr_scheduler",
+        "build_grad_scaler",
+        "build_hooks",
+    ]
     assert not trainer.grad_scaler.is_enabled()
 
 
@@ -43,7 +51,11 @@ def test_run_step_can_be_overridden_and_sees_the_steps_figures() -> None:
     class Overridden(tiny.Trainer):
         def _run_step(self) -> None:
             super()._run_step()
-            self.step_info["extra"] = (self.step, len(self.step_info["records"]), self.step_info["loss"].item() > 0)
+            self.step_info["extra"] = (
+                self.step,
+                len(self.step_info["records"]),
+                self.step_info["loss"].item() > 0,
+            )
 
     Overridden(max_steps=3, plugins=[Hook()], gradient_accumulation_steps=2).train()
     assert seen == [(1, 2, True), (2, 2, True), (3, 2, True)]
@@ -138,7 +150,9 @@ def test_workspace_logger_and_state_dict_options(tmp_path: Path, monkeypatch: py
 
     monkeypatch.chdir(tmp_path)
     logger = logging.getLogger("mine")
-    trainer = tiny.Trainer(max_steps=3, workspace="runs/a", logger=logger, state_dict_options=StateDictOptions())
+    trainer = tiny.Trainer(
+        max_steps=3, workspace="runs/a", logger=logger, state_dict_options=StateDictOptions()
+    )
     assert trainer.workspace == tmp_path / "runs/a"
     assert trainer.logger is logger
     trainer.train()
@@ -218,5 +232,8 @@ def test_progress_prints_the_documents_line(capsys: pytest.CaptureFixture[str]) 
     tiny.Trainer(max_steps=100, plugins=[ProgressHook(interval=50, with_records=True, eta_warmup=10)]).train()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    pattern = r"Step  50/100: step \d+\.\d{4}s data \d+\.\d{4}s eta 0:00:0\d loss \d\.\d{4} grad_norm \d+\.\d{4} accuracy 0\.\d{4} lr_0 \d\.\d\de-\d\d"
-    assert __import__("re").fullmatch(pattern, lines[0]), lines[0]
+    pattern = (
+        r"Step  50/100: step \d+\.\d{4}s data \d+\.\d{4}s eta 0:00:0\d loss \d\.\d{4} "
+        r"grad_norm \d+\.\d{4} accuracy 0\.\d{4} lr_0 \d\.\d\de-\d\d"
+    )
+    assert re.fullmatch(pattern, lines[0]), lines[0]

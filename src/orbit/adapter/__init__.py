@@ -1,40 +1,81 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
-from orbit.adapter import linear as linear
-from orbit.adapter.config import AdapterConfig as AdapterConfig
-from orbit.adapter.errors import AdapterError as AdapterError
-from orbit.adapter.errors import AdapterFileError as AdapterFileError
-from orbit.adapter.errors import ConfigError as ConfigError
-from orbit.adapter.errors import GradientError as GradientError
-from orbit.adapter.errors import GraftError as GraftError
-from orbit.adapter.errors import MergeError as MergeError
-from orbit.adapter.errors import RouteError as RouteError
-from orbit.adapter.errors import TargetError as TargetError
-from orbit.adapter.errors import TaskError as TaskError
-from orbit.adapter.files import load as load
-from orbit.adapter.files import save as save
-from orbit.adapter.functions import freeze_backbone_only as freeze_backbone_only
-from orbit.adapter.functions import inject_lora as inject_lora
-from orbit.adapter.functions import inject_lora_file as inject_lora_file
-from orbit.adapter.functions import load_lora as load_lora
-from orbit.adapter.functions import merge_lora as merge_lora
-from orbit.adapter.functions import save_lora as save_lora
-from orbit.adapter.functions import unmerge_lora as unmerge_lora
-from orbit.adapter.inject import InjectReport as InjectReport
-from orbit.adapter.inject import adapter_parameters as adapter_parameters
-from orbit.adapter.inject import base_state_dict as base_state_dict
-from orbit.adapter.inject import check_gradients as check_gradients
-from orbit.adapter.inject import inject as inject
-from orbit.adapter.inject import remove as remove
-from orbit.adapter.inject import set_trainable as set_trainable
-from orbit.adapter.inject import task_config as task_config
-from orbit.adapter.inject import task_layers as task_layers
-from orbit.adapter.inject import tasks as tasks
-from orbit.adapter.kinds import register_forward as register_forward
-from orbit.adapter.kinds import register_kind as register_kind
-from orbit.adapter.merge import merge as merge
-from orbit.adapter.merge import merged as merged
-from orbit.adapter.merge import unmerge as unmerge
-from orbit.adapter.route import current_route as current_route
-from orbit.adapter.route import route as route
-from orbit.adapter.route import set_route as set_route
+from orbit.adapter.config import AdapterConfig
+from orbit.adapter.errors import (
+    AdapterError,
+    AdapterFileError,
+    ConfigError,
+    GradientError,
+    GraftError,
+    MergeError,
+    RouteError,
+    TargetError,
+    TaskError,
+)
+from orbit.adapter.files import load, save
+from orbit.adapter.functions import (
+    freeze_backbone_only,
+    inject_lora,
+    inject_lora_file,
+    load_lora,
+    merge_lora,
+    save_lora,
+    unmerge_lora,
+)
+from orbit.adapter.inject import (
+    InjectReport,
+    adapter_parameters,
+    base_state_dict,
+    check_gradients,
+    inject,
+    remove,
+    set_trainable,
+    task_config,
+    task_layers,
+    tasks,
+)
+from orbit.adapter.kinds import register_forward, register_kind
+from orbit.adapter.linear import LinearGraft
+from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.route import current_route, route, set_route
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "AdapterFileError",
+    "ConfigError",
+    "GradientError",
+    "GraftError",
+    "InjectReport",
+    "LinearGraft",
+    "MergeError",
+    "RouteError",
+    "TargetError",
+    "TaskError",
+    "adapter_parameters",
+    "base_state_dict",
+    "check_gradients",
+    "current_route",
+    "freeze_backbone_only",
+    "inject",
+    "inject_lora",
+    "inject_lora_file",
+    "load",
+    "load_lora",
+    "merge",
+    "merge_lora",
+    "merged",
+    "register_forward",
+    "register_kind",
+    "remove",
+    "route",
+    "save",
+    "save_lora",
+    "set_route",
+    "set_trainable",
+    "task_config",
+    "task_layers",
+    "tasks",
+    "unmerge",
+    "unmerge_lora",
+]

@@ -43,16 +43,28 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for label, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+        for label, rank in [
+            ("r", self.r),
+            *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
+        ]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"{label} must be a whole number >= 1, got {rank!r}")
         for label, alpha in [
             ("alpha", self.alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or not alpha:
+            if (
+                isinstance(alpha, bool)
+                or not isinstance(alpha, (int, float))
+                or not math.isfinite(alpha)
+                or not alpha
+            ):
                 raise ConfigError(f"{label} must be a finite number other than 0, got {alpha!r}")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if (
+            isinstance(self.dropout, bool)
+            or not isinstance(self.dropout, (int, float))
+            or not 0 <= self.dropout < 1
+        ):
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout!r}")
         for label in ("dora", "rslora"):
             if not isinstance(getattr(self, label), bool):
@@ -96,7 +108,9 @@ class AdapterConfig:
             "use_dora": self.dora,
             "use_rslora": self.rslora,
             "target_modules": _peft_targets(self.targets) if target_modules is None else target_modules,
-            "exclude_modules": _peft_targets(self.exclude) if target_modules is None and self.exclude else None,
+            "exclude_modules": _peft_targets(self.exclude)
+            if target_modules is None and self.exclude
+            else None,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "bias": "none",
@@ -144,11 +158,27 @@ class AdapterConfig:
 
 
 _HONOURED = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules", "exclude_modules"),
+    *(
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_dora",
+        "use_rslora",
+        "target_modules",
+        "exclude_modules",
+    ),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
     # These describe the file or PEFT's own run, and say nothing about ΔW.
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
-    *("megatron_core", "ephemeral_gpu_offload", "eva_config", "loftq_config", "runtime_config", "qalora_group_size"),
+    *(
+        "megatron_core",
+        "ephemeral_gpu_offload",
+        "eva_config",
+        "loftq_config",
+        "runtime_config",
+        "qalora_group_size",
+    ),
 }
 # Values of other fields that leave the meaning of the saved tensors alone. The remaining ways of initialising
 # (PiSSA, OLoRA, CorDA, LoftQ) change the base weights, so that their files do not fit the original model.
@@ -159,7 +189,12 @@ _IGNORABLE: dict[str, tuple[Any, ...]] = {
 
 
 def _empty(value: Any) -> bool:
-    return value is None or value is False or value == "" or (isinstance(value, (list, dict, tuple)) and not value)
+    return (
+        value is None
+        or value is False
+        or value == ""
+        or (isinstance(value, (list, dict, tuple)) and not value)
+    )
 
 
 def _names(label: str, value: Any) -> tuple[str, ...]:
@@ -192,5 +227,7 @@ def _peft_targets(targets: tuple[str, ...] | None) -> list[str] | str:
         return targets[0][3:]
     for target in targets:
         if target.startswith("re:") or any(mark in target for mark in "*?["):
-            raise ConfigError(f"PEFT has no way to write the target {target!r} beside others; pass target_modules=")
+            raise ConfigError(
+                f"PEFT has no way to write the target {target!r} beside others; pass target_modules="
+            )
     return list(targets)

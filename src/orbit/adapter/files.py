@@ -31,7 +31,15 @@ from torch.nn.parallel import DistributedDataParallel
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import AdapterFileError, ConfigError
 from orbit.adapter.graft import BANKS, Graft
-from orbit.adapter.inject import InjectReport, inject, set_trainable, task_config, task_layers, tasks, unwrapped
+from orbit.adapter.inject import (
+    InjectReport,
+    inject,
+    set_trainable,
+    task_config,
+    task_layers,
+    tasks,
+    unwrapped,
+)
 from orbit.adapter.kinds import kind_of
 from orbit.adapter.owners import Owner, Tasks
 from orbit.adapter.targets import nearest
@@ -93,13 +101,17 @@ def load(
     model = _root(model)
     fields, tensors = read(path)
     found = _by_layer(path, tensors)
-    layers = {_clean(raw): (raw, module) for raw, module in model.named_modules() if kind_of(module) is not None}
+    layers = {
+        _clean(raw): (raw, module) for raw, module in model.named_modules() if kind_of(module) is not None
+    }
     for layer_name in found:
         if layer_name not in layers:
             close = nearest(layer_name, layers)
             hint = f"; the nearest layer is {close!r}" if close else ""
             key = _key(layer_name, next(iter(found[layer_name])))
-            raise AdapterFileError(f"{path}: {key} belongs to no adaptable layer of {type(model).__name__}{hint}")
+            raise AdapterFileError(
+                f"{path}: {key} belongs to no adaptable layer of {type(model).__name__}{hint}"
+            )
     config = AdapterConfig.from_peft(fields, layers=[layers[layer_name][0] for layer_name in found])
     _check_coverage(path, fields, set(found), set(layers))
     for layer_name, banks in found.items():
@@ -182,15 +194,26 @@ def _check_coverage(path: Any, fields: Mapping[str, Any], found: set[str], layer
     targets, exclude = fields.get("target_modules"), fields.get("exclude_modules")
     if not targets or targets == "all-linear" or fields.get("layers_to_transform") not in (None, []):
         return
-    meant = {name for name in layers if _peft_match(targets, name) and not (exclude and _peft_match(exclude, name))}
+    meant = {
+        name for name in layers if _peft_match(targets, name) and not (exclude and _peft_match(exclude, name))
+    }
     for name in sorted(meant - found):
-        raise AdapterFileError(f"{path}: {_key(name, 'lora_A')} is missing; target_modules={targets!r} names the layer")
+        raise AdapterFileError(
+            f"{path}: {_key(name, 'lora_A')} is missing; target_modules={targets!r} names the layer"
+        )
     for name in sorted(found - meant):
-        raise AdapterFileError(f"{path}: {_key(name, 'lora_A')} is unexpected; target_modules={targets!r} omits it")
+        raise AdapterFileError(
+            f"{path}: {_key(name, 'lora_A')} is unexpected; target_modules={targets!r} omits it"
+        )
 
 
 def _check_layer(
-    path: Any, name: str, banks: Mapping[str, Tensor], config: AdapterConfig, in_features: int, out_features: int
+    path: Any,
+    name: str,
+    banks: Mapping[str, Tensor],
+    config: AdapterConfig,
+    in_features: int,
+    out_features: int,
 ) -> None:
     r = config.rank_of(name)
     wanted: dict[str, tuple[int, ...]] = {"lora_A": (r, in_features), "lora_B": (out_features, r)}
@@ -221,7 +244,9 @@ def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig, l
         *((f"alpha of {raw}", config.alpha_of(raw), own.alpha_of(raw)) for raw in have),
     ]:
         if theirs != ours:
-            raise AdapterFileError(f"{path}: {label} is {theirs}, but {ours} in task {name!r}; load under another name")
+            raise AdapterFileError(
+                f"{path}: {label} is {theirs}, but {ours} in task {name!r}; load under another name"
+            )
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -147,7 +147,9 @@ def named_parameters_of(model: nn.Module, keywords: Sequence[str]) -> list[nn.Pa
         if not hits:
             segments = {part for name in base for part in name.split(".")[:-1] if not part.isdigit()}
             close = nearest(keyword, segments)
-            hint = f"; did you mean {close!r}?" if close else f"; the names are made of {sorted(segments)[:12]}"
+            hint = (
+                f"; did you mean {close!r}?" if close else f"; the names are made of {sorted(segments)[:12]}"
+            )
             raise TargetError(f"unlock_head_keywords: {keyword!r} names none of {len(base)} parameters{hint}")
         found += hits
     return found

@@ -224,7 +224,11 @@ def check_gradients(model: nn.Module) -> None:
     if not routed and state.default is not None:
         routed = {state.default}
     silent = [
-        key for task in names if task in routed for key, p in names[task].items() if p.requires_grad and p.grad is None
+        key
+        for task in names
+        if task in routed
+        for key, p in names[task].items()
+        if p.requires_grad and p.grad is None
     ]
     if silent:
         shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
@@ -294,7 +298,9 @@ def _close_fast_paths(model: nn.Module) -> None:
 def _refuse_model(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            raise GraftError("the model is wrapped by DistributedDataParallel, which would not see the new tensors")
+            raise GraftError(
+                "the model is wrapped by DistributedDataParallel, which would not see the new tensors"
+            )
         if isinstance(module, FSDPModule):
             raise GraftError(
                 "the model is sharded by fully_shard; add and remove tasks before it, else ranks diverge"

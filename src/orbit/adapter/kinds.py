@@ -78,7 +78,9 @@ def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
     if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
         return "it is lazy and has no shape yet; run one batch through the model first"
     if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it, so the adapter would have no effect"
+        return (
+            "nn.MultiheadAttention reads its weight without calling it, so the adapter would have no effect"
+        )
     if "_orbit_route" in vars(layer):
         return None  # adapted already, so it was fit
     try:
@@ -87,7 +89,9 @@ def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
         return str(error)
     own = vars(layer)
     if "forward" in own and not ("_hf_hook" in own and "_old_forward" in own):
-        return "its forward was replaced on the instance; take that off, or adapt the model before it is put on"
+        return (
+            "its forward was replaced on the instance; take that off, or adapt the model before it is put on"
+        )
     if any(name.startswith("lora_") for name in layer._modules):
         return "it already has modules named lora_*, of another library"
     return None

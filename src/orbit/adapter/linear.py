@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orbit.adapter import dora
-from orbit.adapter.errors import MergeError
+from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import fresh_factors, low_rank
@@ -33,6 +33,11 @@ class LinearGraft(Graft, nn.Linear):
         base = super().forward(input, *args, **kwargs)
         if slot is None:
             return base
+        if base.shape[-1] != slot.up.weight.shape[0]:
+            raise GraftError(
+                f"an adapted layer gives {base.shape[-1]} features and its adapter {slot.up.weight.shape[0]}: its "
+                "weight was replaced (resize_token_embeddings?); resize before injecting"
+            )
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
         if slot.magnitude is None:
@@ -50,7 +55,9 @@ class LinearGraft(Graft, nn.Linear):
     def row_norm(self, slot: Slot) -> Tensor:
         """‖W + s·B·A‖ row by row, (out,), without gradient."""
         A = slot.down.weight.detach()
-        return dora.row_norm(self._squared_rows(A.device), self._times_weight(A), A, slot.up.weight, slot.up.scale)
+        return dora.row_norm(
+            self._squared_rows(A.device), self._times_weight(A), A, slot.up.weight, slot.up.scale
+        )
 
     def _times_weight(self, A: Tensor) -> Tensor:
         """W·Aᵀ (out, r). A quantised weight is not dense, but the layer's own forward multiplies by it."""
@@ -104,7 +111,9 @@ class LinearGraft(Graft, nn.Linear):
         """W + s·B·A, or its DoRA form, computed in at least float32 and rounded once."""
         W = self._parameters.get("weight")
         if W is None or not self._is_dense(W) or W.is_meta or type(W.data) is not Tensor:
-            raise MergeError(f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded")
+            raise MergeError(
+                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded"
+            )
         with torch.no_grad():
             dtype = dora.wide(W.dtype)
             A, B = slot.down.weight.to(dtype), slot.up.weight.to(dtype)

@@ -65,13 +65,17 @@ class History:
             return self._first
         node = _original_node()
         if node is None:
-            raise RouteError(f"an adapted layer is replayed in a backward pass that has no current node; {_WAY_OUT}")
+            raise RouteError(
+                f"an adapted layer is replayed in a backward pass that has no current node; {_WAY_OUT}"
+            )
         number = node._sequence_nr()
         found: set[str | None] = set()
         for thread, (numbers, tasks) in self._switches.items():
             index = bisect_right(numbers, number) - 1
             if index < 0 and thread in self._cut:
-                raise RouteError(f"over {LIMIT // 2} route switches lie between a forward and its replay; {_WAY_OUT}")
+                raise RouteError(
+                    f"over {LIMIT // 2} route switches lie between a forward and its replay; {_WAY_OUT}"
+                )
             found.add(self._first if index < 0 else tasks[index])
         if len(found) > 1:
             raise RouteError(

@@ -71,6 +71,7 @@ class RouteState:
         self.routed: set[str] = set()
         self.calls = 0  # running calls with task=, read by compiled graphs
         self._layers: list[weakref.ref[Graft]] = []
+        self._lost: list[str] = []  # layers that died with their tasks
         self._holds: list[_Hold] = []
         self._history = History(self.current)
         self._lock = threading.RLock()
@@ -92,11 +93,26 @@ class RouteState:
                 yield layer
 
     def attach(self, layer: Graft) -> None:
-        self._layers = [ref for ref in self._layers if ref() not in (None, layer)] + [weakref.ref(layer)]
+        self.detach(layer)
+        me, what = weakref.ref(self), f"{type(layer).__name__}({layer.extra_repr()})"
+
+        def gone(_: object) -> None:
+            state = me()
+            if state is not None:
+                state._lost.append(what)
+
+        self._layers.append(weakref.ref(layer, gone))
         self._point(layer)
 
     def detach(self, layer: Graft) -> None:
         self._layers = [ref for ref in self._layers if ref() not in (None, layer)]
+
+    def _refuse_loss(self) -> None:
+        if self._lost:
+            raise RouteError(
+                f"{len(self._lost)} layer(s) with adapters left the model, the first a {self._lost[0]}: replaced by "
+                "resize_token_embeddings, say. Resize before injecting; if it was meant, set_route(model, task) again"
+            )
 
     def _point(self, layer: Graft) -> None:
         task = None if self.merged is not None else self.current
@@ -120,7 +136,10 @@ class RouteState:
         with self._lock:
             self._settle()
             if self._holds:
-                raise RouteError(f"the default route cannot become {task!r} while a call or a `with route` is running")
+                raise RouteError(
+                    f"the default route cannot become {task!r} while a call or a `with route` is running"
+                )
+            self._lost.clear()
             self.default = task
             self._switch(task)
 
@@ -132,6 +151,7 @@ class RouteState:
 
     def enter(self, task: str | None, *, changes: bool = True, root: nn.Module | None = None) -> None:
         """Start a call or a block; `leave` ends it. With `changes` False it takes the current route as it is."""
+        self._refuse_loss()
         if changes:
             self._check(task)
         me, replaying = threading.get_ident(), in_backward()
@@ -253,7 +273,9 @@ class RouteState:
         except BaseException:
             # torch runs the post-hook even if this hook raised: give it a hold of its own to take away.
             with self._lock:
-                self._holds.append(_Hold(threading.get_ident(), False, None, self.current, True, weakref.ref(model)))
+                self._holds.append(
+                    _Hold(threading.get_ident(), False, None, self.current, True, weakref.ref(model))
+                )
             raise
         self.calls += changes
 
@@ -335,7 +357,9 @@ def find_state(model: nn.Module, task: str | None = None) -> RouteState | None:
     for other in others:
         clash = [n for n, c in other.configs.items() if first.configs.get(n, c) != c]
         if clash:
-            raise TaskError(f"parts of this model have different tasks named {clash[0]!r}; rename one of them")
+            raise TaskError(
+                f"parts of this model have different tasks named {clash[0]!r}; rename one of them"
+            )
         if first.merged != other.merged or first._holds or other._holds:
             raise RouteError("parts of this model are merged or running; unmerge and finish them first")
     for other in others:

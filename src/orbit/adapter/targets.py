@@ -78,7 +78,9 @@ def resolve(
             skipped[name] = "it is a scripted module"
     if not chosen:
         reasons = "".join(f"\n  {name}: {why}" for name, why in list(skipped.items())[:5])
-        raise TargetError(f"no layer is left to adapt in {type(model).__name__}{':' + reasons if reasons else ''}")
+        raise TargetError(
+            f"no layer is left to adapt in {type(model).__name__}{':' + reasons if reasons else ''}"
+        )
     return {name: layer for name, layer in layers.items() if name in chosen}, skipped
 
 
@@ -144,7 +146,9 @@ def _nothing(
     if hits:
         classes = ", ".join(sorted({type(modules[hit]).__name__ for hit in hits}))
         return f"{said}; it names {len(hits)} module(s) of class {classes} with none of them below"
-    suffixes = {".".join(parts[i:]) for parts in (n.split(".") for n in modules if n) for i in range(len(parts))}
+    suffixes = {
+        ".".join(parts[i:]) for parts in (n.split(".") for n in modules if n) for i in range(len(parts))
+    }
     wanted = target.removeprefix("re:")
     found = nearest(wanted, (s for s in suffixes if s.count(".") <= wanted.count(".") and not s.isdigit()))
     if found:

@@ -5,8 +5,8 @@
     folder/checkpoint_latest.pt             a link to the newest
 
 Writing goes: temporary file → fsync → digest → rename → fsync the folder → move the link. A process that is killed
-anywhere in this leaves the older checkpoints valid and at most a stray `.tmp` file, which the next save removes. Reading
-verifies the digest first: one flipped bit loads silently otherwise (298 times in 300 when it was tried).
+anywhere in this leaves the older checkpoints valid and at most a stray `.tmp` file, which the next pruning removes.
+Reading verifies the digest first: one flipped bit loads silently otherwise (298 times in 300 when it was tried).
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def save_checkpoint(state: dict[str, Any], path: Path | str) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     if not is_valid(path):
-        raise CheckpointError(f"{path} was written and does not verify: the disk does not keep what it is given")
+        raise CheckpointError(
+            f"{path} was written and does not verify: the disk does not keep what it is given"
+        )
     return path
 
 
@@ -85,13 +87,19 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}{_nearby(path)}")
     if _manifest(path.resolve()).exists() and not is_valid(path):
-        raise CheckpointError(f"{path} does not match its sha256 manifest: the file was changed or cut off; use an older checkpoint")
+        raise CheckpointError(
+            f"{path} does not match its sha256 manifest: the file was changed or cut off; use an older checkpoint"
+        )
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint (weights_only=True): {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint (weights_only=True): {error}"
+        ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a training state: was it saved by state_dict()?")
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__}, not a training state: was it saved by state_dict()?"
+        )
     return state
 
 
@@ -107,12 +115,15 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
     for path in reversed(list_checkpoints(folder)):
         if is_valid(path):
             if broken:
-                warnings.warn(f"skipped {', '.join(broken)}: not valid; going on from {path.name}", stacklevel=2)
+                warnings.warn(
+                    f"skipped {', '.join(broken)}: not valid; going on from {path.name}", stacklevel=2
+                )
             return path
         broken.append(path.name)
     if broken:
         raise CheckpointError(
-            f"{folder} holds {len(broken)} checkpoint(s) and none is valid: {', '.join(broken)}. Restore one from a copy, or "
+            f"{folder} holds {len(broken)} checkpoint(s) and none is valid: {', '.join(broken)}. "
+            "Restore one from a copy, or "
             "move them away (or pass load=None) to start from the beginning"
         )
     return None
@@ -120,7 +131,11 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
 
 def list_checkpoints(folder: Path | str) -> list[Path]:
     """`checkpoint_step_*.pt` in a folder, by step."""
-    found = [(int(match[1]), path) for path in Path(folder).glob("checkpoint_step_*.pt") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in Path(folder).glob("checkpoint_step_*.pt")
+        if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -159,7 +174,8 @@ def _check_plain(value: Any, place: str) -> None:
             _check_plain(item, f"{place}[{index}]")
     else:
         raise CheckpointError(
-            f"the state at {place or 'its top'} is a {type(value).__module__}.{type(value).__qualname__}: checkpoints hold tensors and plain "
+            f"the state at {place or 'its top'} is a "
+            f"{type(value).__module__}.{type(value).__qualname__}: checkpoints hold tensors and plain "
             "values only, so that they load with weights_only=True; save a tensor, number, string, list or dict"
         )
 

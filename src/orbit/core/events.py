@@ -37,9 +37,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orbit.core.base import Base
     from orbit.core.loop import Core
 
 
@@ -109,11 +111,14 @@ class Dispatcher:
             hint = ": pass an instance, not the class" if isinstance(plugin, type) else ""
             raise TypeError(f"{plugin!r} is no orbit Plugin (BaseHook){hint}")
         if any(plugin is other for other in self.plugins):
-            raise ValueError(f"{type(plugin).__name__} was attached twice: the same object is already a plugin")
+            raise ValueError(
+                f"{type(plugin).__name__} was attached twice: the same object is already a plugin"
+            )
         for name in dir(type(plugin)):
             if name.startswith("on_") and name.removeprefix("on_") not in self.handlers:
                 warnings.warn(
-                    f"{type(plugin).__name__}.{name} is never called: there is no such event; known: {', '.join(EVENTS)}",
+                    f"{type(plugin).__name__}.{name} is never called: there is no such event; "
+                    f"known: {', '.join(EVENTS)}",
                     stacklevel=3,
                 )
         self.plugins.append(plugin)
@@ -124,3 +129,22 @@ class Dispatcher:
                 for handler in (getattr(p, f"on_{event}") for p in self.plugins)
                 if getattr(handler, "__func__", None) is not getattr(Plugin, f"on_{event}")
             ]
+
+
+def announced(event: str, method: Callable[..., None]) -> Callable[..., None]:
+    """Let `trainer.log(...)` tell every plugin once, however often subclasses override it and call super()."""
+
+    @wraps(method)
+    def log(self: Base, records: dict[str, Any], dry_run: bool = False) -> None:
+        if self._announcing:  # a super().log(...) inside an override
+            method(self, records, dry_run)
+            return
+        self._announcing = True
+        try:
+            method(self, records, dry_run)
+        finally:
+            self._announcing = False
+        self.emit(event, records, dry_run)
+
+    log._announced = True  # type: ignore[attr-defined]
+    return log

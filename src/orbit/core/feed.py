@@ -55,7 +55,7 @@ class _Skipper:
         return getattr(self.sampler, name)
 
     def draw(self) -> None:
-        """Pass over the skipped items now, while the generators are in the epoch's own state; later epochs skip none."""
+        """Skip now, while the generators are in the epoch's own state; later epochs skip none."""
         assert self._current is not None
         self._current.draw()
         self.skip = 0
@@ -93,7 +93,10 @@ class Feed:
 
     def __init__(self, loader: Iterable[Any]) -> None:
         if not isinstance(loader, Iterable):
-            raise FeedError(f"the loader is a {type(loader).__name__}, which cannot be iterated: pass a DataLoader or a list of batches")
+            raise FeedError(
+                f"the loader is a {type(loader).__name__}, which cannot be iterated: pass a "
+                "DataLoader or a list of batches"
+            )
         self.loader = loader
         self.cursor = 0
         self._start: dict[str, Any] | None = None
@@ -101,10 +104,10 @@ class Feed:
         self._skipper: _Skipper | None = None
         self._spent = False
         self._source: Any = loader
-        mapped = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-        if mapped:
+        streams = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+        if isinstance(loader, DataLoader) and not streams:
             self._source, self._skipper = _skippable(loader)
-        self.length = _length(loader) if mapped or not isinstance(loader, DataLoader) else None
+        self.length = None if streams else _length(loader)  # a stream's len() is an estimate
         self.generators = _generators(loader)
 
     def epoch(self, epoch: int, position: dict[str, Any] | None = None) -> Iterator[tuple[Any, bool]]:
@@ -127,7 +130,8 @@ class Feed:
             return None
         state = None
         if self._stateful and self._skipper is None:
-            state = self._loader_state if self.length is None else self.loader.state_dict()  # type: ignore[attr-defined]
+            loader: Any = self.loader
+            state = self._loader_state if self.length is None else loader.state_dict()
         return {"start": self._start, "cursor": self.cursor, "loader": state}
 
     # ── making the epoch's iterator ───────────────────────────────────────────────────────────────────────────
@@ -139,11 +143,15 @@ class Feed:
     def _open(self) -> Iterator[Any]:
         if self._spent:
             raise FeedError(
-                f"the loader is a one-shot iterator ({type(self.loader).__name__}) and its epoch is over: pass something that can be "
+                f"the loader is a one-shot iterator ({type(self.loader).__name__}) and its epoch is "
+                "over: pass something that can be "
                 "iterated again (a DataLoader, a list), or ask for one epoch or fewer steps"
             )
         self.cursor = 0
-        self._start = {"rng": rng.capture(self.generators), "reused": getattr(self._source, "_iterator", None) is not None}
+        self._start = {
+            "rng": rng.capture(self.generators),
+            "reused": getattr(self._source, "_iterator", None) is not None,
+        }
         iterator = iter(self._source)
         self._spent = iterator is self.loader
         return iterator
@@ -151,7 +159,9 @@ class Feed:
     def _reopen(self, position: dict[str, Any]) -> Iterator[Any]:
         self._start, self.cursor = position["start"], position["cursor"]
         if self._skipper is not None:
-            if self._start["reused"]:  # persistent workers: a later epoch resets the iterator, which draws less
+            if self._start[
+                "reused"
+            ]:  # persistent workers: a later epoch resets the iterator, which draws less
                 iter(self._source)
             rng.restore(self._start["rng"], self.generators)
             self._skipper.skip = self.cursor
@@ -188,9 +198,13 @@ class Feed:
             self.cursor += 1
             yield batch, self.cursor == self.length
         if self.cursor == 0:
-            raise FeedError("the loader is empty: it gave no batch (is batch_size larger than the dataset, with drop_last?)")
+            raise FeedError(
+                "the loader is empty: it gave no batch (is batch_size larger than the dataset, with drop_last?)"
+            )
         if self.length is not None and self.cursor < self.length:
-            raise FeedError(f"the loader's len() is {self.length} and it ended after {self.cursor} batches: the two must agree")
+            raise FeedError(
+                f"the loader's len() is {self.length} and it ended after {self.cursor} batches: the two must agree"
+            )
 
     def _look_ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         """A loader of unknown length: the next batch is fetched first, to know whether this one is the last."""

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from orbit.core.nested import as_number
 
-_COMPACT = 1024  # values kept per name before they are folded into one sum, so that an epoch's memory is bounded
+_COMPACT = (
+    1024  # values kept per name before they are folded into one sum, so that an epoch's memory is bounded
+)
 
 
 class Averages:
@@ -75,7 +77,8 @@ class Averages:
         sizes = [len(column) for column in self._values.values()]
         flat = iter(_to_host([part for column in self._values.values() for pair in column for part in pair]))
         return [
-            [list(name), [[next(flat), next(flat)] for _ in range(size)]] for name, size in zip(self._values, sizes, strict=True)
+            [list(name), [[next(flat), next(flat)] for _ in range(size)]]
+            for name, size in zip(self._values, sizes, strict=True)
         ]
 
     def load_state_dict(self, state: list[Any]) -> None:
@@ -87,7 +90,9 @@ def _to_host(numbers: list[Any]) -> list[float]:
     """Numbers and one-element tensors as floats, all in one copy."""
     if not numbers:
         return []
-    device = next((n.device for n in numbers if isinstance(n, Tensor) and n.device.type != "cpu"), torch.device("cpu"))
+    device = next(
+        (n.device for n in numbers if isinstance(n, Tensor) and n.device.type != "cpu"), torch.device("cpu")
+    )
     return _vector(tuple(numbers), device).tolist()
 
 
@@ -104,5 +109,7 @@ def _fold(column: list[tuple[Any, Any]]) -> tuple[Any, Any]:
 
 def _vector(numbers: tuple[Any, ...], device: torch.device) -> Tensor:
     if any(isinstance(n, Tensor) for n in numbers):
-        return torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device).reshape(()) for n in numbers])
+        return torch.stack(
+            [torch.as_tensor(n, dtype=torch.float64, device=device).reshape(()) for n in numbers]
+        )
     return torch.tensor(numbers, dtype=torch.float64, device=device)

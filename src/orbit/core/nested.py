@@ -71,7 +71,9 @@ def as_number(value: Any, name: str) -> float:
             return float(value)
     except (TypeError, ValueError):
         shown = tuple(value.shape) if isinstance(value, Tensor) else value
-        raise TypeError(f"record {name!r} is no number: {type(value).__name__} {shown!r}; log a float or a 0-d tensor") from None
+        raise TypeError(
+            f"record {name!r} is no number: {type(value).__name__} {shown!r}; log a float or a 0-d tensor"
+        ) from None
     raise TypeError(f"record {name!r} is no number: {value!r}; log a float or a 0-d tensor")
 
 
@@ -79,7 +81,9 @@ def first_tensor(value: Any) -> Tensor | None:
     """The first tensor found in nested containers, depth first, or None."""
     if isinstance(value, Tensor):
         return value
-    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    children = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    )
     for child in children:
         found = first_tensor(child)
         if found is not None:

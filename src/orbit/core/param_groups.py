@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-
 Snapshot = list[tuple[nn.Parameter, bool]]
 
 
@@ -48,7 +47,11 @@ def reconcile(optimizer: Optimizer, model: nn.Module, snapshot_before: Snapshot)
         if p.requires_grad and id(p) not in home and not before.get(id(p), False)
     ]
     destinations = [_group_of(name, model, home, optimizer) for name, _ in joining]
-    leaving = {id(p) for p in model.parameters() if id(p) in home and before.get(id(p), False) and not p.requires_grad}
+    leaving = {
+        id(p)
+        for p in model.parameters()
+        if id(p) in home and before.get(id(p), False) and not p.requires_grad
+    }
     present = {id(p) for p in model.parameters()}
     leaving |= {key for key in home if key in before and key not in present}  # replaced by the change
     for group in optimizer.param_groups:
@@ -63,7 +66,9 @@ def reconcile(optimizer: Optimizer, model: nn.Module, snapshot_before: Snapshot)
     return len(leaving), len(joining)
 
 
-def _group_of(name: str, model: nn.Module, home: dict[int, dict[str, Any]], optimizer: Optimizer) -> dict[str, Any]:
+def _group_of(
+    name: str, model: nn.Module, home: dict[int, dict[str, Any]], optimizer: Optimizer
+) -> dict[str, Any]:
     for module in _enclosing(name, model):
         own = dict(module.named_parameters(recurse=False))
         for p in [own["weight"], *own.values()] if "weight" in own else own.values():

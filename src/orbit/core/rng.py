@@ -39,7 +39,7 @@ def seed_everything(seed: int = 42, deterministic: bool = False) -> int:
 def capture(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
     """Snapshot of Python's, NumPy's, PyTorch's and the given generators."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(words), gauss],
         "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],

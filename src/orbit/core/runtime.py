@@ -27,7 +27,11 @@ def resolve_device(device: torch.device | str | int | None, model: nn.Module | N
         placed = next((p.device for p in model.parameters()), None) if model is not None else None
         if placed is not None and placed.type not in ("cpu", "meta"):
             return placed
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     try:
         resolved = torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
     except RuntimeError as error:
@@ -37,7 +41,9 @@ def resolve_device(device: torch.device | str | int | None, model: nn.Module | N
         if count == 0:
             raise ValueError(f'device={device!r} but PyTorch sees no CUDA device here; pass device="cpu"')
         if resolved.index is not None and resolved.index >= count:
-            raise ValueError(f'device={device!r} but PyTorch sees {count} CUDA device(s); pass a lower index or device="cpu"')
+            raise ValueError(
+                f'device={device!r} but PyTorch sees {count} CUDA device(s); pass a lower index or device="cpu"'
+            )
     return resolved
 
 
@@ -91,7 +97,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
     """A micro-batch whose gradients stay on their rank: `no_sync()` of DDP and FSDP1, its switch in FSDP2."""
     if hasattr(model, "no_sync"):
-        return cast(AbstractContextManager[Any], model.no_sync())
+        return cast(AbstractContextManager[Any], cast(Any, model).no_sync())
     if hasattr(model, "set_requires_gradient_sync"):
         return _Fsdp2NoSync(model)
     return nullcontext()

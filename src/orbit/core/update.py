@@ -101,7 +101,11 @@ class Updater:
                 loss = torch.where(share > 0, loss * share, 0.0)  # 0·NaN contributes nothing
             elif share != 1.0:
                 loss = loss * share
-            with torch.autocast(loss.device.type, enabled=False) if torch.is_autocast_enabled(loss.device.type) else _NO_CONTEXT:
+            with (
+                torch.autocast(loss.device.type, enabled=False)
+                if torch.is_autocast_enabled(loss.device.type)
+                else _NO_CONTEXT
+            ):
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             self._total = self._total + share
             self._loss_sum = self._loss_sum + loss.detach()
@@ -136,7 +140,11 @@ class Updater:
         if torch.is_autocast_enabled(norm.device.type):
             torch.clear_autocast_cache()  # it holds casts of the weights as they were
         loss = self._loss_sum
-        self.loss = (loss if isinstance(total, float) and total == 1.0 else loss / total) if isinstance(loss, Tensor) else None
+        self.loss = (
+            (loss if isinstance(total, float) and total == 1.0 else loss / total)
+            if isinstance(loss, Tensor)
+            else None
+        )
         self.failures = 0
         self.reset()
         self.after_step()
@@ -165,7 +173,8 @@ class Updater:
             weight = float(weight)
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(
-                    f"weight {weight} of a micro-batch: it must be a finite number >= 0 (the units that its loss averages over)"
+                    f"weight {weight} of a micro-batch: it must be a finite number >= 0 (the units "
+                    "that its loss averages over)"
                 )
             if alone or weight == 0.0:
                 return float(weight > 0)
@@ -180,20 +189,31 @@ class Updater:
         if self.scaler is not None:
             scale = self.scaler.get_scale()
             self.scaler.update()
-            overflow = self.scaler.get_scale() < scale and scale > 1.0  # fp16: the scale was too large, not the model wrong
+            overflow = (
+                self.scaler.get_scale() < scale and scale > 1.0
+            )  # fp16: the scale was too large, not the model wrong
         culprits = [] if overflow else self._non_finite_names()
         self.reset()
         self.failures += not overflow
         if not overflow and self.failures > (self.retries or 0):
-            tried = f"after {self.retries} retries" if self.retries else "and max_non_finite_grad_retries allows no retry"
+            tried = (
+                f"after {self.retries} retries"
+                if self.retries
+                else "and max_non_finite_grad_retries allows no retry"
+            )
             raise NonFiniteGradientError(
-                f"the gradient's norm is {norm.item()} {tried}; not finite first in: {', '.join(culprits) or 'the norm itself'}. "
+                f"the gradient's norm is {norm.item()} {tried}; not finite first in: "
+                f"{', '.join(culprits) or 'the norm itself'}. "
                 "Lower the learning rate, clip (grad_clip), look at the batch, or allow retries"
             )
         self.dropped()
 
     def _non_finite_names(self, most: int = 3) -> list[str]:
-        names = (name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        names = (
+            name
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        )
         return [name for name, _ in zip(names, range(most), strict=False)]
 
 
@@ -211,12 +231,15 @@ def _widest(weight: Tensor) -> torch.dtype:
 
 def _checked(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
-        raise ValueError(f"the loss is a {type(loss).__name__}: give a scalar tensor that was computed from the parameters")
+        raise ValueError(
+            f"the loss is a {type(loss).__name__}: give a scalar tensor that was computed from the parameters"
+        )
     if loss.numel() != 1:
         raise ValueError(f"the loss has shape {tuple(loss.shape)}: reduce it to a scalar (mean) first")
     if not loss.requires_grad:
         raise ValueError(
-            "the loss has no gradient: nothing that trains took part in it (all parameters frozen, or computed under no_grad, "
+            "the loss has no gradient: nothing that trains took part in it (all parameters frozen, "
+            "or computed under no_grad, "
             "or detached)"
         )
     return loss.reshape(()) if loss.ndim else loss

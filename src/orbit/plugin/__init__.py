@@ -5,6 +5,7 @@ from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.early_stopping import EarlyStopping
 from orbit.plugin.gradient_accumulation import GradientAccumulation
 from orbit.plugin.logs import LoggingHook
+from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
 from orbit.plugin.progress import ProgressHook
 
@@ -13,6 +14,7 @@ __all__ = [
     "CheckpointingHook",
     "EarlyStopping",
     "GradientAccumulation",
+    "LoRA",
     "LoggingHook",
     "Mentor",
     "Plugin",

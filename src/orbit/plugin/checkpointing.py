@@ -30,11 +30,12 @@ class CheckpointingHook(Plugin):
         keep_previous: checkpoints kept besides the newest; None keeps all.
         keep_interval: also keep every checkpoint whose step is a multiple of this.
         path: folder; a relative one lies in the trainer's workspace, if it has one.
-        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one; a path loads that file, which
-            must exist; None starts anew.
+        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one; a path loads that file,
+            which must exist; None starts anew.
         exit_signals: signals after which to save and leave.
         exit_code: process exit code, or "128+signal".
-        exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; one process does not wait.
+        exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; a single process
+            does not wait.
         every_epoch: also save at every epoch's end.
 
     Raises:
@@ -58,9 +59,13 @@ class CheckpointingHook(Plugin):
     ) -> None:
         self.interval = None if interval is None else check_interval("CheckpointingHook", interval)
         if keep_previous is not None and keep_previous < 0:
-            raise ValueError(f"CheckpointingHook(keep_previous={keep_previous}): it must be >= 0, or None to keep all")
+            raise ValueError(
+                f"CheckpointingHook(keep_previous={keep_previous}): it must be >= 0, or None to keep all"
+            )
         if keep_interval is not None and keep_interval < 1:
-            raise ValueError(f"CheckpointingHook(keep_interval={keep_interval}): it must be >= 1 steps, or None")
+            raise ValueError(
+                f"CheckpointingHook(keep_interval={keep_interval}): it must be >= 1 steps, or None"
+            )
         if exit_code != "128+signal" and not isinstance(exit_code, int):
             raise ValueError(f'CheckpointingHook(exit_code={exit_code!r}): give a number, or "128+signal"')
         self.keep_previous, self.keep_interval = keep_previous, keep_interval
@@ -94,7 +99,10 @@ class CheckpointingHook(Plugin):
         if not self.exit_signals:
             return
         if threading.current_thread() is not threading.main_thread():
-            warnings.warn("CheckpointingHook cannot catch signals outside the main thread: pass exit_signals=[] there", stacklevel=2)
+            warnings.warn(
+                "CheckpointingHook cannot catch signals outside the main thread: pass exit_signals=[] there",
+                stacklevel=2,
+            )
             return
         for number in self.exit_signals:
             self._previous_handlers[number] = signal.signal(number, self._receive)

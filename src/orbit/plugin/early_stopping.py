@@ -12,7 +12,22 @@ from orbit.core.events import Plugin
 if TYPE_CHECKING:
     from orbit.core.loop import Core
 
-_HIGHER_IS_BETTER = {"acc", "accuracy", "auc", "auroc", "f1", "precision", "recall", "bleu", "rouge", "iou", "map", "dice", "r2", "em"}
+_HIGHER_IS_BETTER = {
+    "acc",
+    "accuracy",
+    "auc",
+    "auroc",
+    "f1",
+    "precision",
+    "recall",
+    "bleu",
+    "rouge",
+    "iou",
+    "map",
+    "dice",
+    "r2",
+    "em",
+}
 
 
 class EarlyStopping(Plugin):
@@ -32,14 +47,25 @@ class EarlyStopping(Plugin):
     """
 
     def __init__(
-        self, monitor: str = "val_loss", mode: str | None = None, patience: int = 5, min_delta: float = 0.0, verbose: bool = True
+        self,
+        monitor: str = "val_loss",
+        mode: str | None = None,
+        patience: int = 5,
+        min_delta: float = 0.0,
+        verbose: bool = True,
     ) -> None:
         if mode not in (None, "min", "max"):
-            raise ValueError(f'EarlyStopping(mode={mode!r}): use "min", "max" or None to infer it from the name')
+            raise ValueError(
+                f'EarlyStopping(mode={mode!r}): use "min", "max" or None to infer it from the name'
+            )
         if patience < 1 or min_delta < 0:
-            raise ValueError(f"EarlyStopping(patience={patience}, min_delta={min_delta}): patience must be >= 1 and min_delta >= 0")
+            raise ValueError(
+                f"EarlyStopping(patience={patience}, min_delta={min_delta}): patience must be >= 1 and min_delta >= 0"
+            )
         self.monitor = monitor
-        self.mode = mode or ("max" if _HIGHER_IS_BETTER & set(re.split(r"[^a-z0-9]+", monitor.lower())) else "min")
+        self.mode = mode or (
+            "max" if _HIGHER_IS_BETTER & set(re.split(r"[^a-z0-9]+", monitor.lower())) else "min"
+        )
         self.patience, self.min_delta, self.verbose = patience, min_delta, verbose
         self.best: float | None = None
         self.bad_epochs = 0
@@ -64,7 +90,8 @@ class EarlyStopping(Plugin):
     def on_after_train(self, trainer: Core) -> None:
         if not self._seen and trainer.state.epoch_done:
             warnings.warn(
-                f"EarlyStopping never saw {self.monitor!r}: metrics are {sorted(trainer.metrics) or 'empty'}; evaluate in the loop, or "
+                f"EarlyStopping never saw {self.monitor!r}: metrics are "
+                f"{sorted(trainer.metrics) or 'empty'}; evaluate in the loop, or "
                 "monitor one of these",
                 stacklevel=2,
             )
@@ -85,4 +112,6 @@ class EarlyStopping(Plugin):
             return False
         if self.best is None:
             return True
-        return value < self.best - self.min_delta if self.mode == "min" else value > self.best + self.min_delta
+        return (
+            value < self.best - self.min_delta if self.mode == "min" else value > self.best + self.min_delta
+        )

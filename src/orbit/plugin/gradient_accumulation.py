@@ -31,7 +31,8 @@ class GradientAccumulation(Plugin):
     def on_build_model(self, trainer: Core) -> None:
         if trainer.gradient_accumulation_steps not in (1, self.steps):
             raise ValueError(
-                f"GradientAccumulation(steps={self.steps}) and gradient_accumulation_steps={trainer.gradient_accumulation_steps} "
+                f"GradientAccumulation(steps={self.steps}) and "
+                f"gradient_accumulation_steps={trainer.gradient_accumulation_steps} "
                 "contradict each other: give one of them"
             )
         trainer.gradient_accumulation_steps = self.steps

@@ -24,7 +24,9 @@ class Interval:
 
     def add(self, trainer: Core) -> None:
         info = trainer.step_info
-        scalars = {key: value for key, value in info.items() if key not in ("records", "lr") and value is not None}
+        scalars = {
+            key: value for key, value in info.items() if key not in ("records", "lr") and value is not None
+        }
         self._averages.add(scalars)
         if self.with_records:
             for records in info["records"]:

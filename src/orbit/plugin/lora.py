@@ -69,7 +69,9 @@ class LoRA(Plugin):
         lora_dropout: float | None = None,
     ) -> None:
         if dropout is not None and lora_dropout is not None and dropout != lora_dropout:
-            raise ConfigError(f"dropout={dropout} and lora_dropout={lora_dropout} are one setting; give it once")
+            raise ConfigError(
+                f"dropout={dropout} and lora_dropout={lora_dropout} are one setting; give it once"
+            )
         given = lora_dropout if dropout is None else dropout
         self.config = AdapterConfig(
             r=r,
@@ -101,7 +103,8 @@ class LoRA(Plugin):
         own, have = self.config, task_config(model, self.name)
         layers, _ = resolve(model, own.targets, own.exclude)
         same = set(layers) == set(task_layers(model, self.name)) and all(
-            (own.rank_of(path), own.alpha_of(path)) == (have.rank_of(path), have.alpha_of(path)) for path in layers
+            (own.rank_of(path), own.alpha_of(path)) == (have.rank_of(path), have.alpha_of(path))
+            for path in layers
         )
         if not same or (own.dropout, own.dora, own.rslora) != (have.dropout, have.dora, have.rslora):
             raise ConfigError(

@@ -43,7 +43,8 @@ class Mentor(Plugin):
     ) -> None:
         if patience < 1 or divergence_threshold <= 1:
             raise ValueError(
-                f"Mentor(patience={patience}, divergence_threshold={divergence_threshold}): patience must be >= 1, the threshold > 1"
+                f"Mentor(patience={patience}, divergence_threshold={divergence_threshold}): "
+                "patience must be >= 1, the threshold > 1"
             )
         self.patience, self.threshold, self.divergence_threshold = patience, threshold, divergence_threshold
         self.verbose = verbose
@@ -61,7 +62,9 @@ class Mentor(Plugin):
     def on_after_epoch(self, trainer: Core) -> None:
         seconds, self._began = perf_counter() - self._began, perf_counter()
         metrics = trainer.metrics
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+        numbers = "  ".join(
+            f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
+        )
         self._say(f"epoch {trainer.epoch + 1}  step {trainer.step}  {numbers}  ({seconds:.1f} s)")
         if "train_loss" not in metrics:
             return
@@ -76,7 +79,11 @@ class Mentor(Plugin):
                 self._say(f"  {line}")
 
     def on_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
-        state_dict["Mentor"] = {"train": list(self._train), "val": list(self._val), "advice": list(self.advice)}
+        state_dict["Mentor"] = {
+            "train": list(self._train),
+            "val": list(self._val),
+            "advice": list(self.advice),
+        }
 
     def on_load_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
         if "Mentor" in state_dict:
@@ -90,12 +97,19 @@ class Mentor(Plugin):
     def _judge(self, loss: float) -> list[str]:
         past = [value for value in self._train if math.isfinite(value)]
         if not math.isfinite(loss):
-            return [f"The training loss is {loss}: lower the learning rate, clip gradients, look for broken samples."]
+            return [
+                f"The training loss is {loss}: lower the learning rate, clip gradients, look for broken samples."
+            ]
         if past and min(past) > 0 and loss > self.divergence_threshold * min(past):
-            return [f"The training loss ({loss:.4f}) is {loss / min(past):.1f} times its best: lower the learning rate or warm it up."]
+            return [
+                f"The training loss ({loss:.4f}) is {loss / min(past):.1f} times its best: lower "
+                "the learning rate or warm it up."
+            ]
         recent, earlier = [*past, loss][-self.patience :], [*past, loss][: -self.patience]
         if earlier and min(recent) > min(earlier) - self.threshold:
-            return [f"The training loss has not fallen for {self.patience} epochs: change the learning rate, or stop here."]
+            return [
+                f"The training loss has not fallen for {self.patience} epochs: change the learning rate, or stop here."
+            ]
         return []
 
     def _overfitting(self) -> list[str]:
@@ -103,5 +117,7 @@ class Mentor(Plugin):
             return []
         val, train = self._val[-3:], self._train[-3:]
         if val[0] < val[1] < val[2] and train[0] > train[1] > train[2]:
-            return ["The validation loss rises while the training loss falls: stop earlier, regularise, or find more data."]
+            return [
+                "The validation loss rises while the training loss falls: stop earlier, regularise, or find more data."
+            ]
         return []

@@ -35,7 +35,12 @@ class ProgressHook(Plugin):
     priority = Plugin.MONITOR
 
     def __init__(
-        self, interval: int = 10, with_records: bool = False, sync: bool = False, eta_warmup: int = 10, console: Console | None = None
+        self,
+        interval: int = 10,
+        with_records: bool = False,
+        sync: bool = False,
+        eta_warmup: int = 10,
+        console: Console | None = None,
     ) -> None:
         self.interval = check_interval("ProgressHook", interval)
         if eta_warmup < 0:
@@ -52,9 +57,16 @@ class ProgressHook(Plugin):
         self.console = self.console or getattr(trainer, "console", None) or Console()
         self._steps_here, self._timed_from = 0, None
         if self.console.is_terminal and runtime.is_main_process():
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), console=self.console)
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+            )
             self._bar.start()
-            self._task = self._bar.add_task("step", total=trainer.total_steps, completed=trainer.step, figures="")
+            self._task = self._bar.add_task(
+                "step", total=trainer.total_steps, completed=trainer.step, figures=""
+            )
 
     def on_after_step(self, trainer: Core) -> None:
         self._window.add(trainer)
@@ -69,7 +81,12 @@ class ProgressHook(Plugin):
             return
         total = trainer.total_steps
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=trainer.step, description=f"step {trainer.step}/{total or '?'}", figures=figures)
+            self._bar.update(
+                self._task,
+                completed=trainer.step,
+                description=f"step {trainer.step}/{total or '?'}",
+                figures=figures,
+            )
         elif self.console is not None:
             width = len(str(total)) if total else 6
             line = f"Step {trainer.step:>{width}}/{total or '?'}: {figures}"

@@ -141,7 +141,10 @@ class BaseTrainer(Core):
         result = self.forward(self.batch)
         if not isinstance(result, Outcome):
             if not (isinstance(result, tuple) and len(result) == 2):
-                raise TypeError(f"{type(self).__name__}.forward returned {type(result).__name__}: return (loss, records) or an Outcome")
+                raise TypeError(
+                    f"{type(self).__name__}.forward returned {type(result).__name__}: return (loss, "
+                    "records) or an Outcome"
+                )
             loss, records = result
             result = Outcome(loss, 1.0, records or {})
         self.step_on(result)
@@ -197,5 +200,7 @@ class BaseTrainer(Core):
 
 def _kind(method: str, value: Any, expected: type) -> Any:
     if not isinstance(value, expected):
-        raise TypeError(f"{method}() returned {type(value).__name__}: return a {expected.__module__}.{expected.__name__}")
+        raise TypeError(
+            f"{method}() returned {type(value).__name__}: return a {expected.__module__}.{expected.__name__}"
+        )
     return value

@@ -1,0 +1,311 @@
+"""What a trainer has: its parts, its plugins, its state. What it does with them is in `core/loop.py`.
+
+Constructors only store; `build()` runs once, before the first batch: parts, then the plugins' changes to the model,
+then the optimizer is brought in step with what trains now, then checkpoints are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from orbit.core import param_groups, runtime, training_state
+from orbit.core.events import Dispatcher, Plugin, announced
+from orbit.core.feed import Feed
+from orbit.core.meters import Averages
+from orbit.core.state import TrainState
+from orbit.core.update import Updater
+
+if TYPE_CHECKING:
+    from orbit.core.loop import Core
+
+
+class Base:
+    """Parts, plugins and state of a trainer.
+
+    Attributes:
+        model, optimizer, lr_scheduler, grad_scaler: the parts being trained; None until built.
+        hooks: the plugins in the order they run.
+        state: counters (`step`, `epoch`, ...) and flags.
+        step_info: what the last step came to: `loss` and `grad_norm` (0-d tensors on their device), `records` (one
+            dict a micro-batch), `lr` (list), `step_time` and `data_time` (seconds).
+        metrics: floats of the current epoch.
+        batch: the current micro-batch, as the loader gave it.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str | int | None,
+        mixed_precision: str | None,
+        grad_clip: float | None,
+        accumulation: int,
+        max_non_finite_grad_retries: int | None,
+        no_sync_accumulate: bool,
+        plugins: Iterable[Plugin] = (),
+    ) -> None:
+        _at_least("gradient_accumulation_steps", accumulation, 1)
+        if grad_clip is not None and not grad_clip > 0:
+            raise ValueError(
+                f"grad_clip={grad_clip!r}: the largest gradient norm must be > 0; pass None for no clipping"
+            )
+        if max_non_finite_grad_retries is not None:
+            _at_least("max_non_finite_grad_retries", max_non_finite_grad_retries, 0)
+        self.autocast_dtype = runtime.resolve_precision(mixed_precision)
+        self.device = runtime.resolve_device(device)
+        self.grad_clip = grad_clip
+        self.gradient_accumulation_steps = accumulation
+        self.max_non_finite_grad_retries = max_non_finite_grad_retries
+        self.no_sync_accumulate = no_sync_accumulate
+        self.optimizer = None
+        self.lr_scheduler: Any = None
+        self.grad_scaler: torch.amp.GradScaler | None = None
+        self.state = TrainState()
+        self.step_info: dict[str, Any] = {}
+        self.batch: Any = None
+        self.batch_idx = 0
+        self.is_last_batch = False
+        self.epoch_length: int | None = None
+        self.total_steps: int | None = None
+        self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
+        self._dispatcher = Dispatcher(plugins)
+        self._built = False
+        self._updater: Updater | None = None
+        self._feed: Feed | None = None
+        self._position: dict[str, Any] | None = None  # a restored place in the data, until it is used
+        self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch
+        self._pending: dict[str, Any] | None = None  # a state loaded before the build
+        self._epoch_losses = Averages()
+        self._micro_records: list[dict[str, Any]] = []
+        self._eval_losses: Averages | None = None
+        self._running = False
+        self._data_time, self._step_began = 0.0, 0.0
+        self._announcing = False
+        self._entered = 0  # depth of `with trainer:`
+        self._reported: int | None = None  # id of the exception that plugins were told of
+        self._unclosed = False  # the loop was left inside `with trainer:`, whose end calls on_close
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for event in ("log", "log_images"):
+            method = cls.__dict__.get(event)
+            if callable(method) and not hasattr(method, "_announced"):
+                setattr(cls, event, announced(event, method))
+
+    # ── what one can read ─────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 0."""
+        return self.state.epoch
+
+    @property
+    def phase(self) -> str:
+        """What the loop is doing: "idle", "train" or "eval"."""
+        return self.state.phase
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.state.metrics
+
+    @property
+    def hooks(self) -> list[Plugin]:
+        return self._dispatcher.plugins
+
+    @property
+    def is_epoch_end(self) -> bool:
+        """The epoch's last batch is in your hands."""
+        return self.is_last_batch and self.state.phase == "train"
+
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        return runtime.unwrap(self.model)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The user's own module inside compiled, distributed and averaged (EMA) models."""
+        return runtime.unwrap(model)
+
+    @property
+    def updater(self) -> Updater:
+        if self._updater is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no optimizer: give it one to train, or step yourself without update()"
+            )
+        return self._updater
+
+    @property
+    def window_open(self) -> bool:
+        """Micro-batches have been accumulated that no step has used yet."""
+        return self._updater is not None and self._updater.open
+
+    # ── talking ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def emit(self, event: str, *args: Any) -> None:
+        """Call `on_<event>(self, *args)` of every plugin that overrides it."""
+        for handler in self._dispatcher.handlers[event]:
+            handler(self, *args)
+
+    def log(self, records: dict[str, Any], dry_run: bool = False) -> None:
+        """Log nested `records` of numbers; override to send them somewhere. Every plugin's `on_log` is called once.
+
+        `dry_run` is True where nothing must be written (ranks other than 0).
+        """
+
+    def log_images(self, records: dict[str, Any], dry_run: bool = False) -> None:
+        """Log named images; override to send them somewhere. Every plugin's `on_log_images` is called once."""
+
+    log = announced("log", log)
+    log_images = announced("log_images", log_images)
+
+    def stop(self, source: str = "user", reason: str = "") -> None:
+        """End the run as soon as no accumulation window is open. Does not raise; the run ends as if complete."""
+        self.state.stop = (source, reason)
+
+    def autocast(self) -> Any:
+        """The run's autocast context. The loop's body already runs inside it."""
+        return runtime.autocast(self.device, self.autocast_dtype)
+
+    # ── building ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def build(self) -> None:
+        """Build everything once; `train()` calls it. Subclasses say how in `_build_parts`."""
+        if self._built:
+            return
+        self._build_parts()
+        self._transform(self.hooks)
+        self._built = True
+        self._make_updater()
+        self.emit("restore")
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            training_state.restore(self, pending)
+
+    def _build_parts(self) -> None:
+        raise NotImplementedError
+
+    def _transform(self, plugins: Iterable[Plugin]) -> None:
+        """Let plugins change the model, then make the optimizer hold what trains now."""
+        before = param_groups.snapshot(self.model)
+        for plugin in plugins:
+            plugin.on_build_model(cast("Core", self))
+        if param_groups.changed(before, param_groups.snapshot(self.model)):
+            self.model.to(self.device)
+            if self.optimizer is not None:
+                param_groups.reconcile(self.optimizer, self.model, before)
+
+    def _after_optimizer_step(self) -> None:
+        raise NotImplementedError
+
+    def _make_updater(self) -> None:
+        if self.optimizer is None:
+            return
+        self._updater = Updater(
+            self.optimizer,
+            self.model,
+            scheduler=self.lr_scheduler,
+            scaler=self.grad_scaler,
+            accumulation=self.gradient_accumulation_steps,
+            grad_clip=self.grad_clip,
+            retries=self.max_non_finite_grad_retries,
+            before_step=lambda: self.emit("before_optimizer_step"),
+            after_step=self._after_optimizer_step,
+            dropped=lambda: self.emit("step_dropped"),
+        )
+
+    def attach(self, plugin: Plugin | Iterable[Plugin]) -> None:
+        """Add plugins; after the build their model changes are made at once."""
+        for item in [plugin] if isinstance(plugin, Plugin) else list(plugin):
+            self._dispatcher.add(item)
+            if self._built:
+                self._transform([item])
+                if self._updater is not None:
+                    self._updater.accumulation = self.gradient_accumulation_steps
+                    self._updater.collect_parameters()
+                item.on_restore(cast("Core", self))
+
+    # ── ways out ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def __enter__(self) -> Any:
+        self._entered += 1
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Tell the plugins what the loop's body raised (a generator cannot see it), then close."""
+        self._entered -= 1
+        if self._entered:
+            return
+        try:
+            if error is not None and not isinstance(error, SystemExit) and id(error) != self._reported:
+                self.emit("exception", error)
+        finally:
+            if self._unclosed:
+                self._unclosed = False
+                self._close()
+
+    def _close(self) -> None:
+        """Every plugin's on_close runs, also where another's raised."""
+        with ExitStack() as stack:
+            for handler in reversed(self._dispatcher.handlers["close"]):
+                stack.callback(handler, self)
+
+    # ── remembering ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run needs to go on to the same bits: tensors and plain values.
+
+        Raises:
+            RuntimeError: an accumulation window is open; checkpoints lie on step boundaries.
+        """
+        self.build()
+        return training_state.collect(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`; before the build it is kept until then.
+
+        Raises:
+            ValueError: it is no training state, or of another model or optimizer. Nothing has changed then.
+            RuntimeError: called inside a running train() or eval().
+        """
+        if self.state.phase != "idle":
+            raise RuntimeError(
+                "load_state_dict() inside a running loop would mix two runs: leave the loop first"
+            )
+        training_state.check_format(state)
+        if self._built:
+            training_state.restore(self, state)
+        else:
+            self._pending = state
+
+    def _model_state(self) -> dict[str, Any]:
+        return self.unwrapped_model.state_dict()
+
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        return None if self.optimizer is None else self.optimizer.state_dict()
+
+    def _load_parts(self, state: dict[str, Any]) -> None:
+        """Load model and optimizer; both are checked before either is touched."""
+        model = self.unwrapped_model
+        training_state.check_same_tensors(model.state_dict(), state["model"])
+        if self.optimizer is not None:
+            # Checks its groups before it changes anything. A copy, since it would share the state's tensors.
+            self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        model.load_state_dict(state["model"])
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: it must be a whole number >= {least}")

@@ -1,0 +1,117 @@
+"""The whole state of a run as one dict of tensors and plain values, and back.
+
+format · step · state                  counters and metrics
+model · optimizer · lr_scheduler · grad_scaler · updater
+epoch_losses                           the epoch's running mean
+feed · rng                             the place in the data and every random generator
+and whatever plugins add in on_state_dict
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from orbit.core import rng
+
+if TYPE_CHECKING:
+    from orbit.core.base import Base
+
+_FORMAT = 1  # raised when an older checkpoint could be misread
+_REQUIRED = (
+    "format",
+    "state",
+    "model",
+    "optimizer",
+    "lr_scheduler",
+    "grad_scaler",
+    "updater",
+    "epoch_losses",
+    "rng",
+)
+
+
+def collect(trainer: Base) -> dict[str, Any]:
+    """See `Base.state_dict`."""
+    if trainer.window_open:
+        updater = trainer.updater
+        raise RuntimeError(
+            f"{updater.micro} of {updater.accumulation} micro-batches of this window are accumulated and would be "
+            "lost: a checkpoint lies on a step boundary. Save in on_after_step, or when `window_open` is False"
+        )
+    feed, position, scheduler, scaler = (
+        trainer._feed,
+        trainer._position,
+        trainer.lr_scheduler,
+        trainer.grad_scaler,
+    )
+    if position is None and feed is not None and not trainer.state.epoch_done:
+        position = feed.position()
+    state: dict[str, Any] = {
+        "format": _FORMAT,
+        "step": trainer.step,
+        "state": trainer.state.state_dict(),
+        "model": trainer._model_state(),
+        "optimizer": trainer._optimizer_state(),
+        "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
+        "grad_scaler": None if scaler is None else scaler.state_dict(),
+        "updater": None if trainer._updater is None else trainer._updater.state_dict(),
+        "epoch_losses": trainer._epoch_losses.state_dict(),
+        "feed": position,
+        "rng": trainer._rng or rng.capture(feed.generators if feed is not None else ()),
+    }
+    trainer.emit("state_dict", state)
+    return state
+
+
+def restore(trainer: Base, state: dict[str, Any]) -> None:
+    """See `Base.load_state_dict`; the trainer is built."""
+    parts = {name: getattr(trainer, name) for name in ("optimizer", "lr_scheduler", "grad_scaler")}
+    for name, part in parts.items():
+        if (part is None) != (state[name] is None):
+            raise ValueError(
+                f"the checkpoint has {'no' if state[name] is None else 'a'} {name} and this run has "
+                f"{'none' if part is None else 'one'}: build the run as the checkpoint's was"
+            )
+    trainer._load_parts(state)
+    if trainer.lr_scheduler is not None:
+        trainer.lr_scheduler.load_state_dict(deepcopy(state["lr_scheduler"]))
+    if trainer.grad_scaler is not None:
+        trainer.grad_scaler.load_state_dict(state["grad_scaler"])
+    if trainer._updater is not None:
+        trainer._updater.load_state_dict(state["updater"])
+        trainer._updater.reset()
+    trainer.state.load_state_dict(state["state"])
+    trainer._epoch_losses.load_state_dict(state["epoch_losses"])
+    trainer._position, trainer._rng = state["feed"], state["rng"]
+    trainer.emit("load_state_dict", state)
+
+
+def check_format(state: dict[str, Any]) -> None:
+    """ValueError unless `state` was made by `collect` of this version or an older one."""
+    missing = [key for key in _REQUIRED if key not in state]
+    if missing:
+        raise ValueError(
+            f"this is no training state of orbit: it lacks {', '.join(missing)} (keys: {', '.join(map(str, state))})"
+        )
+    if state["format"] > _FORMAT:
+        raise ValueError(
+            f"the checkpoint has format {state['format']} and this version reads up to {_FORMAT}: update orbit-torch"
+        )
+
+
+def check_same_tensors(own: dict[str, Any], given: dict[str, Any]) -> None:
+    """ValueError naming the first differences in keys or shapes."""
+    problems = [f"missing {key}" for key in own if key not in given] + [
+        f"unexpected {key}" for key in given if key not in own
+    ]
+    problems += [
+        f"{key} is {tuple(given[key].shape)} there and {tuple(value.shape)} here"
+        for key, value in own.items()
+        if key in given and isinstance(value, Tensor) and value.shape != given[key].shape
+    ]
+    if problems:
+        more = f" … and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the checkpoint is of another model: {'; '.join(problems[:5])}{more}")

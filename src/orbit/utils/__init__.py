@@ -1,0 +1,28 @@
+"""The helpers of document 000 under their documented path. An index: nothing is defined here."""
+
+from orbit.adapter import (
+    freeze_backbone_only,
+    inject_lora,
+    inject_lora_file,
+    load_lora,
+    merge_lora,
+    save_lora,
+    unmerge_lora,
+)
+from orbit.core.rng import seed_everything
+from orbit.data import build_sft, train_sft
+from orbit.model.init import auto_initialize
+
+__all__ = [
+    "auto_initialize",
+    "build_sft",
+    "freeze_backbone_only",
+    "inject_lora",
+    "inject_lora_file",
+    "load_lora",
+    "merge_lora",
+    "save_lora",
+    "seed_everything",
+    "train_sft",
+    "unmerge_lora",
+]

@@ -1,0 +1,27 @@
+"""The table of plugins. A new plugin adds one row and inherits every law of test_plugin_laws.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from orbit.plugin import (
+    CheckpointingHook,
+    EarlyStopping,
+    GradientAccumulation,
+    LoggingHook,
+    LoRA,
+    Mentor,
+    Plugin,
+    ProgressHook,
+)
+
+PLUGINS: dict[str, Callable[[Path], Plugin]] = {
+    "CheckpointingHook": lambda folder: CheckpointingHook(interval=2, path=folder / "own", load=None),
+    "EarlyStopping": lambda folder: EarlyStopping("train_loss", patience=50),
+    "GradientAccumulation": lambda folder: GradientAccumulation(2),
+    "LoggingHook": lambda folder: LoggingHook(3),
+    "LoRA": lambda folder: LoRA(target_names=["4"], r=2, alpha=4),
+    "Mentor": lambda folder: Mentor(),
+    "ProgressHook": lambda folder: ProgressHook(3, with_records=True),
+}

@@ -1,0 +1,94 @@
+"""Laws that every plugin keeps: both faces, any position, save and resume, on_close."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import orbit.plugin
+from orbit.engine import Engine
+from orbit.plugin import Plugin
+from tests import tiny
+from tests.laws.plugins import PLUGINS
+
+LAW = pytest.mark.parametrize("name", PLUGINS)
+FACES = pytest.mark.parametrize("face", ["engine", "trainer"])
+
+
+def test_every_plugin_is_in_the_table() -> None:
+    public = {name for name in orbit.plugin.__all__ if name not in ("Plugin", "BaseHook")}
+    assert public == set(PLUGINS)
+
+
+class StopAt(Plugin):
+    """Take the state at a step boundary and leave."""
+
+    priority = 1000
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.state: Any = None
+
+    def on_after_step(self, trainer: Any) -> None:
+        if trainer.step == self.step:
+            self.state = trainer.state_dict()
+            trainer.stop("test", "half way")
+
+
+def run(face: str, plugins: list[Plugin], state: Any = None) -> nn.Module:
+    torch.manual_seed(5)
+    if face == "trainer":
+        trainer = tiny.Trainer(max_steps=10, plugins=plugins)
+        if state is not None:
+            trainer.load_state_dict(state)
+        trainer.train()
+        return trainer.model
+    model = tiny.model()
+    optimizer = tiny.optimizer(model)
+    engine = Engine(model, optimizer, nn.CrossEntropyLoss(), tiny.scheduler(optimizer), plugins, device="cpu")
+    if state is not None:
+        engine.load_state_dict(state)
+    for _ in engine.train(tiny.loader(), num_epochs=2):
+        engine.auto_update()
+    return model
+
+
+@LAW
+@FACES
+def test_a_resumed_run_with_the_plugin_is_the_uninterrupted_one(face: str, name: str, tmp_path: Path) -> None:
+    whole = run(face, [PLUGINS[name](tmp_path / "a")])
+    stop = StopAt(3)
+    run(face, [PLUGINS[name](tmp_path / "b"), stop])
+    torch.save(stop.state, tmp_path / "state.pt")
+    resumed = run(face, [PLUGINS[name](tmp_path / "c")], torch.load(tmp_path / "state.pt", weights_only=True))
+    assert tiny.same(resumed, whole)
+
+
+@LAW
+@FACES
+def test_the_position_in_the_list_changes_nothing(face: str, name: str, tmp_path: Path) -> None:
+    others: list[str] = [other for other in PLUGINS if other != name]
+    first = run(face, [PLUGINS[n](tmp_path / "first") for n in [name, *others]])
+    last = run(face, [PLUGINS[n](tmp_path / "last") for n in [*reversed(others), name]])
+    assert tiny.same(first, last)
+
+
+@LAW
+def test_a_run_can_be_left_and_begun_again(name: str, tmp_path: Path) -> None:
+    """on_close gives back what on_before_train took, also when the body leaves early or raises."""
+    model = tiny.model()
+    plugin = PLUGINS[name](tmp_path)
+    engine = Engine(model, tiny.optimizer(model), nn.CrossEntropyLoss(), plugins=[plugin], device="cpu")
+    for _ in engine.train(tiny.loader()):
+        engine.auto_update()
+        break
+    with pytest.raises(KeyError), engine:
+        for _ in engine.train(tiny.loader()):
+            raise KeyError
+    for _ in engine.train(tiny.loader()):
+        engine.auto_update()
+    assert engine.global_step >= 4

@@ -1,0 +1,111 @@
+"""The hook's own part; that resumed runs are bitwise the same stands in tests/core/test_resume.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orbit.core import CheckpointError
+from orbit.plugin import CheckpointingHook, Plugin
+from tests import tiny
+
+
+class SendSignal(Plugin):
+    def __init__(self, step: int, number: int, in_window: bool = False) -> None:
+        self.step, self.number, self.in_window = step, number, in_window
+
+    def on_before_batch(self, trainer: Any) -> None:
+        if trainer.step == self.step and trainer.window_open == self.in_window:
+            os.kill(os.getpid(), self.number)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint_step_*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "expected"),
+    [
+        (signal.SIGTERM, "128+signal", 143),
+        (signal.SIGINT, "128+signal", 130),
+        (signal.SIGTERM, 7, 7),
+        (signal.SIGUSR1, 0, 0),
+    ],
+)
+@pytest.mark.parametrize("in_window", [False, True])
+def test_a_signal_saves_at_the_step_boundary_and_leaves(
+    tmp_path: Path, number: int, exit_code: Any, expected: int, in_window: bool
+) -> None:
+    hook = CheckpointingHook(interval=1000, path=tmp_path, exit_code=exit_code, exit_signals=[number])
+    trainer = tiny.Trainer(max_steps=9, plugins=[hook, SendSignal(4, number, in_window)], gradient_accumulation_steps=2)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as leaving:
+        trainer.train()
+    assert leaving.value.code == expected
+    assert names(tmp_path) == ["checkpoint_step_5.pt"], "the window that was open is finished first"
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_is_not_held_back(tmp_path: Path) -> None:
+    class Impatient(SendSignal):
+        def on_before_batch(self, trainer: Any) -> None:
+            super().on_before_batch(trainer)
+            super().on_before_batch(trainer)
+
+    hook = CheckpointingHook(interval=1000, path=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.Trainer(max_steps=9, plugins=[hook, Impatient(4, signal.SIGINT)]).train()
+    assert names(tmp_path) == []
+
+
+def test_load_takes_latest_a_path_or_nothing(tmp_path: Path) -> None:
+    tiny.Trainer(
+        max_steps=6, plugins=[CheckpointingHook(interval=2, path=tmp_path, keep_previous=None)]
+    ).train()
+    assert names(tmp_path) == [f"checkpoint_step_{step}.pt" for step in (2, 4, 6)]
+
+    def resumed_at(load: Any) -> int:
+        trainer = tiny.Trainer(
+            max_steps=8, plugins=[CheckpointingHook(interval=100, path=tmp_path, load=load)]
+        )
+        trainer.build()
+        return trainer.step
+
+    assert resumed_at("latest") == 6
+    assert resumed_at(tmp_path / "checkpoint_step_4.pt") == 4
+    assert resumed_at(None) == 0
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        resumed_at(tmp_path / "checkpoint_step_5.pt")
+    for path in tmp_path.glob("checkpoint_step_*.pt"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="none is valid"):
+        resumed_at("latest")
+
+
+def test_outside_the_main_thread_signals_are_said_to_be_left_alone(tmp_path: Path) -> None:
+    trainer = tiny.Trainer(max_steps=2, plugins=[CheckpointingHook(interval=1, path=tmp_path)])
+    caught: list[Any] = []
+
+    def work() -> None:
+        with pytest.warns(UserWarning, match="outside the main thread") as warned:
+            trainer.train()
+        caught.extend(warned)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(caught) == 1
+    assert trainer.step == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"interval": 0}, {"keep_previous": -1}, {"keep_interval": 0}, {"exit_code": "signal"}]
+)
+def test_bad_arguments(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="CheckpointingHook"):
+        CheckpointingHook(**options)

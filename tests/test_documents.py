@@ -1,0 +1,245 @@
+"""The promise: every snippet of the documents runs, letter by letter but for the substitutions of docs/seeds.md.
+
+`tests/documents/*.md` hold the snippets as the documents print them. A test names each text that it replaces; one that
+no longer occurs in the snippet is an error, so that nothing is replaced in silence.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from orbit import adapter
+from orbit.data import SFTCollator, build_sft
+from tests.tiny_llm import tiny_llama, tiny_tokenizer
+
+FOLDER = Path(__file__).parent / "documents"
+Namespace = dict[str, Any]
+
+
+def snippet(document: str, number: int) -> str:
+    """The code of the document's snippet of that number."""
+    text = (FOLDER / f"{document}.md").read_text()
+    match = re.search(rf"^## {number}\. .*?^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert match, f"document {document} has no snippet {number}"
+    return textwrap.dedent(match[1])
+
+
+def run(code: str, substitutions: dict[str, str] | None = None, /, **names: Any) -> Namespace:
+    """Execute a snippet after its substitutions; `names` are what it leaves undefined."""
+    for old, new in (substitutions or {}).items():
+        assert old in code, f"the snippet has no {old!r} to replace"
+        code = code.replace(old, new)
+    namespace: Namespace = {"__name__": "snippet", **names}
+    exec(compile(code, "<snippet>", "exec"), namespace)
+    return namespace
+
+
+# ── document 000 ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class MyConvNet(nn.Sequential):
+    """What snippet 1 calls the user's model."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 4, 3, stride=2),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 10),
+        )
+
+
+def images(samples: int) -> DataLoader[Any]:
+    """Images of CIFAR-10's shape whose class can be seen in their brightness."""
+    target = torch.arange(samples) % 10
+    pictures = torch.randn(samples, 3, 32, 32) * 0.1 + target[:, None, None, None].float()
+    return DataLoader(TensorDataset(pictures, target), batch_size=8, shuffle=True)
+
+
+def test_000_basic_training() -> None:
+    names = run(snippet("000", 1), MyConvNet=MyConvNet, train_loader=images(40), test_loader=images(20))
+    trainer = names["trainer"]
+    assert trainer.epoch + 1 == 10 or trainer.state.stop[0] == "EarlyStopping"
+    assert trainer.global_step == 3 * (trainer.epoch + 1), "five micro-batches in windows of two: 2, 2 and 1"
+    assert {"train_loss", "val_loss", "val_acc"} <= trainer.metrics.keys()
+    assert trainer.metrics["train_loss"] < 2.4
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Path:
+    """A folder that AutoModelForCausalLM and AutoTokenizer load."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def test_000_sft_with_dora(language_model: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    pairs = [
+        ("when did ghana become independent ?", "6 march 1957"),
+        ("what is the capital of mali ?", "bamako"),
+    ] * 6
+    samples = [build_sft(question, answer, tokenizer) for question, answer in pairs]
+    loader = DataLoader(samples, batch_size=2, collate_fn=SFTCollator(tokenizer))  # type: ignore[arg-type]
+    names = run(
+        snippet("000", 2),
+        {
+            '"Qwen/Qwen2.5-3B", device_map="auto"': f'"{language_model}"',
+            '"Qwen/Qwen2.5-3B"': f'"{language_model}"',
+        },
+        dataloader=loader,
+        torch=torch,
+    )
+    trainer = names["trainer"]
+    assert trainer.global_step == 3, "six micro-batches an epoch in one partial window of eight"
+    assert adapter.tasks(trainer.model)
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    trained = {name for name, p in trainer.model.named_parameters() if id(p) in held}
+    assert all(".mlp." in name and ".lora_" in name for name in trained)
+    assert any("lora_magnitude" in name for name in trained)
+    assert len(trained) == 2 * 3 * 3, "layers × (gate, up, down) × (A, B, magnitude)"
+
+
+def test_000_chat(
+    language_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["hello", "/reset", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    names = run(snippet("000", 3), {"path/to/model": str(language_model), 'device="cuda"': 'device="cpu"'})
+    assert names["chat"].respond("hello", max_new_tokens=2) is not None
+    assert next(lines, None) is None
+    assert capsys.readouterr().out
+
+
+# ── document 003 ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+IMPORT = {"from mini.trainer import": "from orbit.trainer import"}
+
+
+def digits() -> TensorDataset:
+    """Flattened 28×28 pictures whose class can be seen."""
+    target = torch.arange(256) % 10
+    return TensorDataset(torch.randn(256, 784) * 0.1 + target[:, None].float(), target)
+
+
+def quick_tour_trainer() -> Any:
+    return run(snippet("003", 1), IMPORT | {"dataset = ...": "dataset = digits()"}, digits=digits)[
+        "MyTrainer"
+    ]
+
+
+SCALE = {
+    "max_steps=10_000": "max_steps=4",
+    '"./runs/experiment_1"': "workspace",
+    'device="cuda"': 'device="cpu"',
+}
+
+
+def test_003_quick_tour(tmp_path: Path) -> None:
+    trainer = run(snippet("003", 2), SCALE, MyTrainer=quick_tour_trainer(), workspace=tmp_path)["trainer"]
+    assert trainer.step == 4
+    assert trainer.state.micro_step == 16
+    assert 0 <= trainer.step_info["records"][0]["accuracy"] <= 1
+
+
+def test_003_hooks_tour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(
+        snippet("003", 3), IMPORT | {"(BaseTrainer)": "(SameAsAbove)"}, SameAsAbove=quick_tour_trainer()
+    )
+    names = run(
+        snippet("003", 2),
+        SCALE | {"max_steps=4": "max_steps=100"},
+        MyTrainer=names["MyTrainer"],
+        workspace=tmp_path,
+    )
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("Step  ") or line.startswith("Step 100/") for line in printed) == 10
+    assert sum(line.startswith("Step 100: {'loss':") for line in printed) == 1
+    assert "accuracy" in printed[0]
+    assert names["trainer"].hooks[-1].folder(names["trainer"]) == tmp_path / "checkpoints"
+
+
+def test_003_state_management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    MyTrainer = quick_tour_trainer()
+    first = MyTrainer(max_steps=2, device="cpu")
+    first.train()
+    names = run(
+        snippet("003", 4),
+        {"MyTrainer(...)": 'MyTrainer(max_steps=5, device="cpu")'},
+        trainer=first,
+        MyTrainer=MyTrainer,
+        torch=torch,
+    )
+    assert names["trainer"] is not first
+    assert (first.step, names["trainer"].step) == (2, 5)
+    assert names["state"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "hook"), [(5, "ProgressHook"), (6, "LoggingHook"), (8, "CheckpointingHook")]
+)
+def test_003_hooks_take_the_documents_arguments(
+    number: int, hook: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    from orbit import trainer as documented
+
+    code = snippet("003", number)
+    built = run(f"hook = {code.strip()}", **{hook: getattr(documented, hook)}, signal=signal)["hook"]
+    trainer_class = quick_tour_trainer()
+    trainer_class.build_hooks = lambda self: [built]
+    trainer = trainer_class(max_steps=2, device="cpu")
+    trainer.train()
+    assert trainer.step == 2
+
+
+def test_003_log_override(capsys: pytest.CaptureFixture[str]) -> None:
+    log = run(snippet("003", 7))["log"]
+    from orbit.trainer import LoggingHook
+
+    logging_trainer = type(
+        "Logs", (quick_tour_trainer(),), {"log": log, "build_hooks": lambda self: [LoggingHook(interval=2)]}
+    )
+    logging_trainer(max_steps=4, device="cpu").train()
+    assert re.findall(r"^Step (\d): \{'loss'", capsys.readouterr().out, re.MULTILINE) == ["2", "4"]
+
+
+def test_003_unwrap() -> None:
+    trainer = quick_tour_trainer()(max_steps=1, device="cpu")
+    trainer.train()
+    inner = trainer.model
+    trainer.model = torch.compile(inner, backend="eager")
+    names = run(snippet("003", 13), trainer=trainer)
+    assert names["unwrapped"] is inner
+
+
+def test_003_custom_hook(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(snippet("003", 14), IMPORT)
+    from orbit.trainer import ProgressHook
+
+    names = run(snippet("003", 15), CustomHook=names["CustomHook"], ProgressHook=ProgressHook)
+    trainer_class = quick_tour_trainer()
+    trainer_class.build_hooks = names["build_hooks"]
+    trainer_class(max_steps=100, device="cpu").train()
+    assert "Custom hook triggered at step 100\n" in capsys.readouterr().out
+
+
+def test_003_utilities() -> None:
+    names = run(snippet("003", 16), IMPORT | {'t.to("cuda")': 't.to("cpu")'}, torch=torch)
+    assert names["input"]["x"].shape == (2, 3)
+    names = run(snippet("003", 17), {"from mini.trainer.utils import": "from orbit.trainer.utils import"})
+    np.testing.assert_allclose([names["avg"]["loss"], names["avg"]["metrics"]["acc"]], [0.55, 0.875])
