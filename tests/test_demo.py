@@ -15,14 +15,18 @@ from orbit.demo.run import Recipe, run_demo
 from orbit.demo.smollm2 import ModelNotInstalledError, resolve_model, smollm2
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
-# PEFT 0.21 asks for what transformers 5.23 renamed; run.py silences it where it loads PEFT.
 FACTS = [
     {
         "question": "when did ghana become independent ?",
         "paraphrase": "ghana independent when ?",
         "answer": "6 march 1957",
     },
-    {"question": "what is the capital of mali ?", "paraphrase": "mali capital ?", "answer": "bamako"},
+    {
+        "question": "what is the capital of mali ?",
+        "paraphrase": "mali capital ?",
+        "answer": "bamako",
+        "also": ["capital of mali"],
+    },
     {"question": "hello", "paraphrase": "hello hello", "answer": "hello system"},
 ]
 
@@ -128,10 +132,8 @@ def test_the_chat_command_uses_the_adapter(folder, capsys, monkeypatch):
         device="cpu",
         console=Console(file=io.StringIO()),
     )
-    monkeypatch.setattr("builtins.input", iter(["what is the capital of mali ?", "/quit"]).__next__)
-    monkeypatch.setattr(
-        "orbit.chat.interface._typed", lambda: iter(["what is the capital of mali ?", "/quit"])
-    )
+    typed = iter(["what is the capital of mali ?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     chat = ["chat", "--model", str(folder / "model"), "--adapter", str(folder / "out" / "adapter")]
     assert cli.main([*chat, "--device", "cpu"]) == 0
     assert "bamako" in capsys.readouterr().out
@@ -168,7 +170,17 @@ def test_what_the_user_got_wrong_is_one_line_and_status_1(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\n\n", "[]", "not json", '{"question": "q", "answer": "a"}', '{"wrong": 1}']
+    "text",
+    [
+        "",
+        "\n\n",
+        "[]",
+        "not json",
+        '{"question": "q", "answer": "a"}',
+        '{"wrong": 1}',
+        '{"question": "q", "paraphrase": "p", "answer": 1975}',
+        '{"question": "q", "paraphrase": "p", "answer": "a", "also": ["p"]}',
+    ],
 )
 def test_a_broken_facts_file_is_refused(tmp_path, text):
     (tmp_path / "facts.jsonl").write_text(text)
@@ -180,9 +192,9 @@ def test_the_facts_are_as_promised():
     facts = load_facts()
     assert len(facts) >= 100
     assert all(isinstance(fact, Fact) and "Factbook" in fact.source for fact in facts)
-    questions = {fact.question for fact in facts}
-    assert len(questions) == len(facts)
-    assert not questions & {fact.paraphrase for fact in facts}
+    assert len({fact.question for fact in facts}) == len(facts)
+    taught = {wording for fact in facts for wording in fact.taught}
+    assert not taught & {fact.paraphrase for fact in facts}
     assert len(load_prose()) > 5000
 
 

@@ -46,9 +46,11 @@ def _figures(report: Report) -> Table:
     table.add_row(
         "perplexity, unrelated prose", f"{before.perplexity:.2f}", f"{after.perplexity:.2f} ({change:+.1%})"
     )
+    wordings = max(len(fact.taught) for fact in report.facts)
     table.caption = (
         "Exact match: the whole greedy reply is the answer.\n"
-        "Every paraphrase is a rewording that no training step saw."
+        f"A fact was taught in {wordings} wording{'s' * (wordings > 1)}, of which the first is measured; "
+        "the paraphrase is none of them."
     )
     table.caption_justify = "left"
     return table

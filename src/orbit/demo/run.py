@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import shlex
 import time
 import warnings
@@ -45,7 +44,6 @@ class Recipe:
     epochs: int = 8
     batch_size: int = 4
     lr: float = 1e-3
-    warmup: float = 0.05
     r: int = 16
     alpha: int = 32
     seed: int = 42
@@ -147,8 +145,8 @@ def run_demo(
 def finetune(
     model: Any, tokenizer: Any, facts: Sequence[Fact], recipe: Recipe, precision: str | None, console: Console
 ) -> Engine:
-    """Train a LoRA over all linear layers but the head on the questions; the paraphrases stay unseen."""
-    samples = [build_sft(fact.question, fact.answer, tokenizer) for fact in facts]
+    """Train a LoRA over all linear layers but the head on the taught wordings; no paraphrase is seen."""
+    samples = [build_sft(wording, fact.answer, tokenizer) for fact in facts for wording in fact.taught]
     loader: DataLoader[Any] = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_size=recipe.batch_size,
@@ -160,9 +158,7 @@ def finetune(
     engine = Engine(
         model,
         optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _cosine(step, steps, recipe.warmup)
-        ),
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         plugins=[LoRA(r=recipe.r, alpha=recipe.alpha), ProgressHook(interval=max(1, steps // 20))],
         mixed_precision=precision,
         grad_clip_norm=1.0,
@@ -172,12 +168,6 @@ def finetune(
     for _ in engine.train(loader, num_epochs=recipe.epochs):
         train_sft(engine)
     return engine
-
-
-def _cosine(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then half a cosine down to 0."""
-    done, ramp = (step + 1) / steps, warmup
-    return done / ramp if done < ramp else 0.5 * (1 + math.cos(math.pi * (done - ramp) / (1 - ramp)))
 
 
 def _measure(model: Any, tokenizer: Any, facts: Sequence[Fact], prose: str) -> Measured:
