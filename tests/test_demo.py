@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from orbit import cli
+from orbit.data import build_sft
 from orbit.demo import Fact, FactsError, answers, exact_match, load_facts, load_prose, normalise, perplexity
 from orbit.demo.run import Recipe, run_demo
 from orbit.demo.smollm2 import ModelNotInstalledError, resolve_model, smollm2
@@ -255,3 +256,15 @@ def test_the_example_runs(folder, monkeypatch, capsys):
     runpy.run_path(str(example), run_name="__main__")
     assert "exact match" in capsys.readouterr().out
     assert (folder / "runs" / "finetune" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_sample_of_smollm2_ends_its_answer_and_nothing_else():
+    """Its padding token is the mark that ends a turn, and its template puts a line break after that."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    sample = build_sft("When did Ghana become independent?", "6 March 1957", tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert tokenizer.decode(sample["labels"][sample["labels"] != -100]) == "6 March 1957<|im_end|>"
+    assert tokenizer.decode(sample["input_ids"]).endswith("6 March 1957<|im_end|>\n")

@@ -108,3 +108,7 @@ def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> None:
     word = unknown[0].split("=")[0]
     near = difflib.get_close_matches(word, list(command._option_string_actions), n=1)
     command.error(f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -73,7 +73,8 @@ def answers(
 
 
 def perplexity(model: Any, tokenizer: Any, text: str, block: int = 512) -> float:
-    """Perplexity of a text, read in blocks of `block` tokens (the last one as long as it is)."""
+    """Perplexity of a text, read in blocks of at most `block` tokens and of the model's context length."""
+    block = min(block, getattr(model.config, "max_position_embeddings", block))
     device, training = next(model.parameters()).device, model.training
     ids = torch.tensor(encode(tokenizer, text), device=device)
     total = weight = 0.0
