@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.__main__ import check_same_work, measure, paired, report_overhead, report_steps
+from benchmarks.__main__ import check_same_work, measure, paired, report_overhead, report_steps, verdict
 from benchmarks.contenders import OURS, RIVALS, bare
 from benchmarks.workload import Job, Workload, one_parameter
 
@@ -68,3 +68,9 @@ def test_a_missing_package_takes_out_one_contender_aloud(capsys: pytest.CaptureF
     times = measure(SMALL, {"bare loop": bare, "absent": absent}, 1)
     assert list(times) == ["bare loop"]
     assert "left out: absent (No module named 'absent')" in capsys.readouterr().err
+
+
+def test_a_verdict_allows_for_noise():
+    assert verdict("a", 1.01, 1.02).endswith("kept")
+    assert verdict("a", 1.05, 1.02, noise=0.01).endswith("MISSED")
+    assert verdict("a", 1.05, 1.02, noise=0.04).endswith("undecided, too noisy here")
