@@ -12,6 +12,7 @@ from rich.console import Console
 from orbit import cli
 from orbit.data import build_sft
 from orbit.demo import Fact, FactsError, answers, exact_match, load_facts, load_prose, normalise, perplexity
+from orbit.demo.precision import fastest_dtype
 from orbit.demo.run import Recipe, run_demo
 from orbit.demo.smollm2 import ModelNotInstalledError, resolve_model, smollm2
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
@@ -145,6 +146,7 @@ def test_the_chat_command_uses_the_adapter(folder, capsys, monkeypatch):
     [
         (["demo", "--modl", "x"], 2, "unknown argument --modl; did you mean --model?"),
         (["demo", "--epochs", "0"], 2, "'0' is no whole number from 1 up"),
+        (["chat", "--device", "abacus"], 2, "names no device"),
         (["tune"], 2, "invalid choice: 'tune'"),
         ([], 2, "required: COMMAND"),
     ],
@@ -268,3 +270,16 @@ def test_a_sample_of_smollm2_ends_its_answer_and_nothing_else():
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert tokenizer.decode(sample["labels"][sample["labels"] != -100]) == "6 March 1957<|im_end|>"
     assert tokenizer.decode(sample["input_ids"]).endswith("6 March 1957<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("instructions", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+    ],
+)
+def test_bfloat16_only_where_the_processor_has_it(monkeypatch, instructions, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    assert fastest_dtype(torch.device("cpu")) == dtype

@@ -50,7 +50,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     demo.add_argument("--epochs", type=_positive, help="times over the facts")
     demo.add_argument("--seed", type=int, help="of shuffling and initialisation (default: 42)")
-    demo.add_argument("--device", help='"cuda" or "cpu" (default: CUDA when there is one)')
+    demo.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
     chat = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
     chat.add_argument(
         "--model", default="smollm2", help="a Hugging Face causal LM: folder or name (default: smollm2)"
@@ -60,7 +60,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     chat.add_argument(
         "--max-new-tokens", type=_positive, default=256, help="the longest reply (default: 256)"
     )
-    chat.add_argument("--device", help='"cuda" or "cpu" (default: CUDA when there is one)')
+    chat.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
     return parser, {"demo": demo, "chat": chat}
 
 
@@ -95,6 +95,15 @@ def _chat(arguments: argparse.Namespace) -> None:
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
     ).interact()
+
+
+def _device(text: str) -> str:
+    from orbit.core.runtime import resolve_device
+
+    try:
+        return str(resolve_device(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _positive(text: str) -> int:

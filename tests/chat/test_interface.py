@@ -187,6 +187,7 @@ def test_model_id_loads_model_and_tokenizer(model, tokenizer, tmp_path):
         ),
         (lambda m, t: {"model": m}, ValueError, "needs its tokenizer"),
         (lambda m, t: {"model": torch.nn.Linear(1, 1), "tokenizer": t}, TypeError, "no generate"),
+        (lambda m, t: {"model": m, "tokenizer": t, "device": "abacus"}, ValueError, "names no device"),
         (lambda m, t: {"model": m, "tokenizer": t, "adapter": "nowhere"}, ValueError, "'nowhere' is neither"),
     ],
 )
