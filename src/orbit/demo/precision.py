@@ -15,5 +15,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 or float32 for training on `device`; the same answer on the same machine every time."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that Orbit takes
+    known: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # newer than the oldest torch that Orbit takes
     return torch.bfloat16 if any(known.get(name) for name in CPU_INSTRUCTIONS) else torch.float32
