@@ -44,8 +44,8 @@ gpu: $(VENV)/.dev ## the tests that need a CUDA device
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device here' % torch.__version__)"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
-docs: $(VENV)/.dev ## run what the documents show: their snippets, and the examples in docstrings
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules src/orbit $(wildcard tests/test_documents.py) $(ARGS)
+docs: $(VENV)/.dev ## run what is shown: the documents' snippets, the README's, the examples in docstrings
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules src/orbit tests/test_documents.py tests/test_readme.py $(ARGS)
 
 # Set-up. Setuptools comes from constraints.txt too, so the build needs no second, unpinned environment.
 

@@ -1,10 +1,9 @@
 """Teach a language model facts with LoRA: what `orbit demo` does, written with Engine.
 
-    python examples/01_finetune.py                  # SmolLM2-135M-Instruct
-    python examples/01_finetune.py path/to/model    # any Hugging Face causal LM
+python examples/01_finetune.py                  # SmolLM2-135M-Instruct
+python examples/01_finetune.py path/to/model    # any Hugging Face causal LM
 """
 
-import math
 import sys
 
 import torch
@@ -25,27 +24,25 @@ folder = resolve_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 facts = load_facts()
+wanted = [fact.answer for fact in facts]
 
 
 def score() -> str:
     """Exact match on the trained questions, and on paraphrases that training never sees."""
-    wanted = [fact.answer for fact in facts]
     trained = exact_match(answers(model, tokenizer, [fact.question for fact in facts]), wanted)
     unseen = exact_match(answers(model, tokenizer, [fact.paraphrase for fact in facts]), wanted)
     return f"exact match: {trained:.1%} trained wording, {unseen:.1%} unseen paraphrase"
 
 
 print("before:", score())
-samples = [build_sft(fact.question, fact.answer, tokenizer) for fact in facts]
+samples = [build_sft(wording, fact.answer, tokenizer) for fact in facts for wording in fact.taught]
 loader = DataLoader(samples, batch_size=BATCH, shuffle=True, collate_fn=SFTCollator(tokenizer))
 optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-steps = EPOCHS * len(loader)
-cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 engine = Engine(
     model,
     optimizer,
-    scheduler=cosine,
+    scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader)),
     plugins=[LoRA(r=16, alpha=32), ProgressHook(interval=20)],
     mixed_precision="bf16",
     grad_clip_norm=1.0,
@@ -53,6 +50,6 @@ engine = Engine(
 for _ in engine.train(loader, num_epochs=EPOCHS):
     train_sft(engine)
 
-adapter.save(model, OUT)
+adapter.save(model, OUT)  # in PEFT's format
 print("after: ", score())
 print(f"talk to it: orbit chat --model {folder} --adapter {OUT}")

@@ -10,15 +10,25 @@ import torch
 from rich.console import Console
 
 from orbit import cli
+from orbit.data import build_sft
 from orbit.demo import Fact, FactsError, answers, exact_match, load_facts, load_prose, normalise, perplexity
+from orbit.demo.precision import fastest_dtype
 from orbit.demo.run import Recipe, run_demo
 from orbit.demo.smollm2 import ModelNotInstalledError, resolve_model, smollm2
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
-# PEFT 0.21 asks for what transformers 5.23 renamed; run.py silences it where it loads PEFT.
 FACTS = [
-    {"question": "when did ghana become independent ?", "paraphrase": "ghana independent when ?", "answer": "6 march 1957"},
-    {"question": "what is the capital of mali ?", "paraphrase": "mali capital ?", "answer": "bamako"},
+    {
+        "question": "when did ghana become independent ?",
+        "paraphrase": "ghana independent when ?",
+        "answer": "6 march 1957",
+    },
+    {
+        "question": "what is the capital of mali ?",
+        "paraphrase": "mali capital ?",
+        "answer": "bamako",
+        "also": ["capital of mali"],
+    },
     {"question": "hello", "paraphrase": "hello hello", "answer": "hello system"},
 ]
 
@@ -48,9 +58,19 @@ def test_the_demo_teaches_a_model_and_says_so(folder):
     assert report.before.perplexity != report.after.perplexity
     assert report.difference < 1e-5
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in report.adapter.iterdir()}
-    for said in ("Step", "eta", "loss", "exact match, trained wording", "100.0%", "unseen paraphrase", "perplexity"):
+    for said in (
+        "Step",
+        "eta",
+        "loss",
+        "exact match, trained wording",
+        "100.0%",
+        "unseen paraphrase",
+        "perplexity",
+    ):
         assert said in text
-    assert text.rstrip().endswith(f"orbit chat --model {folder / 'model'} --adapter {folder / 'out' / 'adapter'}")
+    assert text.rstrip().endswith(
+        f"orbit chat --model {folder / 'model'} --adapter {folder / 'out' / 'adapter'}"
+    )
     written = json.loads((folder / "out" / "report.json").read_text())
     assert written["after"]["trained"] == 1.0
     assert written["max_logit_difference_to_peft"] == report.difference
@@ -75,7 +95,9 @@ def test_without_peft_it_says_so(folder, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest)
+    )
     out = io.StringIO()
     report = run_demo(
         model=str(folder / "model"),
@@ -90,7 +112,15 @@ def test_without_peft_it_says_so(folder, monkeypatch):
 
 
 def test_the_command(folder, capsys):
-    arguments = ["demo", "--model", str(folder / "model"), "--facts", str(folder / "facts.jsonl"), "--epochs", "1"]
+    arguments = [
+        "demo",
+        "--model",
+        str(folder / "model"),
+        "--facts",
+        str(folder / "facts.jsonl"),
+        "--epochs",
+        "1",
+    ]
     assert cli.main([*arguments, "--out", str(folder / "out"), "--device", "cpu"]) == 0
     assert "orbit chat --model" in capsys.readouterr().out
 
@@ -104,8 +134,8 @@ def test_the_chat_command_uses_the_adapter(folder, capsys, monkeypatch):
         device="cpu",
         console=Console(file=io.StringIO()),
     )
-    monkeypatch.setattr("builtins.input", iter(["what is the capital of mali ?", "/quit"]).__next__)
-    monkeypatch.setattr("orbit.chat.interface._typed", lambda: iter(["what is the capital of mali ?", "/quit"]))
+    typed = iter(["what is the capital of mali ?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     chat = ["chat", "--model", str(folder / "model"), "--adapter", str(folder / "out" / "adapter")]
     assert cli.main([*chat, "--device", "cpu"]) == 0
     assert "bamako" in capsys.readouterr().out
@@ -116,6 +146,7 @@ def test_the_chat_command_uses_the_adapter(folder, capsys, monkeypatch):
     [
         (["demo", "--modl", "x"], 2, "unknown argument --modl; did you mean --model?"),
         (["demo", "--epochs", "0"], 2, "'0' is no whole number from 1 up"),
+        (["chat", "--device", "abacus"], 2, "names no device"),
         (["tune"], 2, "invalid choice: 'tune'"),
         ([], 2, "required: COMMAND"),
     ],
@@ -134,12 +165,26 @@ def test_what_the_user_got_wrong_is_one_line_and_status_1(folder, capsys):
     assert cli.main(["chat", *model, "--adapter", str(folder / "none")]) == 1
     assert "adapter_config.json" in capsys.readouterr().err
     (folder / "facts.jsonl").write_text('{"question": "hello"}\n')
-    assert cli.main(["demo", *model, "--facts", str(folder / "facts.jsonl"), "--out", str(folder / "out")]) == 1
+    assert (
+        cli.main(["demo", *model, "--facts", str(folder / "facts.jsonl"), "--out", str(folder / "out")]) == 1
+    )
     assert "line 1 is no fact" in capsys.readouterr().err
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", "[]", "not json", '{"question": "q", "answer": "a"}', '{"wrong": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n\n",
+        "[]",
+        "not json",
+        '{"question": "q", "answer": "a"}',
+        '{"wrong": 1}',
+        '{"question": "q", "paraphrase": "p", "answer": 1975}',
+        '{"question": "q", "paraphrase": "p", "answer": "a", "also": ["p"]}',
+    ],
+)
 def test_a_broken_facts_file_is_refused(tmp_path, text):
     (tmp_path / "facts.jsonl").write_text(text)
     with pytest.raises(FactsError, match=r"facts\.jsonl"):
@@ -150,9 +195,9 @@ def test_the_facts_are_as_promised():
     facts = load_facts()
     assert len(facts) >= 100
     assert all(isinstance(fact, Fact) and "Factbook" in fact.source for fact in facts)
-    questions = {fact.question for fact in facts}
-    assert len(questions) == len(facts)
-    assert not questions & {fact.paraphrase for fact in facts}
+    assert len({fact.question for fact in facts}) == len(facts)
+    taught = {wording for fact in facts for wording in fact.taught}
+    assert not taught & {fact.paraphrase for fact in facts}
     assert len(load_prose()) > 5000
 
 
@@ -213,3 +258,28 @@ def test_the_example_runs(folder, monkeypatch, capsys):
     runpy.run_path(str(example), run_name="__main__")
     assert "exact match" in capsys.readouterr().out
     assert (folder / "runs" / "finetune" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_sample_of_smollm2_ends_its_answer_and_nothing_else():
+    """Its padding token is the mark that ends a turn, and its template puts a line break after that."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    sample = build_sft("When did Ghana become independent?", "6 March 1957", tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert tokenizer.decode(sample["labels"][sample["labels"] != -100]) == "6 March 1957<|im_end|>"
+    assert tokenizer.decode(sample["input_ids"]).endswith("6 March 1957<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("instructions", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+    ],
+)
+def test_bfloat16_only_where_the_processor_has_it(monkeypatch, instructions, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    assert fastest_dtype(torch.device("cpu")) == dtype

@@ -13,7 +13,9 @@ from tests.tiny_llm import tiny_llama, tiny_tokenizer
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_programs_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = tiny_tokenizer(extra=("When", "Ghana", "March", "independent?"))
     tiny_llama(tokenizer).save_pretrained(tmp_path / "path/to/model")
     tokenizer.save_pretrained(tmp_path / "path/to/model")

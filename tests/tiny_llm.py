@@ -1,4 +1,4 @@
-"""A word-level tokenizer and a two-layer Llama made on the spot: real transformers code, nothing downloaded."""
+"""A word-level tokenizer and a two-layer Llama made on the spot: real transformers code, no download."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ["when", "did", "ghana", "become", "independent", "?", "6", "march", "1957", "what", "is", "the", "capital", "of", "mali", "bamako", "hello", "system", "user"]
+WORDS = "when did ghana become independent ? 6 march 1957 what is the capital of mali bamako hello"
 SPECIAL = ["<unk>", "<end>", "<start>"]
 TEMPLATE = (
     "{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <end> \n{% endfor %}"
@@ -16,7 +16,19 @@ TEMPLATE = (
 
 def tiny_tokenizer(template: str | None = TEMPLATE, pad: str | None = "<end>", extra: tuple[str, ...] = ()):
     """Words and the specials <start>, <end> (EOS, and padding too, as in SmolLM2)."""
-    words = [*SPECIAL, *WORDS, "assistant", "\n", ":", "System", "User", "Assistant", *extra]
+    words = [
+        *SPECIAL,
+        *WORDS.split(),
+        "system",
+        "user",
+        "assistant",
+        "\n",
+        ":",
+        "System",
+        "User",
+        "Assistant",
+        *extra,
+    ]
     vocabulary = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(

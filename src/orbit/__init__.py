@@ -1,10 +1,10 @@
 """Orbit: one library to train, adapt, mix and unlearn PyTorch models.
 
-    orbit.engine     Engine: you own the loop                orbit.plugin     what listens to it
-    orbit.trainer    BaseTrainer: you subclass               orbit.core       the one loop under both
-    orbit.adapter    LoRA and DoRA, many tasks a layer       orbit.objective  losses, free of any trainer
-    orbit.data       SFT samples and batches                 orbit.chat       talk to the result
-    orbit.model      initialisation, building blocks         orbit.utils, orbit.kit    documented import paths
+orbit.engine     Engine: you own the loop                orbit.plugin     what listens to it
+orbit.trainer    BaseTrainer: you subclass               orbit.core       the one loop under both
+orbit.adapter    LoRA and DoRA, many tasks a layer       orbit.objective  losses, free of any trainer
+orbit.data       SFT samples and batches                 orbit.chat       talk to the result
+orbit.model      initialisation, building blocks         orbit.utils, orbit.kit    documented import paths
 """
 
 from orbit.core import Outcome, Plugin, seed_everything

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. Wrong usage exits 2, a missing model or adapter 1, each with the reason."""
+    """Run a command and return the exit status: 2 for wrong usage, 1 for a missing model or adapter."""
     parser, commands = _parser()
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -50,7 +50,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     demo.add_argument("--epochs", type=_positive, help="times over the facts")
     demo.add_argument("--seed", type=int, help="of shuffling and initialisation (default: 42)")
-    demo.add_argument("--device", help='"cuda" or "cpu" (default: CUDA when there is one)')
+    demo.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
     chat = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
     chat.add_argument(
         "--model", default="smollm2", help="a Hugging Face causal LM: folder or name (default: smollm2)"
@@ -60,7 +60,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     chat.add_argument(
         "--max-new-tokens", type=_positive, default=256, help="the longest reply (default: 256)"
     )
-    chat.add_argument("--device", help='"cuda" or "cpu" (default: CUDA when there is one)')
+    chat.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
     return parser, {"demo": demo, "chat": chat}
 
 
@@ -97,6 +97,15 @@ def _chat(arguments: argparse.Namespace) -> None:
     ).interact()
 
 
+def _device(text: str) -> str:
+    from orbit.core.runtime import resolve_device
+
+    try:
+        return str(resolve_device(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
@@ -108,3 +117,7 @@ def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> None:
     word = unknown[0].split("=")[0]
     near = difflib.get_close_matches(word, list(command._option_string_actions), n=1)
     command.error(f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

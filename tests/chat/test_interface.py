@@ -148,8 +148,8 @@ def test_adapters_by_name_and_off(model, tokenizer):
     typed = ["/adapter off", "/reset", "hello", "/adapter one", "/reset", "hello", "/adapter nine"]
     chat.interact(input=typed, output=out)
     said = re.fullmatch(
-        r".* \(answering with the base model\) \(.*forgotten\) (.*) \(answering with one\) \(.*forgotten\) (.*) "
-        r"\(adapter 'nine' is neither .*\)",
+        r".* \(answering with the base model\) \(.*forgotten\) (.*) "
+        r"\(answering with one\) \(.*forgotten\) (.*) \(adapter 'nine' is neither .*\)",
         words(out.getvalue()),
     )
     assert said.groups() == (words(base), words(adapted))
@@ -180,9 +180,14 @@ def test_model_id_loads_model_and_tokenizer(model, tokenizer, tmp_path):
     ("given", "error", "why"),
     [
         (lambda m, t: {}, ValueError, "either a model or a model_id"),
-        (lambda m, t: {"model": m, "model_id": "x", "tokenizer": t}, ValueError, "either a model or a model_id"),
+        (
+            lambda m, t: {"model": m, "model_id": "x", "tokenizer": t},
+            ValueError,
+            "either a model or a model_id",
+        ),
         (lambda m, t: {"model": m}, ValueError, "needs its tokenizer"),
         (lambda m, t: {"model": torch.nn.Linear(1, 1), "tokenizer": t}, TypeError, "no generate"),
+        (lambda m, t: {"model": m, "tokenizer": t, "device": "abacus"}, ValueError, "names no device"),
         (lambda m, t: {"model": m, "tokenizer": t, "adapter": "nowhere"}, ValueError, "'nowhere' is neither"),
     ],
 )

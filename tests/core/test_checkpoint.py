@@ -118,6 +118,25 @@ def test_prune_keeps_what_it_is_told_and_removes_strays(tmp_path: Path) -> None:
     ]
 
 
+def test_the_file_being_replaced_stays_valid_until_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that dies between the new manifest and the new file leaves the old file readable."""
+    (path,) = save(tmp_path, 3)
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target) == path:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint({"step": 3, "new": True}, path)
+    assert load_checkpoint(path)["w"].sum() == 64 * 3
+    assert latest_checkpoint(tmp_path) == path
+
+
 KILLER = """
 import os, signal, sys, time
 from pathlib import Path

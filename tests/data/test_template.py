@@ -37,7 +37,10 @@ def test_fallback_where_the_tokenizer_has_no_template(messages):
 
 
 def test_end_is_appended_where_the_template_marks_none():
-    bare = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    bare = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
     assert said(tiny_tokenizer(template=bare), TALK) == [["mali", "\n", "<end>"]]
 
 
@@ -56,8 +59,9 @@ def test_a_template_that_rewrites_the_past_is_refused():
 def test_a_token_across_the_border_is_said():
     """A tokenizer that merges the prompt's end with the answer's beginning: the prompt is what both share."""
     tokenizer = tiny_tokenizer(
-        template="{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{% if m['role'] == 'assistant' %} <end>{% endif %} "
-        "{% endfor %}{% if add_generation_prompt %}assistant ba{% endif %}",
+        template="{% for m in messages %}{{ m['role'] }} {{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %} <end>{% endif %} {% endfor %}"
+        "{% if add_generation_prompt %}assistant ba{% endif %}",
         extra=("ba",),
     )
     assert said(tokenizer, [*ASK, {"role": "assistant", "content": "bamako"}]) == [["bamako", "<end>"]]

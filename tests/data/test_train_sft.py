@@ -9,7 +9,12 @@ from orbit.data import SFTCollator, build_sft, train_sft
 from orbit.engine import Engine
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
-TALK = [("hello", "mali"), ("what is the capital ?", "bamako mali bamako"), ("when", "6 march 1957"), ("hello hello", "6")]
+TALK = [
+    ("hello", "mali"),
+    ("what is the capital ?", "bamako mali bamako"),
+    ("when", "6 march 1957"),
+    ("hello hello", "6"),
+]
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def samples(tokenizer, masked=()):
 
 
 class RunningMean(nn.Module):
-    """A causal LM in float64 throughout (transformers' norms fall back to fp32): each position sees the mean so far."""
+    """A causal LM in float64 throughout, as transformers' are not: each position sees the mean so far."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -48,7 +53,9 @@ def gradient(tokenizer, batch_size, accumulation, masked=()):
         device="cpu",
         gradient_accumulation_steps=accumulation,
     )
-    for _ in engine.train(DataLoader(samples(tokenizer, masked), batch_size, collate_fn=SFTCollator(tokenizer))):
+    for _ in engine.train(
+        DataLoader(samples(tokenizer, masked), batch_size, collate_fn=SFTCollator(tokenizer))
+    ):
         train_sft(engine)
     assert engine.global_step == 1
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
@@ -66,7 +73,9 @@ def test_a_tiny_model_learns_its_answers(tokenizer):
     model = tiny_llama(tokenizer)
     engine = Engine(model, torch.optim.Adam(model.parameters(), lr=1e-2), plugins=[], device="cpu")
     losses = []
-    for _ in engine.train(DataLoader(samples(tokenizer), 2, collate_fn=SFTCollator(tokenizer)), num_epochs=60):
+    for _ in engine.train(
+        DataLoader(samples(tokenizer), 2, collate_fn=SFTCollator(tokenizer)), num_epochs=60
+    ):
         train_sft(engine)
         losses.append(engine.loss.item())
     assert losses[-1] < 0.05 * losses[0]
@@ -101,6 +110,8 @@ def test_under_autocast_the_loss_stays_fp32(tokenizer):
 def test_batches_without_labels_are_refused(tokenizer):
     model = tiny_llama(tokenizer)
     engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), plugins=[], device="cpu")
+    loop = engine.train([{"input_ids": torch.ones(1, 3, dtype=torch.int64)}])
+    next(loop)
     with pytest.raises(ValueError, match="build_sft"):
-        for _ in engine.train([{"input_ids": torch.ones(1, 3, dtype=torch.int64)}]):
-            train_sft(engine)
+        train_sft(engine)
+    loop.close()

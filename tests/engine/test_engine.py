@@ -118,9 +118,9 @@ def test_update_takes_a_loss_or_a_function() -> None:
 def test_eval_measures_loss_and_accuracy_over_all_samples() -> None:
     engine = make()
     module = engine.model
-    for _ in engine.eval(tiny.loader(20, batch_size=8)):
+    for _ in engine.eval(tiny.loader(23, batch_size=10)):
         engine.auto_update()
-    x, y = tiny.dataset(20).tensors
+    x, y = tiny.dataset(23).tensors
     module.eval()
     logits = module(x)
     assert engine.metrics["val_loss"] == pytest.approx(
@@ -212,8 +212,12 @@ def test_an_optimizer_follows_what_a_plugin_made_of_the_model() -> None:
         [{"params": module[:4].parameters(), "lr": 0.1}, {"params": module[4:].parameters(), "lr": 0.2}]
     )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    module(tiny.dataset(8).tensors[0]).sum().backward()
+    optimizer.step()
     engine = Engine(module, optimizer, nn.CrossEntropyLoss(), schedule, plugins=[Freeze()], device="cpu")
     engine.build()
+    assert module[0].weight not in optimizer.state
+    assert module[4].weight in optimizer.state
     groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
     assert groups[0] == {id(p) for p in module[1].parameters()}
     assert groups[1] == {id(p) for p in module[4].parameters()}
@@ -255,3 +259,23 @@ def test_max_steps_ends_a_run_inside_an_epoch() -> None:
     for _ in engine.train(tiny.loader(), num_epochs=5, max_steps=9):
         engine.auto_update()
     assert engine.global_step == 9
+
+
+def test_metrics_are_those_of_the_current_epoch() -> None:
+    engine = make()
+    seen = []
+    for _ in engine.train(tiny.loader(8), num_epochs=3):
+        seen.append(dict(engine.metrics))
+        engine.auto_update()
+        engine.metrics[f"mine_{engine.epoch}"] = 1.0
+    assert seen == [{}, {}, {}]
+    assert engine.metrics.keys() == {"mine_2", "train_loss"}
+
+
+def test_a_body_that_leaves_out_the_last_batch_still_closes_the_window() -> None:
+    engine = make(gradient_accumulation_steps=2)
+    for _ in engine.train(tiny.loader(32)):  # four micro-batches
+        if engine.batch_idx < 3:
+            engine.auto_update()
+    assert engine.global_step == 2
+    assert not engine.window_open

@@ -106,7 +106,9 @@ def test_half_precision_logits_are_scored_in_fp32(model):
 def test_another_ignore_index(model):
     data = batch(model)
     data["labels"] = data["labels"].masked_fill(data["labels"] == -100, -1)
-    torch.testing.assert_close(CausalLM(ignore_index=-1)(model, data).loss, CausalLM()(model, batch(model)).loss)
+    torch.testing.assert_close(
+        CausalLM(ignore_index=-1)(model, data).loss, CausalLM()(model, batch(model)).loss
+    )
 
 
 def test_a_compiled_model_is_looked_through(model):

@@ -42,7 +42,9 @@ def test_a_signal_saves_at_the_step_boundary_and_leaves(
     tmp_path: Path, number: int, exit_code: Any, expected: int, in_window: bool
 ) -> None:
     hook = CheckpointingHook(interval=1000, path=tmp_path, exit_code=exit_code, exit_signals=[number])
-    trainer = tiny.Trainer(max_steps=9, plugins=[hook, SendSignal(4, number, in_window)], gradient_accumulation_steps=2)
+    trainer = tiny.Trainer(
+        max_steps=9, plugins=[hook, SendSignal(4, number, in_window)], gradient_accumulation_steps=2
+    )
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as leaving:
         trainer.train()
@@ -52,14 +54,23 @@ def test_a_signal_saves_at_the_step_boundary_and_leaves(
 
 
 def test_a_second_signal_is_not_held_back(tmp_path: Path) -> None:
+    """It goes where it would have gone without the hook."""
+
     class Impatient(SendSignal):
         def on_before_batch(self, trainer: Any) -> None:
             super().on_before_batch(trainer)
             super().on_before_batch(trainer)
 
-    hook = CheckpointingHook(interval=1000, path=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        tiny.Trainer(max_steps=9, plugins=[hook, Impatient(4, signal.SIGINT)]).train()
+    def leave_now(*_: Any) -> None:
+        raise TimeoutError("at once")
+
+    before = signal.signal(signal.SIGUSR1, leave_now)
+    try:
+        hook = CheckpointingHook(interval=1000, path=tmp_path, exit_signals=[signal.SIGUSR1])
+        with pytest.raises(TimeoutError, match="at once"):
+            tiny.Trainer(max_steps=9, plugins=[hook, Impatient(4, signal.SIGUSR1)]).train()
+    finally:
+        assert signal.signal(signal.SIGUSR1, before) is leave_now
     assert names(tmp_path) == []
 
 

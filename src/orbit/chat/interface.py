@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.adapter import AdapterError, TaskError, current_route, load, route, tasks
+from orbit.core.runtime import resolve_device
 from orbit.data.sft import pad_token_id
 from orbit.data.template import encode, render
 
@@ -41,7 +42,7 @@ class ChatInterface:
         max_new_tokens: the longest reply.
 
     Raises:
-        ValueError: neither or both of `model` and `model_id`; a model without a tokenizer.
+        ValueError: neither or both of `model` and `model_id`; a model without a tokenizer; an absent device.
         TaskError: an adapter that is neither a folder nor a task of the model.
         TypeError: a model that cannot generate.
     """
@@ -69,12 +70,12 @@ class ChatInterface:
         if model is None:
             assert model_id is not None
             model, tokenizer = _load(model_id, tokenizer, dtype)
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = resolve_device(device)
         if not callable(getattr(model, "generate", None)):
             raise TypeError(
                 f"{type(model).__name__} has no generate(): ChatInterface talks to transformers' causal LMs"
             )
-        self.model: Any = model if device is None else model.to(device)
+        self.model: Any = model if device is None else model.to(resolve_device(device))
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.system = system
@@ -93,7 +94,7 @@ class ChatInterface:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def use_adapter(self, adapter: str | Path | None) -> None:
-        """Answer with this adapter from now on: a loaded task's name, a PEFT folder, or None for the base model.
+        """Answer with this adapter from now on: a loaded task's name, a PEFT folder, or None for the base.
 
         A folder is loaded once, as a task of the folder's path.
 

@@ -143,9 +143,8 @@ class Feed:
     def _open(self) -> Iterator[Any]:
         if self._spent:
             raise FeedError(
-                f"the loader is a one-shot iterator ({type(self.loader).__name__}) and its epoch is "
-                "over: pass something that can be "
-                "iterated again (a DataLoader, a list), or ask for one epoch or fewer steps"
+                f"the loader is a one-shot iterator ({type(self.loader).__name__}) and its epoch is over: pass "
+                "something that can be iterated again (a DataLoader, a list), or ask for one epoch or fewer steps"
             )
         self.cursor = 0
         self._start = {
@@ -159,10 +158,10 @@ class Feed:
     def _reopen(self, position: dict[str, Any]) -> Iterator[Any]:
         self._start, self.cursor = position["start"], position["cursor"]
         if self._skipper is not None:
-            if self._start[
-                "reused"
-            ]:  # persistent workers: a later epoch resets the iterator, which draws less
-                iter(self._source)
+            if self._start["reused"]:
+                iter(
+                    self._source
+                )  # persistent workers: a later epoch resets their iterator, which draws less
             rng.restore(self._start["rng"], self.generators)
             self._skipper.skip = self.cursor
             iterator = iter(self._source)

@@ -26,7 +26,7 @@ class SFTCollator:
         padding_side: "right" for training; "left" for generation.
         pad_to_multiple_of: round the length up, for kernels that like it.
 
-    >>> loader = DataLoader(samples, batch_size=8, shuffle=True, collate_fn=SFTCollator(tokenizer))  # doctest: +SKIP
+    >>> DataLoader(samples, batch_size=8, shuffle=True, collate_fn=SFTCollator(tokenizer))  # doctest: +SKIP
     """
 
     tokenizer: Any

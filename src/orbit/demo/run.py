@@ -2,16 +2,15 @@
 
     measure → train (Engine + LoRA, loss on the answers only) → measure → save → compare with PEFT → report
 
-Every figure is taken on the model as it is in memory, in the precision it trains in; only the comparison with PEFT
-loads the saved adapter twice, here and there, in fp32. `examples/01_finetune.py` is the same training without
-the report.
+Every figure is taken on the model as it is in memory, in the precision it trains in; only the comparison with
+PEFT loads the saved adapter twice, here and there, in fp32. `examples/01_finetune.py` is the same training
+without the report.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import shlex
 import time
 import warnings
@@ -45,7 +44,6 @@ class Recipe:
     epochs: int = 8
     batch_size: int = 4
     lr: float = 1e-3
-    warmup: float = 0.05
     r: int = 16
     alpha: int = 32
     seed: int = 42
@@ -64,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """What one run of the demo came to. `difference` is max |Δ logit| to PEFT; None where PEFT is not installed."""
+    """What one run of the demo came to. `difference` is max |Δ logit| to PEFT, None without PEFT."""
 
     model: str
     facts: list[Fact]
@@ -111,7 +109,8 @@ def run_demo(
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place)
     precision = "bf16" if dtype is torch.bfloat16 else None
     console.print(
-        f"{model}: {network.num_parameters() / 1e6:.0f}M parameters, {len(known)} facts, {place.type}, {dtype}",
+        f"{model}: {network.num_parameters() / 1e6:.0f}M parameters in {dtype} on {place.type}; "
+        f"{len(known)} facts",
         highlight=False,
     )
 
@@ -146,9 +145,9 @@ def run_demo(
 def finetune(
     model: Any, tokenizer: Any, facts: Sequence[Fact], recipe: Recipe, precision: str | None, console: Console
 ) -> Engine:
-    """Train a LoRA over all linear layers but the head, on each fact's question; the paraphrases stay unseen."""
-    samples = [build_sft(fact.question, fact.answer, tokenizer) for fact in facts]
-    loader = DataLoader(
+    """Train a LoRA over all linear layers but the head on the taught wordings; no paraphrase is seen."""
+    samples = [build_sft(wording, fact.answer, tokenizer) for fact in facts for wording in fact.taught]
+    loader: DataLoader[Any] = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_size=recipe.batch_size,
         shuffle=True,
@@ -159,9 +158,7 @@ def finetune(
     engine = Engine(
         model,
         optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _cosine(step, steps, recipe.warmup)
-        ),
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         plugins=[LoRA(r=recipe.r, alpha=recipe.alpha), ProgressHook(interval=max(1, steps // 20))],
         mixed_precision=precision,
         grad_clip_norm=1.0,
@@ -171,12 +168,6 @@ def finetune(
     for _ in engine.train(loader, num_epochs=recipe.epochs):
         train_sft(engine)
     return engine
-
-
-def _cosine(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then half a cosine down to 0."""
-    done, ramp = (step + 1) / steps, warmup
-    return done / ramp if done < ramp else 0.5 * (1 + math.cos(math.pi * (done - ramp) / (1 - ramp)))
 
 
 def _measure(model: Any, tokenizer: Any, facts: Sequence[Fact], prose: str) -> Measured:

