@@ -43,7 +43,7 @@ engine = Engine(
     model,
     optimizer,
     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader)),
-    plugins=[LoRA(r=16, alpha=32), ProgressHook(interval=20)],
+    plugins=[LoRA(target_names=["mlp"], r=16, alpha=32), ProgressHook(interval=20)],
     mixed_precision="bf16",
     grad_clip_norm=1.0,
 )

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, OPTConfig
 
 from orbit import cli
 from orbit.data import build_sft
 from orbit.demo import Fact, FactsError, answers, exact_match, load_facts, load_prose, normalise, perplexity
 from orbit.demo.precision import fastest_dtype
-from orbit.demo.run import Recipe, run_demo
+from orbit.demo.run import Recipe, feed_forward, run_demo
 from orbit.demo.smollm2 import ModelNotInstalledError, resolve_model, smollm2
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
@@ -74,6 +75,37 @@ def test_the_demo_teaches_a_model_and_says_so(folder):
     written = json.loads((folder / "out" / "report.json").read_text())
     assert written["after"]["trained"] == 1.0
     assert written["max_logit_difference_to_peft"] == report.difference
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+SMALL |= {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "own", "targets"),
+    [
+        (OPTConfig, {"ffn_dim": 32, "word_embed_proj_dim": 16}, None),
+        (GPTNeoXConfig, {"intermediate_size": 32}, ["mlp"]),
+        (MistralConfig, {"intermediate_size": 32, "num_key_value_heads": 2}, ["mlp"]),
+    ],
+)
+def test_any_causal_lm_will_do(folder, config, own, targets):
+    tokenizer = tiny_tokenizer(template=None)
+    architecture = config(vocab_size=len(tokenizer), **SMALL, **own)
+    model = AutoModelForCausalLM.from_config(architecture)
+    assert feed_forward(model) == targets
+    model.save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    report = run_demo(
+        model=str(folder / "other"),
+        out=folder / "out",
+        facts=folder / "facts.jsonl",
+        recipe=Recipe(epochs=30, batch_size=4, lr=3e-2),
+        device="cpu",
+        console=Console(file=io.StringIO()),
+    )
+    assert report.after.replies != report.before.replies
+    assert report.difference < 1e-5
 
 
 def test_the_same_seed_gives_the_same_run(folder):
@@ -240,7 +272,7 @@ def test_smollm2_not_installed_names_the_commands(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_smollm2_is_converted_and_knows_paris():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = smollm2()
     assert smollm2() == folder

@@ -1,6 +1,7 @@
 """Chat templates: which tokens the model says, with and without a template of the tokenizer's own."""
 
 import pytest
+from transformers import AddedToken
 
 from orbit.data.template import TemplateError, encode, encode_turns, render
 from tests.tiny_llm import TEMPLATE, tiny_tokenizer
@@ -42,6 +43,13 @@ def test_end_is_appended_where_the_template_marks_none():
         "{% if add_generation_prompt %}assistant {% endif %}"
     )
     assert said(tiny_tokenizer(template=bare), TALK) == [["mali", "\n", "<end>"]]
+
+
+def test_an_end_mark_that_is_neither_eos_nor_named():
+    tokenizer = tiny_tokenizer(TEMPLATE.replace("<end>", "<stop>"))
+    tokenizer.add_tokens([AddedToken("<stop>", special=True)])
+    assert tokenizer.convert_tokens_to_ids("<stop>") not in tokenizer.all_special_ids
+    assert said(tokenizer, TALK) == [["mali", "<stop>"]]
 
 
 def test_a_word_that_the_tokenizer_does_not_know_is_no_end_mark():

@@ -96,7 +96,9 @@ def encode_turns(
 
 def _turn_end(tokenizer: Any, ids: list[int], start: int, stop: int) -> int | None:
     """One past the turn's end mark: the last special token with nothing but white space after it."""
-    marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # Gemma's <end_of_turn> is only here
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    marks = special - {tokenizer.unk_token_id}
     for j in reversed(range(start, stop)):
         if ids[j] in marks:
             return j + 1
