@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orbit.core.files import sync_folder, write_synced
+
 LATEST = "checkpoint_latest.pt"
 _NAME = re.compile(r"checkpoint_step_(\d+)\.pt")
 _PLAIN = (Tensor, str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -57,7 +59,7 @@ def save_checkpoint(state: dict[str, Any], path: Path | str) -> Path:
             accepted += _digests(path)  # while the old file is still in place, it stays valid too
         _write_text(_manifest(path), "".join(f"{item}  {path.name}\n" for item in accepted))
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
     if not is_valid(path):
@@ -74,7 +76,7 @@ def link_latest(path: Path) -> None:
     partial.unlink(missing_ok=True)
     partial.symlink_to(path.name)
     os.replace(partial, link)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
@@ -153,7 +155,7 @@ def prune(folder: Path | str, keep: set[Path]) -> None:
             _manifest(path).unlink(missing_ok=True)
     for stray in Path(folder).glob("checkpoint_*.tmp"):
         stray.unlink(missing_ok=True)
-    _sync_folder(Path(folder))
+    sync_folder(Path(folder))
 
 
 def is_valid(path: Path) -> bool:
@@ -198,19 +200,8 @@ def _manifest(path: Path) -> Path:
 
 def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(partial, text.encode())
     os.replace(partial, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _nearby(path: Path) -> str:

@@ -1,0 +1,27 @@
+"""Writing that survives a crash: bytes that have reached the disk before anything points at them.
+
+Whoever saves writes a new file (`write_synced`), renames it over the old one, and then calls `sync_folder`: until
+then the rename itself may be lost.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the folder's entries: the names of new, renamed and removed files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
