@@ -94,6 +94,16 @@ def test_content_of_another_form_is_refused(content):
         build_sft(*content, tokenizer=tiny_tokenizer())
 
 
+@pytest.mark.parametrize("content", [None, 1957, ["hello"]])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_content_that_is_no_text_is_refused(turn, content):
+    """Jinja would write the word None."""
+    pair = ["hello", "mali"]
+    pair[turn] = content
+    with pytest.raises(TypeError, match=f"content of message {turn} is "):
+        build_sft([tuple(pair)], tokenizer=tiny_tokenizer())
+
+
 def test_a_tokenizer_is_needed():
     with pytest.raises(TypeError, match="needs a tokenizer"):
         build_sft("hello", "mali")

@@ -64,6 +64,11 @@ def test_a_template_that_rewrites_the_past_is_refused():
         encode_turns(tiny_tokenizer(template=rewriting), TALK)
 
 
+def test_a_model_that_speaks_first_is_refused():
+    with pytest.raises(TemplateError, match="begins with a turn of 'assistant'"):
+        encode_turns(tiny_tokenizer(), LONG[1:])
+
+
 def test_a_token_across_the_border_is_said():
     """A tokenizer that merges the prompt's end with the answer's beginning: the prompt is what both share."""
     tokenizer = tiny_tokenizer(

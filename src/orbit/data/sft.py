@@ -89,6 +89,14 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def _messages(user: Any, model: str | None, model_role: str) -> list[Message]:
+    messages = _conversation(user, model, model_role)
+    for i, message in enumerate(messages):
+        if not isinstance(message["content"], str):
+            raise TypeError(f"build_sft takes text, but the content of message {i} is {message['content']!r}")
+    return messages
+
+
+def _conversation(user: Any, model: str | None, model_role: str) -> list[Message]:
     if isinstance(user, str) and isinstance(model, str):
         return [{"role": "user", "content": user}, {"role": model_role, "content": model}]
     if isinstance(user, Sequence) and not isinstance(user, str) and model is None:

@@ -71,7 +71,8 @@ def encode_turns(
         Where the template marks no end after the last turn, EOS is appended.
 
     Raises:
-        TemplateError: the renderings are no prefixes of each other (the law at the top of this file).
+        TemplateError: the renderings are no prefixes of each other (the law at the top of this file), or the
+            model speaks first.
     """
     full = render(tokenizer, messages)
     ids = encode(tokenizer, full)
@@ -79,6 +80,11 @@ def encode_turns(
     for i, message in enumerate(messages):
         if message["role"] != model_role:
             continue
+        if i == 0:
+            raise TemplateError(
+                f"the conversation begins with a turn of {model_role!r}, so that no prompt stands before it: "
+                "drop that turn, or put a message of the user or the system in front"
+            )
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
         upto = render(tokenizer, messages[: i + 1])
         _require_prefix(upto, full, i)
