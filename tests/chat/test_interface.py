@@ -156,6 +156,17 @@ def test_adapters_by_name_and_off(model, tokenizer):
     assert chat.adapter == "one"
 
 
+def test_a_merged_adapter_answers(model, tokenizer):
+    strong_task(model, "a", 1)
+    adapter.merge(model)
+    chat = ChatInterface(model=model, tokenizer=tokenizer, max_new_tokens=6)
+    assert chat.adapter == "a"
+    assert chat.respond("hello") == greedy(model, tokenizer, [user("hello")])
+    chat.use_adapter(None)
+    with pytest.raises(adapter.RouteError, match="merged"):
+        chat.respond("hello")
+
+
 def test_an_adapter_folder(model, tokenizer, tmp_path):
     strong_task(model, "one", seed=1)
     adapter.save(model, tmp_path / "saved", name="one")

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 
-from orbit.adapter import AdapterError, TaskError, current_route, load, route, tasks
+from orbit.adapter import AdapterError, TaskError, current_route, load, merged, route, tasks
 from orbit.core.runtime import resolve_device
 from orbit.data.sft import pad_token_id
 from orbit.data.template import encode, render
@@ -79,7 +79,8 @@ class ChatInterface:
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.system = system
-        self.adapter: str | None = current_route(self.model) if tasks(self.model) else None
+        known = tasks(self.model)
+        self.adapter: str | None = (merged(self.model) or current_route(self.model)) if known else None
         if adapter is not None:
             self.use_adapter(adapter)
         self.messages: list[dict[str, str]] = []
@@ -135,8 +136,7 @@ class ChatInterface:
         training = self.model.training
         self.model.eval()
         try:
-            steered = route(self.model, self.adapter) if tasks(self.model) else nullcontext()
-            with torch.inference_mode(), steered:
+            with torch.inference_mode(), self._steered():
                 made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
         finally:
             self.model.train(training)
@@ -184,6 +184,12 @@ class ChatInterface:
                 return f"({error})"
             return f"(answering with {self.adapter or 'the base model'})"
         return f"({line!r} is no command: {COMMANDS})"
+
+    def _steered(self) -> AbstractContextManager[None]:
+        """Inside, the model answers with `self.adapter`; one that is merged into the weights needs no route."""
+        here = merged(self.model)
+        settled = not tasks(self.model) or (here is not None and here == self.adapter)
+        return nullcontext() if settled else route(self.model, self.adapter)
 
     def _text(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
