@@ -120,6 +120,33 @@ def test_layers_to_transform(llama: Make, tokens: Tensor, tmp_path: Path) -> Non
         AdapterConfig.from_peft(json.loads((tmp_path / CONFIG).read_text()))
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_an_adapted_head(llama: Make, fill: Callable[..., None], tokens: Tensor, tmp_path: Path) -> None:
+    """PEFT saves the weight of an adapted head beside its adapter; it is the model's own, or refused."""
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(), config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    assert any("lm_head.base_layer" in key for key in load_file(tmp_path / "a" / WEIGHTS))
+    ours = llama()
+    load(ours, tmp_path / "a")
+    torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), atol=1e-5, rtol=0)
+    other = llama()
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(AdapterFileError, match="lm_head.base_layer.weight is unexpected"):
+        load(other, tmp_path / "a")
+
+
+def test_a_model_that_is_one_layer(fill: Callable[..., None], tmp_path: Path) -> None:
+    model, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    other.load_state_dict(model.state_dict())
+    inject(model, AdapterConfig(r=2))
+    fill(model)
+    load(other, save(model, tmp_path / "a"))
+    x = torch.randn(2, 4)
+    assert torch.equal(other(x), model(x))
+
+
 def test_targets_are_written_so_that_peft_finds_the_same_layers(tmp_path: Path) -> None:
     model = nn.ModuleDict(
         {"fc": nn.Linear(2, 2), "deep": nn.ModuleDict({"fc": nn.Linear(2, 2)}), "out": nn.Linear(2, 2)}
@@ -170,6 +197,14 @@ def edit(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
         ),
         (lambda t: t.update({f"{Q}.weight": torch.ones(1)}), f"{Q}.weight is unexpected"),
         (lambda t: t.update({"lora_A.weight": torch.ones(1)}), "lora_A.weight is unexpected"),
+        (
+            lambda t: t.update({f"{Q}.base_layer.weight": torch.ones(32, 32)}),
+            "base_layer.weight is unexpected",
+        ),
+        (
+            lambda t: t.update({f"{Q}.lora_A.weight": torch.full((4, 32), 1e300, dtype=torch.float64)}),
+            f"{Q}.lora_A.weight holds values that are not finite",
+        ),
         (lambda t: t.update({f"{Q}.lora_embedding_A": torch.ones(1)}), "lora_embedding_A is unexpected"),
         (
             lambda t: t.update({Q.replace("q_proj", "q_porj") + ".lora_A.weight": torch.ones(1)}),
@@ -219,6 +254,8 @@ def test_files_that_do_not_fit_are_refused(
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' cannot be honoured", ConfigError),
         ({"from_the_future": 1}, "from_the_future=1 cannot be honoured", ConfigError),
         ({"rank_pattern": [1]}, "malformed", ConfigError),
+        ({"target_modules": "("}, r"'\(' is not a regular expression", ConfigError),
+        ({"exclude_modules": "("}, r"'\(' is not a regular expression", ConfigError),
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is unexpected", AdapterFileError),
     ],
 )

@@ -125,6 +125,17 @@ def test_an_adapter_without_a_gradient_is_named() -> None:
     check_gradients(model)
 
 
+def test_a_window_without_a_backward_pass_shows_nothing(mlp: Make) -> None:
+    model = mlp()
+    inject(model, AdapterConfig(r=2))
+    model(torch.randn(2, 6))
+    check_gradients(model, may_be_empty=True)
+    model(torch.randn(2, 6))[0].sum().backward()
+    task_layers(model, "default")["0"].slots()["default"].down.weight.grad = None
+    with pytest.raises(GradientError, match=r"0\.lora_A"):
+        check_gradients(model, may_be_empty=True)
+
+
 def test_only_tasks_that_ran_must_have_gradients(mlp: Make) -> None:
     """Law 4."""
     model, x = mlp(), torch.randn(4, 6)
@@ -231,6 +242,14 @@ def test_base_checkpoints_load_before_and_after(mlp: Make, fill: Callable[..., N
     mine = base_state_dict(model)
     assert list(mine) == list(other)
     assert all(torch.equal(mine[name], value) for name, value in other.items())
+
+
+def test_the_base_of_a_layer_that_is_used_twice() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, layer, nn.Linear(4, 2))
+    keys = set(model.state_dict())
+    inject(model, AdapterConfig(r=2))
+    assert set(base_state_dict(model)) == keys
 
 
 @pytest.mark.parametrize("bank", ["lora_A", "lora_B", "lora_magnitude"])

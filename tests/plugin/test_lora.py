@@ -76,9 +76,18 @@ def test_an_adapter_without_a_gradient_stops_the_step() -> None:
     plugin.on_before_optimizer_step(trainer)
     trainer.model.zero_grad()
     trainer.model[2](torch.randn(2, 8)).sum().backward()
-    trainer.model[2].zero_grad()
     with pytest.raises(GradientError, match=r"0\.lora_A"):
         plugin.on_before_optimizer_step(trainer)
+
+
+def test_a_window_of_weight_zero_does_not_stop_the_run() -> None:
+    """Every label masked, say: no gradient, and none expected."""
+    model = net()
+    engine = Engine(model, torch.optim.AdamW(model.parameters(), lr=0.05), plugins=[LoRA(r=2)], device="cpu")
+    for _ in engine.train(data(), num_epochs=1):
+        loss = (engine.model(engine.data) - engine.target).square().mean()
+        engine.update(loss, weight=float(engine.batch_idx % 2))
+    assert all(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("dora", [False, True])

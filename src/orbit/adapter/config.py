@@ -155,7 +155,9 @@ class AdapterConfig:
             )
         except (TypeError, AttributeError) as error:
             raise ConfigError(f"adapter_config.json is malformed: {error}") from None
-        return config if layers is None else replace(config, targets=tuple(layers), exclude=())
+        if layers is None:
+            return config
+        return replace(config, targets=tuple(layer or "re:" for layer in layers), exclude=())
 
 
 _HONOURED = {
@@ -218,7 +220,7 @@ def _own_targets(value: Any) -> tuple[str, ...] | None:
         return None
     if isinstance(value, str):
         return None if value.lower() == "all-linear" else (f"re:{value}",)
-    return tuple(sorted(value))
+    return tuple(sorted(name or "re:" for name in value))  # "": the model itself is the layer
 
 
 def _peft_targets(targets: tuple[str, ...] | None) -> list[str] | str:

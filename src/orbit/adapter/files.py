@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
-from orbit.adapter.errors import AdapterFileError
+from orbit.adapter.errors import AdapterFileError, ConfigError
 from orbit.adapter.graft import BANKS
 from orbit.adapter.inject import (
     InjectReport,
@@ -43,12 +43,14 @@ from orbit.adapter.inject import (
 from orbit.adapter.kinds import kind_of
 from orbit.adapter.owners import Owner, Tasks
 from orbit.adapter.targets import nearest
+from orbit.core.files import sync_folder, write_synced
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEYS = dict(zip(BANKS, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), strict=True))
 _KEY = re.compile(
     r"base_model\.model\.(?:(?P<layer>.+)\.)?(?P<end>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
+_COPY = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 
@@ -101,10 +103,10 @@ def load(
     """
     model = _root(model)
     fields, tensors = read(path)
-    found = _by_layer(path, tensors)
     layers = {
         _clean(raw): (raw, module) for raw, module in model.named_modules() if kind_of(module) is not None
     }
+    found = _by_layer(path, _without_copies(tensors, {name: module for name, (_, module) in layers.items()}))
     for layer_name in found:
         if layer_name not in layers:
             close = nearest(layer_name, layers)
@@ -166,12 +168,24 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     if not isinstance(fields, dict):
         raise AdapterFileError(f"the {CONFIG} of {weights} must be an object, got {type(fields).__name__}")
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise AdapterFileError(f"{weights}: {key} holds values that are not finite numbers")
     return fields, tensors
 
 
 # -- checking ------------------------------------------------------------------------------------------------
+
+
+def _without_copies(tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Without the weights of an adapted head, which PEFT saves beside its adapter, where the model has the same."""
+
+    def is_copy(key: str, tensor: Tensor) -> bool:
+        match = _COPY.fullmatch(key)
+        layer = layers.get(match["layer"]) if match else None
+        weight = None if layer is None else getattr(layer, "weight", None)
+        return isinstance(weight, Tensor) and torch.equal(tensor.to(weight), weight)
+
+    return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
 
 
 def _by_layer(path: Any, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -181,7 +195,7 @@ def _by_layer(path: Any, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, T
         if match is None:
             raise AdapterFileError(
                 f"{path}: {key} is unexpected: neither lora_A, lora_B nor lora_magnitude_vector of a layer "
-                "(a weight of the base model, or of a kind of adapter that cannot be loaded)"
+                "(a weight that differs from the base model's, or of a kind of adapter that cannot be loaded)"
             )
         bank = next(bank for bank, end in _KEYS.items() if match["end"].startswith(end))
         found.setdefault(match["layer"] or "", {})[bank] = tensor
@@ -278,7 +292,10 @@ def _target_modules(model: nn.Module, layers: set[str]) -> list[str] | str:
 
 def _peft_match(targets: Any, name: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise ConfigError(f"{targets!r} is not a regular expression: {error}") from None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -294,31 +311,16 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         new = Path(scratch) / folder.name
         new.mkdir()
         for name, content in files.items():
-            _write(new / name, content)
-        _sync(new)
+            write_synced(new / name, content)
+        sync_folder(new)
         os.rename(new, folder)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
     with tempfile.TemporaryDirectory(prefix=".orbit.", dir=folder) as scratch:
         for name, content in files.items():
-            _write(Path(scratch) / name, content)
+            write_synced(Path(scratch) / name, content)
         for name in files:
             os.replace(Path(scratch) / name, folder / name)
-    _sync(folder)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder)

@@ -198,18 +198,22 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     prefixes = tuple(
         f"{path}.{bank}." if path else f"{bank}."
-        for path, layer in _grafts(model).items()
+        for path, layer in model.named_modules(remove_duplicate=False)  # a layer used twice has two names
+        if isinstance(layer, Graft)
         for bank in layer.banks()
     )
     return {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
 
 
-def check_gradients(model: nn.Module) -> None:
+def check_gradients(model: nn.Module, *, may_be_empty: bool = False) -> None:
     """Raise if a routed, trainable adapter has no gradient. Call it after a window's backward passes.
 
     Routed are the tasks under which the model was called with gradients, in training mode, since the last
     check. Where no such call was seen (only parts of the model were called, or it is compiled as a whole),
     they are the tasks of which some parameter has a gradient, and if there is none, the default one.
+
+    Args:
+        may_be_empty: accept a window in which nothing has a gradient: every micro-batch had weight 0, say.
 
     Raises:
         GradientError: naming the parameters: their layers were bypassed, and would silently never train.
@@ -231,7 +235,7 @@ def check_gradients(model: nn.Module) -> None:
     if not silent_ids:
         return
     silent = [name for name, parameter in model.named_parameters() if id(parameter) in silent_ids]
-    if silent:
+    if silent and not (may_be_empty and all(parameter.grad is None for parameter in model.parameters())):
         shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
         raise GradientError(
             f"{len(silent)} trainable adapter parameter(s) received no gradient: {shown}. Their layers were "

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
 
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def _outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
