@@ -208,6 +208,16 @@ def test_stop_ends_at_the_next_step_boundary(accumulation: int) -> None:
     assert trainer.state.stop == ("test", "enough")
 
 
+def test_stop_at_the_end_of_an_epoch_waits_for_a_window_that_runs_across_it() -> None:
+    class StopsAtOnce(Plugin):
+        def on_after_epoch(self, trainer: Any) -> None:
+            trainer.stop("test", "enough")
+
+    trainer = tiny.Trainer(max_steps=14, plugins=[StopsAtOnce()], gradient_accumulation_steps=3)
+    trainer.train()  # 7 batches an epoch: the third window takes two from the second epoch
+    assert trainer.step == 3
+
+
 def test_a_finite_loader_is_cycled_with_set_epoch() -> None:
     class Sampler(torch.utils.data.RandomSampler):
         epochs: ClassVar[list[int]] = []

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from orbit.core import CheckpointError
 from orbit.engine import Engine
-from orbit.plugin import CheckpointingHook, EarlyStopping, Mentor
+from orbit.plugin import CheckpointingHook, EarlyStopping, Mentor, Plugin
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,29 @@ def test_base_trainer_takes_a_state_before_and_after_the_build() -> None:
     again.load_state_dict(state)
     again.train()
     assert tiny.same(again.model, trainer.model)
+
+
+def test_a_state_taken_before_an_epoch_goes_on_with_the_whole_epoch() -> None:
+    class SaveBefore(Plugin):
+        state: dict[str, Any] | None = None
+
+        def on_before_epoch(self, trainer: Any) -> None:
+            if trainer.epoch == 1:
+                self.state = deepcopy(trainer.state_dict())
+
+    def go(state: dict[str, Any] | None = None) -> tuple[Engine, SaveBefore]:
+        model, save = tiny.model(), SaveBefore()
+        engine = Engine(model, tiny.optimizer(model), nn.CrossEntropyLoss(), plugins=[save], device="cpu")
+        if state is not None:
+            engine.load_state_dict(state)
+        for _ in engine.train(tiny.loader(), num_epochs=2):
+            engine.auto_update()
+        return engine, save
+
+    whole, save = go()
+    resumed, _ = go(save.state)
+    assert resumed.global_step == whole.global_step == 14
+    assert tiny.same(resumed.model, whole.model)
 
 
 def test_saving_inside_a_window_is_refused() -> None:

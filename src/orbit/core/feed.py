@@ -124,8 +124,12 @@ class Feed:
         batches = self._open() if position is None else self._reopen(position)
         return self._look_ahead(batches) if self.length is None else self._count(batches)
 
+    def rewind(self) -> None:
+        """An epoch is about to begin: it has no position yet."""
+        self._start, self.cursor = None, 0
+
     def position(self) -> dict[str, Any] | None:
-        """Where the feed stands, as plain values and tensors; None before the first epoch."""
+        """Where the feed stands, as plain values and tensors; None before an epoch's iterator is made."""
         if self._start is None:
             return None
         state = None

@@ -101,9 +101,7 @@ class Core(Base):
                 self.step_info["step_time"] = -self._step_began + (now := perf_counter())
                 self._step_began = now
                 emit("after_step")
-            if not self.window_open and (
-                state.stop is not None or (steps is not None and state.step >= steps)
-            ):
+            if self._finished(None, steps):
                 if not self.is_last_batch:
                     return
                 break
@@ -204,6 +202,8 @@ class Core(Base):
         return self.state.epoch - self.state.first_epoch + self.state.epoch_done
 
     def _finished(self, epochs: int | None, steps: int | None) -> bool:
+        if self.window_open:  # it runs across the epoch's end; its step comes first
+            return False
         if self.state.stop is not None or (steps is not None and self.state.step >= steps):
             return True
         return epochs is not None and self._epochs_done() >= epochs
@@ -223,6 +223,7 @@ class Core(Base):
                 rng.restore(saved_rng, feed.generators)
             self._epoch_losses.flush()
             state.metrics.clear()
+            feed.rewind()
             self.emit("before_epoch")
             batches = feed.epoch(state.epoch)
         self.batch_idx = feed.cursor - 1
