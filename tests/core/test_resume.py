@@ -162,6 +162,59 @@ def test_a_state_taken_before_an_epoch_goes_on_with_the_whole_epoch() -> None:
     assert tiny.same(resumed.model, whole.model)
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_batch_in_hand_that_was_not_used_is_not_lost(accumulation: int) -> None:
+    """Saved at the top of the body; and after leaving the loop there."""
+
+    def go(state: dict[str, Any] | None = None, leave: bool = False) -> tuple[Engine, Any]:
+        model, saved = tiny.model(), None
+        torch.manual_seed(42)
+        engine = Engine(
+            model, tiny.optimizer(model), nn.CrossEntropyLoss(), plugins=[], device="cpu",
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        if state is not None:
+            engine.load_state_dict(state)
+        for _ in engine.train(tiny.loader()):
+            if engine.global_step == 1 and saved is None:
+                saved = deepcopy(engine.state_dict())
+                if leave:
+                    break
+            engine.auto_update()
+        return engine, deepcopy(engine.state_dict()) if leave else saved
+
+    whole, saved = go()
+    for state in (saved, go(leave=True)[1]):
+        resumed, _ = go(state)
+        assert resumed.global_step == whole.global_step
+        assert tiny.same(resumed.model, whole.model)
+
+
+def test_parameters_that_only_the_optimizer_knows_are_saved_too() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, output: Any, target: Any) -> Any:
+            return nn.functional.cross_entropy(output * self.scale, target)
+
+    def go(state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        both, saved = nn.ModuleList([tiny.model(), Scaled()]), {}
+        torch.manual_seed(42)
+        engine = Engine(both[0], tiny.optimizer(both), both[1], plugins=[], device="cpu")
+        if state is not None:
+            engine.load_state_dict(state)
+        for _ in engine.train(tiny.loader(), num_epochs=2):
+            engine.auto_update()
+            if engine.global_step == 5:
+                saved = deepcopy(engine.state_dict())
+        return both, saved
+
+    whole, saved = go()
+    assert tiny.same(go(saved)[0], whole)
+
+
 def test_saving_inside_a_window_is_refused() -> None:
     engine = Engine(
         tiny.model(), None, nn.CrossEntropyLoss(), plugins=[], device="cpu", gradient_accumulation_steps=3

@@ -81,6 +81,7 @@ class Base:
         self._built = False
         self._updater: Updater | None = None
         self._feed: Feed | None = None
+        self._unused = 0  # batches handed out since the last step boundary
         self._position: dict[str, Any] | None = None  # a restored place in the data, until it is used
         self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch
         self._pending: dict[str, Any] | None = None  # a state loaded before the build

@@ -98,7 +98,7 @@ class Feed:
                 "DataLoader or a list of batches"
             )
         self.loader = loader
-        self.cursor = 0
+        self.cursor = 0  # batches handed out
         self._start: dict[str, Any] | None = None
         self._loader_state: dict[str, Any] | None = None
         self._skipper: _Skipper | None = None
@@ -128,15 +128,19 @@ class Feed:
         """An epoch is about to begin: it has no position yet."""
         self._start, self.cursor = None, 0
 
-    def position(self) -> dict[str, Any] | None:
-        """Where the feed stands, as plain values and tensors; None before an epoch's iterator is made."""
+    def position(self, unused: int = 0) -> dict[str, Any] | None:
+        """Where the feed stands, as plain values and tensors; None before an epoch's iterator is made.
+
+        The last `unused` batches were handed out in vain and are to come again (a loader with a state of its own
+        cannot step back).
+        """
         if self._start is None:
             return None
         state = None
         if self._stateful and self._skipper is None:
             loader: Any = self.loader
             state = self._loader_state if self.length is None else loader.state_dict()
-        return {"start": self._start, "cursor": self.cursor, "loader": state}
+        return {"start": self._start, "cursor": max(0, self.cursor - unused), "loader": state}
 
     # ── making the epoch's iterator ───────────────────────────────────────────────────────────────────────────
 
