@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 from orbit.core import Feed, FeedError, rng
+from tests import tiny
 
 SIZE = 23
 
@@ -202,3 +203,21 @@ def test_a_checkpoint_of_longer_data_is_an_error() -> None:
     position = feed.position()
     with pytest.raises(FeedError, match="ended after 2"), pytest.warns(UserWarning, match="reads and drops"):
         list(Feed(iter([1, 2])).epoch(0, position))
+
+
+def test_a_loader_longer_than_its_length_is_an_error() -> None:
+    class Liar(list[int]):
+        def __len__(self) -> int:
+            return 2
+
+    with pytest.raises(FeedError, match=r"len\(\) is 2 and it went on"):
+        list(Feed(Liar([1, 2, 3])).epoch(0))
+
+
+def test_a_checkpoint_of_longer_sized_data_is_an_error() -> None:
+    feed = Feed(tiny.loader(50))
+    batches = feed.epoch(0)
+    for _ in range(5):
+        next(batches)
+    with pytest.raises(FeedError, match="stands at batch 5 of the epoch and the loader has 3"):
+        Feed(tiny.loader(24)).epoch(0, feed.position())

@@ -166,6 +166,11 @@ class Feed:
 
     def _reopen(self, position: dict[str, Any]) -> Iterator[Any]:
         self._start, self.cursor = position["start"], position["cursor"]
+        if self.length is not None and self.cursor > self.length:
+            raise FeedError(
+                f"the checkpoint stands at batch {self.cursor} of the epoch and the loader has {self.length}: "
+                "resume with the data of the interrupted run"
+            )
         if self._skipper is not None:
             if self._start[
                 "reused"
@@ -204,6 +209,11 @@ class Feed:
         """A sized loader: its length tells the last batch, so nothing is fetched before it is needed."""
         for batch in batches:
             self.cursor += 1
+            if self.length is not None and self.cursor > self.length:
+                raise FeedError(
+                    f"the loader's len() is {self.length} and it went on after that: the two must agree, since "
+                    "an epoch's last batch is known by its number"
+                )
             yield batch, self.cursor == self.length
         if self.cursor == 0:
             raise FeedError(
