@@ -73,6 +73,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 3)
     save_checkpoint({"step": 3, "new": True}, path)
     assert load_checkpoint(path)["new"] is True
+    subprocess.run(["sha256sum", "-c", f"{path.name}.sha256"], cwd=tmp_path, capture_output=True, check=True)
     assert len(list(tmp_path.iterdir())) == 3
 
 

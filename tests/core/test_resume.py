@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -275,3 +276,26 @@ def test_hooks_keep_their_own_files(tmp_path: Path) -> None:
         "checkpoint_latest.pt", "checkpoint_step_10.pt", "checkpoint_step_12.pt", "checkpoint_step_6.pt",
     ]  # fmt: skip
     assert (folder / "checkpoint_latest.pt").resolve().name == "checkpoint_step_12.pt"
+
+
+def test_a_resume_that_failed_does_not_begin_anew_at_the_next_call(tmp_path: Path) -> None:
+    hook = CheckpointingHook(interval=2, path=tmp_path)
+    tiny.Trainer(max_steps=2, plugins=[hook]).train()
+    (tmp_path / "checkpoint_step_2.pt").write_bytes(b"broken")
+    trainer = tiny.Trainer(max_steps=4, plugins=[CheckpointingHook(interval=2, path=tmp_path)])
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="none is valid"):
+            trainer.train()
+    other = Engine(tiny.model(), plugins=[], device="cpu").state_dict()
+    trainer = tiny.Trainer(max_steps=4)
+    trainer.load_state_dict(other)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has no optimizer"):
+            trainer.train()
+
+
+def test_metrics_of_any_number_type_are_saved(tmp_path: Path) -> None:
+    engine = Engine(tiny.model(), plugins=[], device="cpu")
+    engine.metrics["f1"] = np.float64(0.5)
+    other = Engine(tiny.model(), plugins=[], device="cpu").load(engine.save(tmp_path / "a.pt"))
+    assert other.metrics == {"f1": 0.5}
