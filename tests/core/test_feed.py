@@ -221,3 +221,21 @@ def test_a_checkpoint_of_longer_sized_data_is_an_error() -> None:
         next(batches)
     with pytest.raises(FeedError, match="stands at batch 5 of the epoch and the loader has 3"):
         Feed(tiny.loader(24)).epoch(0, feed.position())
+
+
+def test_a_subclass_whose_iter_is_a_generator_is_replayed() -> None:
+    class Sub(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            yield from super().__iter__()
+
+    torch.manual_seed(0)
+    feed = Feed(Sub(tiny.dataset(), batch_size=8, shuffle=True))
+    batches = feed.epoch(0)
+    next(batches)
+    position = feed.position()
+    rest = [x for (x, _), _ in batches]
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="reads and drops the 1 batches"):
+        again = [x for (x, _), _ in Feed(Sub(tiny.dataset(), batch_size=8, shuffle=True)).epoch(0, position)]
+    assert len(again) == len(rest)
+    assert all(torch.equal(a, b) for a, b in zip(again, rest, strict=True))

@@ -163,8 +163,9 @@ def test_a_state_taken_before_an_epoch_goes_on_with_the_whole_epoch() -> None:
     assert tiny.same(resumed.model, whole.model)
 
 
+@pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_batch_in_hand_that_was_not_used_is_not_lost(accumulation: int) -> None:
+def test_a_batch_in_hand_that_was_not_used_is_not_lost(accumulation: int, at: int) -> None:
     """Saved at the top of the body; and after leaving the loop there."""
 
     def go(state: dict[str, Any] | None = None, leave: bool = False) -> tuple[Engine, Any]:
@@ -177,7 +178,7 @@ def test_a_batch_in_hand_that_was_not_used_is_not_lost(accumulation: int) -> Non
         if state is not None:
             engine.load_state_dict(state)
         for _ in engine.train(tiny.loader()):
-            if engine.global_step == 1 and saved is None:
+            if engine.global_step == at and saved is None:
                 saved = deepcopy(engine.state_dict())
                 if leave:
                     break

@@ -8,7 +8,8 @@ data is read twice.
 
 What can be resumed how:
 
-    DataLoader over a map-style dataset    exactly, by skipping indices (any sampler, any number of workers)
+    DataLoader over a map-style dataset    exactly, by skipping indices (any number of workers; any sampler that
+                                           draws from the global generators or from its own `.generator`)
     an iterable with its own state_dict()  by its own state_dict / load_state_dict
     any other iterable                     by replaying the epoch up to the cursor, with one warning
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -54,11 +55,16 @@ class _Skipper:
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
-    def draw(self) -> None:
-        """Skip now, while the generators are in the epoch's own state; later epochs skip none."""
-        assert self._current is not None
-        self._current.draw()
+    def draw(self) -> bool:
+        """Skip now, while the generators are in the epoch's own state; later epochs skip none.
+
+        False if nobody has asked for indices yet: a DataLoader subclass whose `__iter__` is a generator.
+        """
         self.skip = 0
+        if self._current is None:
+            return False
+        self._current.draw()
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "skip": self.skip, "_current": None}
@@ -179,9 +185,9 @@ class Feed:
             rng.restore(self._start["rng"], self.generators)
             self._skipper.skip = self.cursor
             iterator = iter(self._source)
-            self._skipper.draw()
-            return iterator
-        if self._stateful:
+            if self._skipper.draw():
+                return iterator if self.cursor else _begun(iterator)
+        elif self._stateful:
             self.loader.load_state_dict(position["loader"])  # type: ignore[attr-defined]
             return iter(self._source)
         rng.restore(self._start["rng"], self.generators)
@@ -201,7 +207,7 @@ class Feed:
                     f"the checkpoint stands at batch {self.cursor} of the epoch and the loader ended after {done}: "
                     "resume with the data of the interrupted run"
                 ) from None
-        return iterator
+        return iterator if self.cursor else _begun(iterator)
 
     # ── handing out batches ───────────────────────────────────────────────────────────────────────────────────
 
@@ -237,6 +243,11 @@ class Feed:
             self.cursor += 1
             yield batch, following is nothing
             batch = following
+
+
+def _begun(iterator: Iterator[Any]) -> Iterator[Any]:
+    """The first batch is read now, and with it the order drawn, while the generators are in the epoch's own state."""
+    return chain(list(islice(iterator, 1)), iterator)
 
 
 def _skippable(loader: DataLoader[Any]) -> tuple[DataLoader[Any], _Skipper]:
