@@ -128,9 +128,10 @@ class Engine(Core):
     # ── the loops ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(
-        self, loader: Iterable[Any], num_epochs: int = 1, max_steps: int | None = None
+        self, loader: Iterable[Any], num_epochs: int | None = 1, max_steps: int | None = None
     ) -> Iterator[Engine]:
-        """Iterate over micro-batches: `num_epochs` times over `loader`, or until `global_step` is `max_steps`.
+        """Iterate over micro-batches: `num_epochs` times over `loader`, or until `global_step` is `max_steps`,
+        whichever comes first. With `num_epochs=None` only `max_steps` (or `stop()`) ends it.
 
         After `load()` the interrupted call goes on where it stood. A second call trains `num_epochs` more.
 

@@ -282,3 +282,21 @@ def test_a_misspelt_event_is_pointed_out() -> None:
 
     with pytest.warns(UserWarning, match="on_after_stpe is never called"):
         engine(tiny.model(), plugins=[Typo()])
+
+
+def test_a_plugin_attached_inside_the_loop_is_told_that_training_begins() -> None:
+    recorder = Recorder()
+    trainer = engine(tiny.model())
+    for _ in trainer.train(tiny.loader(16)):
+        if trainer.global_step == 0:
+            trainer.attach(recorder)
+        trainer.auto_update()
+    assert recorder.seen[:3] == ["build_model", "restore", "before_train"]
+    assert recorder.seen[-1] == "close"
+
+
+def test_num_epochs_none_goes_on_until_max_steps() -> None:
+    trainer = engine(tiny.model())
+    for _ in trainer.train(tiny.loader(), num_epochs=None, max_steps=10):
+        trainer.auto_update()
+    assert (trainer.global_step, trainer.epoch) == (10, 1)

@@ -233,7 +233,9 @@ class Base:
         )
 
     def attach(self, plugin: Plugin | Iterable[Plugin]) -> None:
-        """Add plugins; after the build their model changes are made at once."""
+        """Add plugins; after the build their model changes are made at once, and inside a running loop they are told
+        that training begins.
+        """
         for item in [plugin] if isinstance(plugin, Plugin) else list(plugin):
             self._dispatcher.add(item)
             if self._built:
@@ -242,6 +244,8 @@ class Base:
                     self._updater.accumulation = self.gradient_accumulation_steps
                     self._updater.collect_parameters()
                 item.on_restore(cast("Core", self))
+            if self._running and self.state.phase != "idle":
+                item.on_before_train(cast("Core", self))
 
     # ── ways out ──────────────────────────────────────────────────────────────────────────────────────────────
 

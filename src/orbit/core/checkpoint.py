@@ -87,7 +87,8 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}{_nearby(path)}")
+        what = f"{path} is a folder: name a file in it" if path.is_dir() else f"no checkpoint at {path}"
+        raise CheckpointError(f"{what}{_nearby(path if path.is_dir() else path.parent)}")
     if _manifest(path.resolve()).exists() and not is_valid(path):
         raise CheckpointError(
             f"{path} does not match its sha256 manifest: the file was changed or cut off; use an older checkpoint"
@@ -219,6 +220,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _nearby(path: Path) -> str:
-    names = [item.name for item in list_checkpoints(path.parent)] if path.parent.is_dir() else []
+def _nearby(folder: Path) -> str:
+    names = [item.name for item in list_checkpoints(folder)] if folder.is_dir() else []
     return f"; there are {', '.join(names)}" if names else ""
