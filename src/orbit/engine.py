@@ -99,6 +99,10 @@ class Engine(Core):
         for name, part in (("criterion", criterion), ("forward_step", forward_step)):
             if part is not None and not callable(part):
                 raise TypeError(f"{name} is a {type(part).__name__}, which cannot be called")
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            raise TypeError(
+                f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
+            )
         chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
         if checkpoint_dir is not None:
             chosen.append(

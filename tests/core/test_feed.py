@@ -214,13 +214,14 @@ def test_a_loader_longer_than_its_length_is_an_error() -> None:
         list(Feed(Liar([1, 2, 3])).epoch(0))
 
 
-def test_a_checkpoint_of_longer_sized_data_is_an_error() -> None:
+def test_a_checkpoint_of_data_of_another_length_is_an_error() -> None:
     feed = Feed(tiny.loader(50))
     batches = feed.epoch(0)
     for _ in range(5):
         next(batches)
-    with pytest.raises(FeedError, match="stands at batch 5 of the epoch and the loader has 3"):
-        Feed(tiny.loader(24)).epoch(0, feed.position())
+    for samples, batches in ((24, 3), (100, 13)):
+        with pytest.raises(FeedError, match=f"stands at batch 5 of 7 and the loader has {batches}"):
+            Feed(tiny.loader(samples)).epoch(0, feed.position())
 
 
 def test_a_subclass_whose_iter_is_a_generator_is_replayed() -> None:

@@ -299,3 +299,34 @@ def test_what_cannot_be_stepped_without_arguments_is_refused_before_training() -
         Engine(model, tiny.optimizer(model), scheduler=plateau, plugins=[], device="cpu").build()
     with pytest.raises(ValueError, match="LBFGS.step.. cannot do without closure="):
         Engine(model, torch.optim.LBFGS(model.parameters()), plugins=[], device="cpu").build()
+
+
+def test_a_device_weight_loses_no_bits_of_a_wide_gradient_beside_a_narrow_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("orbit.core.update._on_host", lambda weight: False)
+    model = nn.ParameterList([torch.ones(3, dtype=torch.bfloat16), torch.ones(3)])
+    caught: list[Tensor] = []
+    updater = Updater(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        accumulation=2,
+        before_step=lambda: caught.append(model[1].grad.clone()),
+    )
+    for weight in (3.0, 4.0):
+        updater.add(Outcome((model[0].float() * model[1]).sum() / 3, torch.tensor(weight)), last=False)
+    assert torch.allclose(caught[0], torch.full((3,), 1 / 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_window_that_reaches_no_parameter_of_the_optimizer_steps_with_nothing(
+    monkeypatch: pytest.MonkeyPatch, on_host: bool
+) -> None:
+    monkeypatch.setattr("orbit.core.update._on_host", lambda weight: on_host)
+    model, other = nn.Linear(2, 1), torch.ones(1, requires_grad=True)
+    before = model.weight.clone()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0), model, accumulation=2)
+    for weight in (3.0, 4.0):
+        updater.add(Outcome((other * 2).sum(), torch.tensor(weight)), last=False)
+    assert torch.equal(model.weight, before)
+    assert updater.grad_norm == 0

@@ -166,6 +166,8 @@ def test_wrong_kinds_are_named() -> None:
         Engine(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="pass a torch.optim.Optimizer"):
         Engine(tiny.model(), torch.optim.SGD)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scheduler is 'cosine': pass a torch.optim.lr_scheduler"):
+        Engine(tiny.model(), scheduler="cosine")
 
 
 def test_outside_a_loop_there_is_no_batch() -> None:

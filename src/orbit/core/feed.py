@@ -146,7 +146,12 @@ class Feed:
         if self._stateful and self._skipper is None:
             loader: Any = self.loader
             state = self._loader_state if self.length is None else loader.state_dict()
-        return {"start": self._start, "cursor": max(0, self.cursor - unused), "loader": state}
+        return {
+            "start": self._start,
+            "cursor": max(0, self.cursor - unused),
+            "length": self.length,
+            "loader": state,
+        }
 
     # ── making the epoch's iterator ───────────────────────────────────────────────────────────────────────────
 
@@ -172,10 +177,11 @@ class Feed:
 
     def _reopen(self, position: dict[str, Any]) -> Iterator[Any]:
         self._start, self.cursor = position["start"], position["cursor"]
-        if self.length is not None and self.cursor > self.length:
+        if position["length"] != self.length:
             raise FeedError(
-                f"the checkpoint stands at batch {self.cursor} of the epoch and the loader has {self.length}: "
-                "resume with the data of the interrupted run"
+                f"the checkpoint stands at batch {self.cursor} of {position['length'] or 'an unknown number'} and the "
+                f"loader has {self.length or 'an unknown number'}: resume with the data and batch size of the "
+                "interrupted run"
             )
         if self._skipper is not None:
             if self._start[

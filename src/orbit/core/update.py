@@ -134,9 +134,10 @@ class Updater:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         total = self._total
-        if isinstance(total, Tensor):
-            torch._foreach_mul_(gradients, torch.where(total > 0, 1 / total, 0.0).to(gradients[0].dtype))
-        elif total not in (0.0, 1.0):
+        if gradients and isinstance(total, Tensor):
+            widest = max((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize)
+            torch._foreach_mul_(gradients, torch.where(total > 0, 1 / total, 0.0).to(widest))
+        elif gradients and total not in (0.0, 1.0):
             torch._foreach_mul_(gradients, 1 / total)
         self.grad_norm = norm = get_total_norm(
             [g.coalesce().values() if g.is_sparse else g for g in gradients]
