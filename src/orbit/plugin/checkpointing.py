@@ -75,6 +75,7 @@ class CheckpointingHook(Plugin):
         self.exit_wait = exit_wait.total_seconds() if isinstance(exit_wait, timedelta) else float(exit_wait)
         self.every_epoch = every_epoch
         self.received: signal.Signals | None = None
+        self._owed = False  # an epoch ended inside a window
         self._previous_handlers: dict[int, Any] = {}
 
     def folder(self, trainer: Core) -> Path:
@@ -95,7 +96,7 @@ class CheckpointingHook(Plugin):
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
     def on_before_train(self, trainer: Core) -> None:
-        self.received = None
+        self.received, self._owed = None, False
         if not self.exit_signals:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -108,17 +109,16 @@ class CheckpointingHook(Plugin):
             self._previous_handlers[number] = signal.signal(number, self._receive)
 
     def on_after_step(self, trainer: Core) -> None:
-        if self.received is not None or (self.interval is not None and trainer.step % self.interval == 0):
-            self.save(trainer)
-        self._leave_if_asked(trainer)
+        self._boundary(trainer, self.interval is not None and trainer.step % self.interval == 0)
 
     def on_after_epoch(self, trainer: Core) -> None:
-        if self.every_epoch or self.received is not None:
-            self.save(trainer)
-        self._leave_if_asked(trainer)
+        if trainer.window_open:  # it runs across the epoch's end: its own step saves
+            self._owed = self.every_epoch
+        else:
+            self._boundary(trainer, self.every_epoch)
 
     def on_after_train(self, trainer: Core) -> None:
-        self._leave_if_asked(trainer)  # came after the last save, which holds the finished run
+        self._boundary(trainer, False)  # a signal may have come since
 
     def on_close(self, trainer: Core) -> None:
         for number, handler in self._previous_handlers.items():
@@ -150,7 +150,10 @@ class CheckpointingHook(Plugin):
         self.received = signal.Signals(number)
         signal.signal(number, self._previous_handlers.get(number) or signal.SIG_DFL)
 
-    def _leave_if_asked(self, trainer: Core) -> None:
+    def _boundary(self, trainer: Core, due: bool) -> None:
+        if due or self._owed or self.received is not None:
+            self._owed = False
+            self.save(trainer)
         if self.received is None:
             return
         trainer.logger.info("%s: saved at step %d, leaving", self.received.name, trainer.step)
