@@ -132,10 +132,10 @@ class Engine(Core):
     # ── the loops ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(
-        self, loader: Iterable[Any], num_epochs: int | None = 1, max_steps: int | None = None
+        self, loader: Iterable[Any], num_epochs: int | None = None, max_steps: int | None = None
     ) -> Iterator[Engine]:
         """Iterate over micro-batches: `num_epochs` times over `loader`, or until `global_step` is `max_steps`,
-        whichever comes first. With `num_epochs=None` only `max_steps` (or `stop()`) ends it.
+        whichever comes first. With neither, one epoch.
 
         After `load()` the interrupted call goes on where it stood. A second call trains `num_epochs` more.
 
@@ -144,6 +144,8 @@ class Engine(Core):
         for name, number in (("num_epochs", num_epochs), ("max_steps", max_steps)):
             if number is not None and (not isinstance(number, int) or number < 0):
                 raise ValueError(f"{name}={number!r}: it must be a whole number >= 0")
+        if num_epochs is None and max_steps is None:
+            num_epochs = 1
         return self.microbatches(loader, epochs=num_epochs, steps=max_steps)
 
     def run(
@@ -235,12 +237,16 @@ class Engine(Core):
     # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _build_parts(self) -> None:
-        self.model.to(self.device)
+        for part in (self.model, self.criterion):
+            if isinstance(part, nn.Module) and any(tensor.device != self.device for tensor in _tensors(part)):
+                part.to(self.device)
         if self.autocast_dtype is torch.float16:
             self.grad_scaler = torch.amp.GradScaler(self.device.type)
 
     def _receive(self, batch: Any) -> None:
         device = self.device
+        if hasattr(batch, "to") and not isinstance(batch, Tensor | Mapping):
+            batch = batch.to(device)  # a batch class of its own, say a graph
         self.batch = batch = map_nested_tensor(lambda tensor: tensor.to(device, non_blocking=True), batch)
         self.output = self.loss = None
         if isinstance(batch, list | tuple) and len(batch) > 1:
@@ -311,6 +317,13 @@ def _call(model: nn.Module, data: Any) -> Any:
     if isinstance(data, Mapping):
         return model(**data)
     return model(*data) if isinstance(data, tuple) else model(data)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """What `.to()` would move; nothing where Hugging Face has spread the model over devices."""
+    if not hasattr(module, "hf_device_map"):
+        yield from module.parameters()
+        yield from module.buffers()
 
 
 def _as_outcome(result: Any, units: float | Tensor) -> Outcome:

@@ -274,9 +274,9 @@ def test_hooks_keep_their_own_files(tmp_path: Path) -> None:
     tiny.Trainer(max_steps=13, plugins=[hook], workspace=tmp_path).train()
     folder = tmp_path / "saved"
     assert sorted(path.name for path in folder.glob("*.pt")) == [
-        "checkpoint_latest.pt", "checkpoint_step_10.pt", "checkpoint_step_12.pt", "checkpoint_step_6.pt",
+        "checkpoint_latest.pt", "checkpoint_step_12.pt", "checkpoint_step_13.pt", "checkpoint_step_6.pt",
     ]  # fmt: skip
-    assert (folder / "checkpoint_latest.pt").resolve().name == "checkpoint_step_12.pt"
+    assert (folder / "checkpoint_latest.pt").resolve().name == "checkpoint_step_13.pt"
 
 
 def test_a_resume_that_failed_does_not_begin_anew_at_the_next_call(tmp_path: Path) -> None:

@@ -163,6 +163,13 @@ def test_a_bad_window_is_dropped_without_a_trace() -> None:
     assert engine.scheduler.last_epoch == 7
 
 
+def test_a_dropped_window_is_not_part_of_the_epochs_loss() -> None:
+    engine = plain_engine(max_non_finite_grad_retries=1)
+    for _ in engine.train(poisoned({2})):
+        engine.auto_update()
+    assert math.isfinite(engine.metrics["train_loss"])
+
+
 @pytest.mark.parametrize(("retries", "raised_at"), [(None, 3), (0, 3), (1, 4), (2, 5)])
 def test_retries_are_counted_in_a_row(retries: int | None, raised_at: int) -> None:
     engine = plain_engine(max_non_finite_grad_retries=retries)

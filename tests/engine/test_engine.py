@@ -338,3 +338,34 @@ def test_ignored_targets_do_not_count_in_the_accuracy() -> None:
     for _ in engine.eval([(x, y), (x[:1], torch.full((1, 5), 7))]):
         engine.auto_update()
     assert engine.metrics["val_acc"] == 1.0
+
+
+def test_without_num_epochs_it_is_one_epoch_or_as_many_as_max_steps_needs() -> None:
+    engine = make()
+    for _ in engine.train(tiny.loader(16)):
+        engine.auto_update()
+    assert engine.global_step == 2
+    for _ in engine.train(tiny.loader(16), max_steps=9):
+        engine.auto_update()
+    assert engine.global_step == 9
+
+
+def test_a_batch_class_of_its_own_is_moved_by_its_own_method() -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.moved_to: Any = None
+
+        def to(self, device: torch.device) -> Graph:
+            self.moved_to = device
+            return self
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, graph: Graph) -> Any:
+            assert graph.moved_to == torch.device("cpu")
+            return SimpleNamespace(loss=self.layer(X).mean())
+
+    assert first(make(Reads(), criterion=None), Graph()).global_step == 1

@@ -126,7 +126,21 @@ def test_an_epoch_that_ends_inside_a_window_is_saved_with_the_windows_step(tmp_p
     """7 batches an epoch and windows of 3: the first epoch ends inside the third window."""
     hook = CheckpointingHook(interval=None, every_epoch=True, path=tmp_path)
     tiny.Trainer(max_steps=4, plugins=[hook], gradient_accumulation_steps=3).train()
-    assert names(tmp_path) == ["checkpoint_step_3.pt"]
+    assert names(tmp_path) == ["checkpoint_step_3.pt", "checkpoint_step_4.pt"], "and the end of the run"
+
+
+def test_the_end_of_a_run_is_saved_once(tmp_path: Path) -> None:
+    def finish() -> list[str]:
+        trainer = tiny.Trainer(max_steps=5, plugins=[CheckpointingHook(interval=2, path=tmp_path)])
+        trainer.train()
+        return names(tmp_path)
+
+    assert finish() == ["checkpoint_step_2.pt", "checkpoint_step_4.pt", "checkpoint_step_5.pt"]
+    written = (tmp_path / "checkpoint_step_5.pt").stat().st_mtime_ns
+    finish()
+    assert (tmp_path / "checkpoint_step_5.pt").stat().st_mtime_ns == written, (
+        "a finished run is left as it is"
+    )
 
 
 def test_a_signal_in_a_window_across_the_epochs_end_waits_for_its_step(tmp_path: Path) -> None:

@@ -258,3 +258,22 @@ def test_a_log_from_a_mixin_and_one_that_logs_images_reach_every_hook() -> None:
 
     Logs(max_steps=2, plugins=[Listener(), LoggingHook(2)]).train()
     assert heard == ["images", "log"]
+
+
+def test_a_build_that_failed_can_be_tried_again() -> None:
+    class FailsOnce(BaseHook):
+        failed = False
+
+        def on_build_model(self, trainer: Any) -> None:
+            if not self.failed:
+                self.failed = True
+                raise OSError("not yet")
+
+    hook, given = FailsOnce(), BaseHook()
+    trainer = tiny.Trainer(max_steps=1, plugins=[hook])
+    trainer.attach(given)
+    with pytest.raises(OSError, match="not yet"):
+        trainer.train()
+    trainer.train()
+    assert trainer.step == 1
+    assert trainer.hooks == [hook, given]

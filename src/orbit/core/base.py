@@ -77,7 +77,8 @@ class Base:
         self.epoch_length: int | None = None
         self.total_steps: int | None = None
         self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
-        self._dispatcher = Dispatcher(plugins)
+        self._given = list(plugins)  # by the constructor and attach()
+        self._dispatcher = Dispatcher(self._given)
         self._built = self._restored = False
         self._updater: Updater | None = None
         self._feed: Feed | None = None
@@ -86,7 +87,10 @@ class Base:
         self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch
         self._pending: dict[str, Any] | None = None  # a state loaded before the build
         self._epoch_losses = Averages()
-        self._micro_records: list[dict[str, Any]] = []
+        self._micro_records: list[
+            dict[str, Any]
+        ] = []  # of the open window, like the losses with their weights
+        self._micro_losses: list[tuple[Any, Any]] = []
         self._eval_losses: Averages | None = None
         self._running = False
         self._data_time, self._step_began = 0.0, 0.0
@@ -238,6 +242,7 @@ class Base:
         """
         for item in [plugin] if isinstance(plugin, Plugin) else list(plugin):
             self._dispatcher.add(item)
+            self._given.append(item)
             if self._built:
                 self._transform([item])
                 if self._updater is not None:

@@ -87,7 +87,7 @@ class Core(Base):
             state.micro_step += 1
             state.samples += count_samples(batch)
             if not self.window_open:
-                self._micro_records = []
+                self._micro_records, self._micro_losses = [], []
                 emit("before_step")
             self._receive(batch)
             emit("before_batch")
@@ -128,7 +128,8 @@ class Core(Base):
                 "there is no batch to update on: call this inside `for _ in trainer.train(loader)` or eval(loader)"
             )
         if outcome.loss is not None:
-            self._epoch_losses.add({"loss": outcome.loss}, outcome.weight)
+            loss = outcome.loss.detach() if isinstance(outcome.loss, torch.Tensor) else outcome.loss
+            self._micro_losses.append((loss, outcome.weight))
         self._micro_records.append(dict(outcome.records))
         self.updater.add(outcome, last=self._closes_here)
         self._settle()
@@ -254,6 +255,9 @@ class Core(Base):
         updater = self.updater
         self.state.step += 1
         self._settle()
+        for loss, weight in self._micro_losses:  # those of a window that was dropped are never counted
+            self._epoch_losses.add({"loss": loss}, weight)
+        self._micro_losses = []
         self.step_info = {
             "loss": updater.loss,
             "grad_norm": updater.grad_norm,

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 class CheckpointingHook(Plugin):
-    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint.py`).
+    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint.py`): at intervals,
+    on signals, and at the end of the run.
 
     A signal only sets a flag; the state is saved at the next step boundary, and the process then leaves with
     `exit_code`. A second signal of the same kind is not held back.
 
     Args:
-        interval: save every so many steps; None does not.
+        interval: save every so many steps; None does not. The end of the run is saved in any case.
         keep_previous: checkpoints kept besides the newest; None keeps all.
         keep_interval: also keep every checkpoint whose step is a multiple of this.
         path: folder; a relative one lies in the trainer's workspace, if it has one.
@@ -76,6 +77,7 @@ class CheckpointingHook(Plugin):
         self.every_epoch = every_epoch
         self.received: signal.Signals | None = None
         self._owed = False  # an epoch ended inside a window
+        self._saved_step: int | None = None
         self._previous_handlers: dict[int, Any] = {}
 
     def folder(self, trainer: Core) -> Path:
@@ -93,6 +95,7 @@ class CheckpointingHook(Plugin):
         else:
             found = Path(self.load)
         trainer.load_state_dict(checkpoint.load_checkpoint(found))
+        self._saved_step = trainer.step
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
     def on_before_train(self, trainer: Core) -> None:
@@ -118,7 +121,7 @@ class CheckpointingHook(Plugin):
             self._boundary(trainer, self.every_epoch)
 
     def on_after_train(self, trainer: Core) -> None:
-        self._boundary(trainer, False)  # a signal may have come since
+        self._boundary(trainer, trainer.step != self._saved_step)  # the end of the run is always saved
 
     def on_close(self, trainer: Core) -> None:
         for number, handler in self._previous_handlers.items():
@@ -128,6 +131,7 @@ class CheckpointingHook(Plugin):
     def save(self, trainer: Core) -> Path:
         """Save now; older checkpoints go only after the new one has been read back."""
         state = trainer.state_dict()
+        self._saved_step = trainer.step
         folder = self.folder(trainer)
         path = checkpoint.checkpoint_path(folder, trainer.step)
         if runtime.is_main_process():
