@@ -193,7 +193,7 @@ def feed_forward(model: nn.Module) -> list[str] | None:
 
 def _measure(model: Any, tokenizer: Any, facts: Sequence[Fact], prose: str) -> Measured:
     wanted = [fact.answer for fact in facts]
-    room = 4 + max(len(encode(tokenizer, answer)) for answer in wanted)  # a longer reply cannot match
+    room = 2 + max(len(encode(tokenizer, answer)) for answer in wanted)  # a longer reply cannot match
     replies, paraphrased = (
         answers(model, tokenizer, [getattr(fact, wording) for fact in facts], max_new_tokens=room)
         for wording in ("question", "paraphrase")
