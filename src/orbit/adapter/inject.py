@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
@@ -303,11 +302,12 @@ def _refuse_model(model: nn.Module) -> None:
             raise GraftError(
                 "the model is wrapped by DistributedDataParallel, which would not see the new tensors"
             )
-        if isinstance(module, FSDPModule):
+        origins = [cls.__module__ for cls in type(module).__mro__]  # by name: importing FSDP takes a second
+        if any(origin.startswith("torch.distributed.fsdp") for origin in origins):
             raise GraftError(
                 "the model is sharded by fully_shard; add and remove tasks before it, else ranks diverge"
             )
-        if any(cls.__module__.startswith("peft.tuners") for cls in type(module).__mro__):
+        if any(origin.startswith("peft.tuners") for origin in origins):
             raise GraftError("the model carries PEFT's own adapters; unload them, or adapt the base model")
     if isinstance(model, torch.jit.ScriptModule):
         raise GraftError("a scripted model cannot be adapted; adapt the Python model before torch.jit.script")

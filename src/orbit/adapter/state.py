@@ -16,9 +16,9 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,22 @@ from orbit.adapter.replay import History, in_backward
 
 if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
+
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def _outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.compiler.disable`, applied at the first call: it imports the compiler, which takes a second."""
+    disabled: list[Callable[_P, _R]] = []
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call
 
 
 class _Hold(NamedTuple):
@@ -280,7 +296,7 @@ class RouteState:
             return
         self._leave_call(model, output)
 
-    @torch.compiler.disable
+    @_outside_graphs
     def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "task" not in kwargs or own_task_argument(type(model)):
             self._guarded_enter(None, model, changes=False)
@@ -301,7 +317,7 @@ class RouteState:
             raise
         self.calls += changes
 
-    @torch.compiler.disable
+    @_outside_graphs
     def _leave_call(self, model: nn.Module, output: Any) -> None:
         me = threading.get_ident()
         if torch.is_grad_enabled() and not in_backward() and has_compiled_parts(model):
