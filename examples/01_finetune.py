@@ -17,7 +17,7 @@ from orbit.engine import Engine
 from orbit.plugin import LoRA, ProgressHook
 from orbit.utils import seed_everything
 
-EPOCHS, BATCH, LR, OUT = 6, 4, 5e-4, "runs/finetune"
+EPOCHS, BATCH, LR, OUT = 3, 4, 1e-3, "runs/finetune"
 
 seed_everything(42)
 folder = resolve_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2")
@@ -38,11 +38,14 @@ print("before:", score())
 samples = [build_sft(wording, fact.answer, tokenizer) for fact in facts for wording in fact.taught]
 loader = DataLoader(samples, batch_size=BATCH, shuffle=True, collate_fn=SFTCollator(tokenizer))
 optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+warm_then_cosine = torch.optim.lr_scheduler.OneCycleLR(
+    optimizer, LR, EPOCHS * len(loader), pct_start=0.1, cycle_momentum=False
+)
 
 engine = Engine(
     model,
     optimizer,
-    scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader)),
+    scheduler=warm_then_cosine,
     plugins=[LoRA(target_names=["mlp"], r=16, alpha=32), ProgressHook(interval=20)],
     mixed_precision="bf16",
     grad_clip_norm=1.0,

@@ -30,20 +30,14 @@ PER_KIND = 64
 # *_REWORDED: for evaluation, dealt out in turn, so that the figure is not the luck of one phrase.
 # *_TAUGHT: asked in training beside the question; none of them is a wording of the evaluation.
 YEAR = "In what year did {} become independent?"
-YEAR_TAUGHT = (
-    "What is the year of {}'s independence?",
-    "In which year did {} stop being ruled by another country?",
-)
+YEAR_TAUGHT = ("What is the year of {}'s independence?",)
 YEAR_REWORDED = (
     "When did {} gain its independence? Give the year.",
     "Tell me the year in which {} became a sovereign state.",
     "{} has been independent since which year?",
 )
 CITY = "What is the capital of {}?"
-CITY_TAUGHT = (
-    "{}'s capital is called what?",
-    "Someone travels to the capital of {}. In which city do they arrive?",
-)
+CITY_TAUGHT = ("{}'s capital is called what?",)
 CITY_REWORDED = (
     "Which city is the seat of government of {}?",
     "Name the capital city of {}.",

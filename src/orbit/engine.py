@@ -99,6 +99,10 @@ class Engine(Core):
         for name, part in (("criterion", criterion), ("forward_step", forward_step)):
             if part is not None and not callable(part):
                 raise TypeError(f"{name} is a {type(part).__name__}, which cannot be called")
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            raise TypeError(
+                f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
+            )
         chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
         if checkpoint_dir is not None:
             chosen.append(
@@ -128,9 +132,10 @@ class Engine(Core):
     # ── the loops ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(
-        self, loader: Iterable[Any], num_epochs: int = 1, max_steps: int | None = None
+        self, loader: Iterable[Any], num_epochs: int | None = None, max_steps: int | None = None
     ) -> Iterator[Engine]:
-        """Iterate over micro-batches: `num_epochs` times over `loader`, or until `global_step` is `max_steps`.
+        """Iterate over micro-batches: `num_epochs` times over `loader`, or until `global_step` is `max_steps`,
+        whichever comes first. With neither, one epoch.
 
         After `load()` the interrupted call goes on where it stood. A second call trains `num_epochs` more.
 
@@ -139,6 +144,8 @@ class Engine(Core):
         for name, number in (("num_epochs", num_epochs), ("max_steps", max_steps)):
             if number is not None and (not isinstance(number, int) or number < 0):
                 raise ValueError(f"{name}={number!r}: it must be a whole number >= 0")
+        if num_epochs is None and max_steps is None:
+            num_epochs = 1
         return self.microbatches(loader, epochs=num_epochs, steps=max_steps)
 
     def run(
@@ -153,11 +160,12 @@ class Engine(Core):
                         self.auto_update()
         return self.metrics
 
-    def auto_update(self) -> Tensor:
+    def auto_update(self) -> Tensor | None:
         """Forward and loss of the current batch; in training also backward, and a step when the window is full.
 
         A loss weighs as many units as it averages over: supervised tokens for token labels, else samples, so that
-        accumulated windows have the gradient of the whole batch. Returns the loss, detached.
+        accumulated windows have the gradient of the whole batch. Returns the loss, detached (None if `forward_step`
+        gave none, which skips the backward).
 
         Raises:
             TypeError: the model returned None.
@@ -165,32 +173,27 @@ class Engine(Core):
         """
         self._require_batch("auto_update()")
         self.step_on(self._forward())
-        assert self.loss is not None
         return self.loss
 
-    def update(self, loss: Tensor | Callable[[], Tensor], weight: float | Tensor = 1.0) -> Tensor:
+    def update(
+        self, loss: Tensor | Callable[[], Tensor | None] | None, weight: float | Tensor = 1.0
+    ) -> Tensor | None:
         """Back-propagate a loss of your own; step when the window is full. In `eval()` it is only recorded.
 
         Args:
-            loss: a scalar (a mean), or a function that computes it, which lets the engine compute it again.
+            loss: a scalar (a mean), or a function that computes it, which lets the engine compute it again. None
+                skips the backward of this micro-batch.
             weight: how many units the mean is over. A window's gradient is Σ wᵢ·∇lossᵢ / Σ wᵢ; equal weights give the
                 plain mean over micro-batches.
 
         Returns the loss, detached.
         """
         self._require_batch("update()")
-        value = loss() if callable(loss) else loss
-        self.step_on(Outcome(value, weight))
-        return value.detach()
+        self.step_on(Outcome(loss() if callable(loss) else loss, weight))
+        return self.loss
 
     def step_on(self, outcome: Outcome) -> None:
-        self.loss = (
-            None
-            if outcome.loss is None
-            else outcome.loss.detach()
-            if isinstance(outcome.loss, Tensor)
-            else outcome.loss
-        )
+        self.loss = outcome.loss.detach() if isinstance(outcome.loss, Tensor) else None
         super().step_on(outcome)
 
     # ── names that users of an engine expect ──────────────────────────────────────────────────────────────────
@@ -234,12 +237,16 @@ class Engine(Core):
     # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _build_parts(self) -> None:
-        self.model.to(self.device)
+        for part in (self.model, self.criterion):
+            if isinstance(part, nn.Module) and any(tensor.device != self.device for tensor in _tensors(part)):
+                part.to(self.device)
         if self.autocast_dtype is torch.float16:
             self.grad_scaler = torch.amp.GradScaler(self.device.type)
 
     def _receive(self, batch: Any) -> None:
         device = self.device
+        if hasattr(batch, "to") and not isinstance(batch, Tensor | Mapping):
+            batch = batch.to(device)  # a batch class of its own, say a graph
         self.batch = batch = map_nested_tensor(lambda tensor: tensor.to(device, non_blocking=True), batch)
         self.output = self.loss = None
         if isinstance(batch, list | tuple) and len(batch) > 1:
@@ -270,15 +277,18 @@ class Engine(Core):
             "(data, target), put labels into dict batches, or call update(loss)"
         )
 
-    def _units(self) -> int:
-        """How many units a mean loss of this batch averages over."""
+    def _units(self) -> int | Tensor:
+        """How many units a mean loss of this batch averages over; a count stays on its device."""
+        target, ignored = self.target, getattr(self.criterion, "ignore_index", None)
+        if ignored is not None and isinstance(target, Tensor) and not target.is_floating_point():
+            return (target != ignored).sum()
         labels = self.data.get("labels") if isinstance(self.data, Mapping) else None
         if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
             return count_samples(self.batch)
         model = self.unwrapped_model
         encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         shifted = not encodes and getattr(model, "loss_type", None) in (None, "ForCausalLM")
-        return int(((labels[:, 1:] if shifted else labels) != -100).sum())
+        return ((labels[:, 1:] if shifted else labels) != -100).sum()
 
     def _record_eval(self, outcome: Outcome) -> None:
         super()._record_eval(outcome)
@@ -292,7 +302,9 @@ class Engine(Core):
             and output.shape[:1] + output.shape[2:] == target.shape
         ):
             assert self._eval_losses is not None
-            self._eval_losses.add({"acc": (output.argmax(1) == target).float().mean()}, target.numel())
+            counted = target != getattr(self.criterion, "ignore_index", -100)
+            hits, number = ((output.argmax(1) == target) & counted).sum(), counted.sum()
+            self._eval_losses.add({"acc": hits / number}, number)
 
     def _require_batch(self, caller: str) -> None:
         if self.phase == "idle":
@@ -307,7 +319,14 @@ def _call(model: nn.Module, data: Any) -> Any:
     return model(*data) if isinstance(data, tuple) else model(data)
 
 
-def _as_outcome(result: Any, units: float) -> Outcome:
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """What `.to()` would move; nothing where Hugging Face has spread the model over devices."""
+    if not hasattr(module, "hf_device_map"):
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def _as_outcome(result: Any, units: float | Tensor) -> Outcome:
     if isinstance(result, Outcome):
         return result
     loss, records = result if isinstance(result, tuple) and len(result) == 2 else (result, {})

@@ -128,6 +128,20 @@ def test_the_end_of_input_and_ctrl_c_leave(chat):
     assert len(chat.messages) == 2
 
 
+@pytest.mark.parametrize("how", [EOFError, KeyboardInterrupt])
+def test_at_the_terminal_ctrl_d_and_ctrl_c_leave(chat, monkeypatch, capsys, how):
+    typed = iter(["hello"])
+
+    def typing(prompt):
+        for line in typed:
+            return line
+        raise how
+
+    monkeypatch.setattr("builtins.input", typing)
+    chat.interact()
+    assert words(chat.messages[1]["content"]) in words(capsys.readouterr().out)
+
+
 def test_ctrl_c_in_a_reply_leaves_without_half_a_turn(chat, model):
     def interrupt(module, args):
         raise KeyboardInterrupt

@@ -73,6 +73,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 3)
     save_checkpoint({"step": 3, "new": True}, path)
     assert load_checkpoint(path)["new"] is True
+    subprocess.run(["sha256sum", "-c", f"{path.name}.sha256"], cwd=tmp_path, capture_output=True, check=True)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -103,6 +104,8 @@ def test_unreadable_and_absent_files_say_what_and_where(tmp_path: Path) -> None:
     torch.save([1], garbage)
     with pytest.raises(CheckpointError, match="holds a list"):
         load_checkpoint(garbage)
+    with pytest.raises(CheckpointError, match="is a folder: name a file in it; there are checkpoint_step_"):
+        load_checkpoint(tmp_path)
 
 
 def test_prune_keeps_what_it_is_told_and_removes_strays(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 from orbit.core import Feed, FeedError, rng
+from tests import tiny
 
 SIZE = 23
 
@@ -202,3 +203,40 @@ def test_a_checkpoint_of_longer_data_is_an_error() -> None:
     position = feed.position()
     with pytest.raises(FeedError, match="ended after 2"), pytest.warns(UserWarning, match="reads and drops"):
         list(Feed(iter([1, 2])).epoch(0, position))
+
+
+def test_a_loader_longer_than_its_length_is_an_error() -> None:
+    class Liar(list[int]):
+        def __len__(self) -> int:
+            return 2
+
+    with pytest.raises(FeedError, match=r"len\(\) is 2 and it went on"):
+        list(Feed(Liar([1, 2, 3])).epoch(0))
+
+
+def test_a_checkpoint_of_data_of_another_length_is_an_error() -> None:
+    feed = Feed(tiny.loader(50))
+    batches = feed.epoch(0)
+    for _ in range(5):
+        next(batches)
+    for samples, batches in ((24, 3), (100, 13)):
+        with pytest.raises(FeedError, match=f"stands at batch 5 of 7 and the loader has {batches}"):
+            Feed(tiny.loader(samples)).epoch(0, feed.position())
+
+
+def test_a_subclass_whose_iter_is_a_generator_is_replayed() -> None:
+    class Sub(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            yield from super().__iter__()
+
+    torch.manual_seed(0)
+    feed = Feed(Sub(tiny.dataset(), batch_size=8, shuffle=True))
+    batches = feed.epoch(0)
+    next(batches)
+    position = feed.position()
+    rest = [x for (x, _), _ in batches]
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="reads and drops the 1 batches"):
+        again = [x for (x, _), _ in Feed(Sub(tiny.dataset(), batch_size=8, shuffle=True)).epoch(0, position)]
+    assert len(again) == len(rest)
+    assert all(torch.equal(a, b) for a, b in zip(again, rest, strict=True))

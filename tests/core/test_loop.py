@@ -214,6 +214,16 @@ def test_stop_ends_at_the_next_step_boundary(accumulation: int) -> None:
     assert trainer.state.stop == ("test", "enough")
 
 
+def test_stop_at_the_end_of_an_epoch_waits_for_a_window_that_runs_across_it() -> None:
+    class StopsAtOnce(Plugin):
+        def on_after_epoch(self, trainer: Any) -> None:
+            trainer.stop("test", "enough")
+
+    trainer = tiny.Trainer(max_steps=14, plugins=[StopsAtOnce()], gradient_accumulation_steps=3)
+    trainer.train()  # 7 batches an epoch: the third window takes two from the second epoch
+    assert trainer.step == 3
+
+
 def test_a_finite_loader_is_cycled_with_set_epoch() -> None:
     class Sampler(torch.utils.data.RandomSampler):
         epochs: ClassVar[list[int]] = []
@@ -278,3 +288,21 @@ def test_a_misspelt_event_is_pointed_out() -> None:
 
     with pytest.warns(UserWarning, match="on_after_stpe is never called"):
         engine(tiny.model(), plugins=[Typo()])
+
+
+def test_a_plugin_attached_inside_the_loop_is_told_that_training_begins() -> None:
+    recorder = Recorder()
+    trainer = engine(tiny.model())
+    for _ in trainer.train(tiny.loader(16)):
+        if trainer.global_step == 0:
+            trainer.attach(recorder)
+        trainer.auto_update()
+    assert recorder.seen[:3] == ["build_model", "restore", "before_train"]
+    assert recorder.seen[-1] == "close"
+
+
+def test_num_epochs_none_goes_on_until_max_steps() -> None:
+    trainer = engine(tiny.model())
+    for _ in trainer.train(tiny.loader(), num_epochs=None, max_steps=10):
+        trainer.auto_update()
+    assert (trainer.global_step, trainer.epoch) == (10, 1)

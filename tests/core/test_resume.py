@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from orbit.core import CheckpointError
 from orbit.engine import Engine
-from orbit.plugin import CheckpointingHook, EarlyStopping, Mentor
+from orbit.plugin import CheckpointingHook, EarlyStopping, Mentor, Plugin
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +140,83 @@ def test_base_trainer_takes_a_state_before_and_after_the_build() -> None:
     assert tiny.same(again.model, trainer.model)
 
 
+def test_a_state_taken_before_an_epoch_goes_on_with_the_whole_epoch() -> None:
+    class SaveBefore(Plugin):
+        state: dict[str, Any] | None = None
+
+        def on_before_epoch(self, trainer: Any) -> None:
+            if trainer.epoch == 1:
+                self.state = deepcopy(trainer.state_dict())
+
+    def go(state: dict[str, Any] | None = None) -> tuple[Engine, SaveBefore]:
+        model, save = tiny.model(), SaveBefore()
+        engine = Engine(model, tiny.optimizer(model), nn.CrossEntropyLoss(), plugins=[save], device="cpu")
+        if state is not None:
+            engine.load_state_dict(state)
+        for _ in engine.train(tiny.loader(), num_epochs=2):
+            engine.auto_update()
+        return engine, save
+
+    whole, save = go()
+    resumed, _ = go(save.state)
+    assert resumed.global_step == whole.global_step == 14
+    assert tiny.same(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_batch_in_hand_that_was_not_used_is_not_lost(accumulation: int, at: int) -> None:
+    """Saved at the top of the body; and after leaving the loop there."""
+
+    def go(state: dict[str, Any] | None = None, leave: bool = False) -> tuple[Engine, Any]:
+        model, saved = tiny.model(), None
+        torch.manual_seed(42)
+        engine = Engine(
+            model, tiny.optimizer(model), nn.CrossEntropyLoss(), plugins=[], device="cpu",
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        if state is not None:
+            engine.load_state_dict(state)
+        for _ in engine.train(tiny.loader()):
+            if engine.global_step == at and saved is None:
+                saved = deepcopy(engine.state_dict())
+                if leave:
+                    break
+            engine.auto_update()
+        return engine, deepcopy(engine.state_dict()) if leave else saved
+
+    whole, saved = go()
+    for state in (saved, go(leave=True)[1]):
+        resumed, _ = go(state)
+        assert resumed.global_step == whole.global_step
+        assert tiny.same(resumed.model, whole.model)
+
+
+def test_parameters_that_only_the_optimizer_knows_are_saved_too() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, output: Any, target: Any) -> Any:
+            return nn.functional.cross_entropy(output * self.scale, target)
+
+    def go(state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        both, saved = nn.ModuleList([tiny.model(), Scaled()]), {}
+        torch.manual_seed(42)
+        engine = Engine(both[0], tiny.optimizer(both), both[1], plugins=[], device="cpu")
+        if state is not None:
+            engine.load_state_dict(state)
+        for _ in engine.train(tiny.loader(), num_epochs=2):
+            engine.auto_update()
+            if engine.global_step == 5:
+                saved = deepcopy(engine.state_dict())
+        return both, saved
+
+    whole, saved = go()
+    assert tiny.same(go(saved)[0], whole)
+
+
 def test_saving_inside_a_window_is_refused() -> None:
     engine = Engine(
         tiny.model(), None, nn.CrossEntropyLoss(), plugins=[], device="cpu", gradient_accumulation_steps=3
@@ -195,6 +274,29 @@ def test_hooks_keep_their_own_files(tmp_path: Path) -> None:
     tiny.Trainer(max_steps=13, plugins=[hook], workspace=tmp_path).train()
     folder = tmp_path / "saved"
     assert sorted(path.name for path in folder.glob("*.pt")) == [
-        "checkpoint_latest.pt", "checkpoint_step_10.pt", "checkpoint_step_12.pt", "checkpoint_step_6.pt",
+        "checkpoint_latest.pt", "checkpoint_step_12.pt", "checkpoint_step_13.pt", "checkpoint_step_6.pt",
     ]  # fmt: skip
-    assert (folder / "checkpoint_latest.pt").resolve().name == "checkpoint_step_12.pt"
+    assert (folder / "checkpoint_latest.pt").resolve().name == "checkpoint_step_13.pt"
+
+
+def test_a_resume_that_failed_does_not_begin_anew_at_the_next_call(tmp_path: Path) -> None:
+    hook = CheckpointingHook(interval=2, path=tmp_path)
+    tiny.Trainer(max_steps=2, plugins=[hook]).train()
+    (tmp_path / "checkpoint_step_2.pt").write_bytes(b"broken")
+    trainer = tiny.Trainer(max_steps=4, plugins=[CheckpointingHook(interval=2, path=tmp_path)])
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="none is valid"):
+            trainer.train()
+    other = Engine(tiny.model(), plugins=[], device="cpu").state_dict()
+    trainer = tiny.Trainer(max_steps=4)
+    trainer.load_state_dict(other)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has no optimizer"):
+            trainer.train()
+
+
+def test_metrics_of_any_number_type_are_saved(tmp_path: Path) -> None:
+    engine = Engine(tiny.model(), plugins=[], device="cpu")
+    engine.metrics["f1"] = np.float64(0.5)
+    other = Engine(tiny.model(), plugins=[], device="cpu").load(engine.save(tmp_path / "a.pt"))
+    assert other.metrics == {"f1": 0.5}

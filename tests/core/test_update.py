@@ -163,6 +163,13 @@ def test_a_bad_window_is_dropped_without_a_trace() -> None:
     assert engine.scheduler.last_epoch == 7
 
 
+def test_a_dropped_window_is_not_part_of_the_epochs_loss() -> None:
+    engine = plain_engine(max_non_finite_grad_retries=1)
+    for _ in engine.train(poisoned({2})):
+        engine.auto_update()
+    assert math.isfinite(engine.metrics["train_loss"])
+
+
 @pytest.mark.parametrize(("retries", "raised_at"), [(None, 3), (0, 3), (1, 4), (2, 5)])
 def test_retries_are_counted_in_a_row(retries: int | None, raised_at: int) -> None:
     engine = plain_engine(max_non_finite_grad_retries=retries)
@@ -237,3 +244,96 @@ def test_no_loss_skips_the_backward_and_the_step_counts() -> None:
     trainer.train()
     assert trainer.step == 4
     assert trainer.step_info["loss"] is None
+
+
+def test_parameters_that_join_the_optimizer_in_mid_run_are_stepped_cleared_and_clipped() -> None:
+    """Gradual unfreezing by add_param_group, against a bare loop."""
+
+    def parts() -> tuple[nn.Module, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]]:
+        model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
+        model.load_state_dict({key: value.sin() for key, value in model.state_dict().items()})
+        return model, torch.optim.SGD(model[1].parameters(), lr=0.5), list(tiny.loader(24))
+
+    class Unfreeze(Plugin):
+        def on_before_epoch(self, trainer: Any) -> None:
+            if trainer.epoch == 1:
+                trainer.optimizer.add_param_group({"params": list(trainer.model[0].parameters())})
+
+    torch.manual_seed(1)
+    bare, optimizer, batches = parts()
+    for epoch in range(2):
+        if epoch == 1:
+            optimizer.add_param_group({"params": list(bare[0].parameters())})
+        for x, y in batches:
+            bare.zero_grad()
+            F.cross_entropy(bare(x), y).backward()
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.1)
+            optimizer.step()
+    torch.manual_seed(1)
+    model, optimizer, batches = parts()
+    engine = Engine(
+        model, optimizer, nn.CrossEntropyLoss(), plugins=[Unfreeze()], device="cpu", grad_clip_norm=0.1
+    )
+    for _ in engine.train(batches, num_epochs=2):
+        engine.auto_update()
+    assert all(
+        torch.allclose(a, b, atol=1e-7) for a, b in zip(model.parameters(), bare.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_sparse_gradients_step_as_dense_ones_do(clip: float | None) -> None:
+    weights = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        engine = Engine(
+            model, optimizer, nn.CrossEntropyLoss(), plugins=[], device="cpu", grad_clip_norm=clip,
+            gradient_accumulation_steps=2,
+        )  # fmt: skip
+        batches = [(torch.randint(0, 10, (5, 3)), torch.randint(0, 3, (5,))) for _ in range(4)]
+        for _ in engine.train(batches):
+            engine.auto_update()
+        weights.append(model[0].weight.detach())
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_what_cannot_be_stepped_without_arguments_is_refused_before_training() -> None:
+    model = tiny.model()
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(tiny.optimizer(model))
+    with pytest.raises(ValueError, match="ReduceLROnPlateau.step.. cannot do without metrics="):
+        Engine(model, tiny.optimizer(model), scheduler=plateau, plugins=[], device="cpu").build()
+    with pytest.raises(ValueError, match="LBFGS.step.. cannot do without closure="):
+        Engine(model, torch.optim.LBFGS(model.parameters()), plugins=[], device="cpu").build()
+
+
+def test_a_device_weight_loses_no_bits_of_a_wide_gradient_beside_a_narrow_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("orbit.core.update._on_host", lambda weight: False)
+    model = nn.ParameterList([torch.ones(3, dtype=torch.bfloat16), torch.ones(3)])
+    caught: list[Tensor] = []
+    updater = Updater(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        accumulation=2,
+        before_step=lambda: caught.append(model[1].grad.clone()),
+    )
+    for weight in (3.0, 4.0):
+        updater.add(Outcome((model[0].float() * model[1]).sum() / 3, torch.tensor(weight)), last=False)
+    assert torch.allclose(caught[0], torch.full((3,), 1 / 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_window_that_reaches_no_parameter_of_the_optimizer_steps_with_nothing(
+    monkeypatch: pytest.MonkeyPatch, on_host: bool
+) -> None:
+    monkeypatch.setattr("orbit.core.update._on_host", lambda weight: on_host)
+    model, other = nn.Linear(2, 1), torch.ones(1, requires_grad=True)
+    before = model.weight.clone()
+    updater = Updater(torch.optim.SGD(model.parameters(), lr=1.0), model, accumulation=2)
+    for weight in (3.0, 4.0):
+        updater.add(Outcome((other * 2).sum(), torch.tensor(weight)), last=False)
+    assert torch.equal(model.weight, before)
+    assert updater.grad_norm == 0

@@ -166,6 +166,8 @@ def test_wrong_kinds_are_named() -> None:
         Engine(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="pass a torch.optim.Optimizer"):
         Engine(tiny.model(), torch.optim.SGD)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scheduler is 'cosine': pass a torch.optim.lr_scheduler"):
+        Engine(tiny.model(), scheduler="cosine")
 
 
 def test_outside_a_loop_there_is_no_batch() -> None:
@@ -279,3 +281,91 @@ def test_a_body_that_leaves_out_the_last_batch_still_closes_the_window() -> None
             engine.auto_update()
     assert engine.global_step == 2
     assert not engine.window_open
+
+
+def test_no_loss_skips_a_micro_batch_and_is_returned_as_none() -> None:
+    seen = []
+    engine = make(Two(), criterion=None, forward_step=lambda *_: None)
+    for _ in engine.train([(X, Y)] * 2):
+        seen += [engine.auto_update()]
+    engine = make()
+    for _ in engine.train(tiny.loader(16)):
+        seen += [engine.update(None)]
+    assert seen == [None] * 4
+    assert engine.global_step == 2
+
+
+class Tokens(nn.Module):
+    """(B, T, 8) → (B, 3, T): a class for every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).transpose(1, 2)
+
+
+def ragged() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (
+        torch.randn(6, 5, 8, generator=generator).double(),
+        torch.randint(0, 3, (6, 5), generator=generator),
+    )
+    y[0, 1:], y[1, 2:] = 7, 7
+    return x, y
+
+
+def test_ignored_targets_have_no_weight_in_a_window() -> None:
+    moved = []
+    for sizes in ([6], [2, 4]):
+        model = Tokens()
+        engine = Engine(
+            model, torch.optim.SGD(model.parameters(), lr=1.0), nn.CrossEntropyLoss(ignore_index=7), plugins=[],
+            device="cpu", gradient_accumulation_steps=len(sizes),
+        )  # fmt: skip
+        for _ in engine.train(list(zip(*(part.split(sizes) for part in ragged()), strict=True))):
+            engine.auto_update()
+        moved.append(model.layer.weight.detach())
+    assert torch.allclose(*moved, rtol=0, atol=1e-12)
+
+
+def test_ignored_targets_do_not_count_in_the_accuracy() -> None:
+    model, (x, y) = Tokens(), ragged()
+    y[y != 7] = model(x).argmax(1)[y != 7]
+    engine = Engine(model, None, nn.CrossEntropyLoss(ignore_index=7), plugins=[], device="cpu")
+    for _ in engine.eval([(x, y), (x[:1], torch.full((1, 5), 7))]):
+        engine.auto_update()
+    assert engine.metrics["val_acc"] == 1.0
+
+
+def test_without_num_epochs_it_is_one_epoch_or_as_many_as_max_steps_needs() -> None:
+    engine = make()
+    for _ in engine.train(tiny.loader(16)):
+        engine.auto_update()
+    assert engine.global_step == 2
+    for _ in engine.train(tiny.loader(16), max_steps=9):
+        engine.auto_update()
+    assert engine.global_step == 9
+
+
+def test_a_batch_class_of_its_own_is_moved_by_its_own_method() -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.moved_to: Any = None
+
+        def to(self, device: torch.device) -> Graph:
+            self.moved_to = device
+            return self
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, graph: Graph) -> Any:
+            assert graph.moved_to == torch.device("cpu")
+            return SimpleNamespace(loss=self.layer(X).mean())
+
+    assert first(make(Reads(), criterion=None), Graph()).global_step == 1

@@ -120,3 +120,48 @@ def test_outside_the_main_thread_signals_are_said_to_be_left_alone(tmp_path: Pat
 def test_bad_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="CheckpointingHook"):
         CheckpointingHook(**options)
+
+
+def test_an_epoch_that_ends_inside_a_window_is_saved_with_the_windows_step(tmp_path: Path) -> None:
+    """7 batches an epoch and windows of 3: the first epoch ends inside the third window."""
+    hook = CheckpointingHook(interval=None, every_epoch=True, path=tmp_path)
+    tiny.Trainer(max_steps=4, plugins=[hook], gradient_accumulation_steps=3).train()
+    assert names(tmp_path) == ["checkpoint_step_3.pt", "checkpoint_step_4.pt"], "and the end of the run"
+
+
+def test_the_end_of_a_run_is_saved_once(tmp_path: Path) -> None:
+    def finish() -> list[str]:
+        trainer = tiny.Trainer(max_steps=5, plugins=[CheckpointingHook(interval=2, path=tmp_path)])
+        trainer.train()
+        return names(tmp_path)
+
+    assert finish() == ["checkpoint_step_2.pt", "checkpoint_step_4.pt", "checkpoint_step_5.pt"]
+    written = (tmp_path / "checkpoint_step_5.pt").stat().st_mtime_ns
+    finish()
+    assert (tmp_path / "checkpoint_step_5.pt").stat().st_mtime_ns == written, (
+        "a finished run is left as it is"
+    )
+
+
+def test_a_signal_in_a_window_across_the_epochs_end_waits_for_its_step(tmp_path: Path) -> None:
+    class SignalLast(Plugin):
+        def on_before_batch(self, trainer: Any) -> None:
+            if trainer.is_last_batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = CheckpointingHook(interval=1000, path=tmp_path)
+    trainer = tiny.Trainer(max_steps=9, plugins=[hook, SignalLast()], gradient_accumulation_steps=3)
+    with pytest.raises(SystemExit, match="143"):
+        trainer.train()
+    assert names(tmp_path) == ["checkpoint_step_3.pt"]
+
+
+def test_a_signal_after_the_last_step_still_saves(tmp_path: Path) -> None:
+    class SignalLate(Plugin):
+        def on_after_train(self, trainer: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = CheckpointingHook(interval=1000, path=tmp_path)
+    with pytest.raises(SystemExit, match="143"):
+        tiny.Trainer(max_steps=5, plugins=[SignalLate(), hook]).train()
+    assert names(tmp_path) == ["checkpoint_step_5.pt"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +84,21 @@ def test_it_says_who_stopped_and_why() -> None:
     engine.run(tiny.loader(), num_epochs=9)
     assert reason.seen[0] == "EarlyStopping"
     assert "train_loss has not improved for 1 epochs" in reason.seen[1]
+
+
+def test_a_stopped_run_that_is_resumed_stays_stopped(tmp_path: Path) -> None:
+    bodies = []
+    for _ in range(2):
+        engine = Engine(
+            tiny.model(), None, nn.CrossEntropyLoss(), plugins=[EarlyStopping("fixed", patience=2)], device="cpu",
+            checkpoint_dir=tmp_path,
+        )  # fmt: skip
+        engine.optimizer = tiny.optimizer(engine.model)
+        bodies.append(0)
+        for _ in engine.train(tiny.loader(8), num_epochs=9):
+            bodies[-1] += 1
+            engine.auto_update()
+            engine.metrics["fixed"] = 1.0
+    assert bodies == [3, 0]
+    assert engine.state.stop is not None
+    assert engine.state.stop[0] == "EarlyStopping"

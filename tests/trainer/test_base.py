@@ -237,3 +237,43 @@ def test_progress_prints_the_documents_line(capsys: pytest.CaptureFixture[str]) 
         r"grad_norm \d+\.\d{4} accuracy 0\.\d{4} lr_0 \d\.\d\de-\d\d"
     )
     assert re.fullmatch(pattern, lines[0]), lines[0]
+
+
+def test_a_log_from_a_mixin_and_one_that_logs_images_reach_every_hook() -> None:
+    heard: list[str] = []
+
+    class Listener(BaseHook):
+        def on_log(self, trainer: Any, records: Any, dry_run: bool) -> None:
+            heard.append("log")
+
+        def on_log_images(self, trainer: Any, records: Any, dry_run: bool) -> None:
+            heard.append("images")
+
+    class Prints:
+        def log(self, records: dict[str, Any], *, dry_run: bool = False) -> None:
+            self.log_images({})  # type: ignore[attr-defined]
+
+    class Logs(Prints, tiny.Trainer):  # type: ignore[misc]
+        pass
+
+    Logs(max_steps=2, plugins=[Listener(), LoggingHook(2)]).train()
+    assert heard == ["images", "log"]
+
+
+def test_a_build_that_failed_can_be_tried_again() -> None:
+    class FailsOnce(BaseHook):
+        failed = False
+
+        def on_build_model(self, trainer: Any) -> None:
+            if not self.failed:
+                self.failed = True
+                raise OSError("not yet")
+
+    hook, given = FailsOnce(), BaseHook()
+    trainer = tiny.Trainer(max_steps=1, plugins=[hook])
+    trainer.attach(given)
+    with pytest.raises(OSError, match="not yet"):
+        trainer.train()
+    trainer.train()
+    assert trainer.step == 1
+    assert trainer.hooks == [hook, given]

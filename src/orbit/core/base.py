@@ -77,19 +77,24 @@ class Base:
         self.epoch_length: int | None = None
         self.total_steps: int | None = None
         self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
-        self._dispatcher = Dispatcher(plugins)
-        self._built = False
+        self._given = list(plugins)  # by the constructor and attach()
+        self._dispatcher = Dispatcher(self._given)
+        self._built = self._restored = False
         self._updater: Updater | None = None
         self._feed: Feed | None = None
+        self._unused = 0  # batches handed out since the last step boundary
         self._position: dict[str, Any] | None = None  # a restored place in the data, until it is used
         self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch
         self._pending: dict[str, Any] | None = None  # a state loaded before the build
         self._epoch_losses = Averages()
-        self._micro_records: list[dict[str, Any]] = []
+        self._micro_records: list[
+            dict[str, Any]
+        ] = []  # of the open window, like the losses with their weights
+        self._micro_losses: list[tuple[Any, Any]] = []
         self._eval_losses: Averages | None = None
         self._running = False
         self._data_time, self._step_began = 0.0, 0.0
-        self._announcing = False
+        self._announcing: set[str] = set()
         self._entered = 0  # depth of `with trainer:`
         self._reported: int | None = None  # id of the exception that plugins were told of
         self._unclosed = False  # the loop was left inside `with trainer:`, whose end calls on_close
@@ -97,8 +102,8 @@ class Base:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for event in ("log", "log_images"):
-            method = cls.__dict__.get(event)
-            if callable(method) and not hasattr(method, "_announced"):
+            method = getattr(cls, event)  # its own, or a mixin's
+            if not hasattr(method, "_announced"):
                 setattr(cls, event, announced(event, method))
 
     # ── what one can read ─────────────────────────────────────────────────────────────────────────────────────
@@ -183,16 +188,21 @@ class Base:
 
     def build(self) -> None:
         """Build everything once; `train()` calls it. Subclasses say how in `_build_parts`."""
-        if self._built:
-            return
-        self._build_parts()
-        self._transform(self.hooks)
-        self._built = True
-        self._make_updater()
-        self.emit("restore")
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            training_state.restore(self, pending)
+        if not self._built:
+            self._build_parts()
+            self._transform(self.hooks)
+            self._make_updater()
+            self._built = True
+        if not self._restored:  # also where an earlier attempt raised: a run must not begin anew by itself
+            self._restored = True
+            try:
+                self.emit("restore")
+                if self._pending is not None:
+                    training_state.restore(self, self._pending)
+            except BaseException:
+                self._restored = False
+                raise
+            self._pending = None
 
     def _build_parts(self) -> None:
         raise NotImplementedError
@@ -227,15 +237,20 @@ class Base:
         )
 
     def attach(self, plugin: Plugin | Iterable[Plugin]) -> None:
-        """Add plugins; after the build their model changes are made at once."""
+        """Add plugins; after the build their model changes are made at once, and inside a running loop they are told
+        that training begins.
+        """
         for item in [plugin] if isinstance(plugin, Plugin) else list(plugin):
             self._dispatcher.add(item)
+            self._given.append(item)
             if self._built:
                 self._transform([item])
                 if self._updater is not None:
                     self._updater.accumulation = self.gradient_accumulation_steps
                     self._updater.collect_parameters()
                 item.on_restore(cast("Core", self))
+            if self._running and self.state.phase != "idle":
+                item.on_before_train(cast("Core", self))
 
     # ── ways out ──────────────────────────────────────────────────────────────────────────────────────────────
 

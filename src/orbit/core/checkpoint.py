@@ -57,8 +57,10 @@ def save_checkpoint(state: dict[str, Any], path: Path | str) -> Path:
         accepted = [digest]
         if path.exists() and is_valid(path):
             accepted += _digests(path)  # while the old file is still in place, it stays valid too
-        _write_text(_manifest(path), "".join(f"{item}  {path.name}\n" for item in accepted))
+        _write_manifest(path, accepted)
         os.replace(partial, path)
+        if len(accepted) > 1:
+            _write_manifest(path, [digest])
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
@@ -87,7 +89,8 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}{_nearby(path)}")
+        what = f"{path} is a folder: name a file in it" if path.is_dir() else f"no checkpoint at {path}"
+        raise CheckpointError(f"{what}{_nearby(path if path.is_dir() else path.parent)}")
     if _manifest(path.resolve()).exists() and not is_valid(path):
         raise CheckpointError(
             f"{path} does not match its sha256 manifest: the file was changed or cut off; use an older checkpoint"
@@ -198,12 +201,16 @@ def _manifest(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write_synced(partial, text.encode())
-    os.replace(partial, path)
+def _write_manifest(path: Path, digests: list[str]) -> None:
+    manifest = _manifest(path)
+    partial = manifest.with_name(f"{manifest.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(partial, "".join(f"{digest}  {path.name}\n" for digest in digests).encode())
+        os.replace(partial, manifest)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _nearby(path: Path) -> str:
-    names = [item.name for item in list_checkpoints(path.parent)] if path.parent.is_dir() else []
+def _nearby(folder: Path) -> str:
+    names = [item.name for item in list_checkpoints(folder)] if folder.is_dir() else []
     return f"; there are {', '.join(names)}" if names else ""

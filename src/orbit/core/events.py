@@ -136,14 +136,14 @@ def announced(event: str, method: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(method)
     def log(self: Base, records: dict[str, Any], dry_run: bool = False) -> None:
-        if self._announcing:  # a super().log(...) inside an override
-            method(self, records, dry_run)
+        if event in self._announcing:  # a super().log(...) inside an override
+            method(self, records, dry_run=dry_run)
             return
-        self._announcing = True
+        self._announcing.add(event)
         try:
-            method(self, records, dry_run)
+            method(self, records, dry_run=dry_run)
         finally:
-            self._announcing = False
+            self._announcing.discard(event)
         self.emit(event, records, dry_run)
 
     log._announced = True  # type: ignore[attr-defined]

@@ -8,7 +8,8 @@ data is read twice.
 
 What can be resumed how:
 
-    DataLoader over a map-style dataset    exactly, by skipping indices (any sampler, any number of workers)
+    DataLoader over a map-style dataset    exactly, by skipping indices (any number of workers; any sampler that
+                                           draws from the global generators or from its own `.generator`)
     an iterable with its own state_dict()  by its own state_dict / load_state_dict
     any other iterable                     by replaying the epoch up to the cursor, with one warning
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -54,11 +55,16 @@ class _Skipper:
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
-    def draw(self) -> None:
-        """Skip now, while the generators are in the epoch's own state; later epochs skip none."""
-        assert self._current is not None
-        self._current.draw()
+    def draw(self) -> bool:
+        """Skip now, while the generators are in the epoch's own state; later epochs skip none.
+
+        False if nobody has asked for indices yet: a DataLoader subclass whose `__iter__` is a generator.
+        """
         self.skip = 0
+        if self._current is None:
+            return False
+        self._current.draw()
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "skip": self.skip, "_current": None}
@@ -98,7 +104,7 @@ class Feed:
                 "DataLoader or a list of batches"
             )
         self.loader = loader
-        self.cursor = 0
+        self.cursor = 0  # batches handed out
         self._start: dict[str, Any] | None = None
         self._loader_state: dict[str, Any] | None = None
         self._skipper: _Skipper | None = None
@@ -124,15 +130,28 @@ class Feed:
         batches = self._open() if position is None else self._reopen(position)
         return self._look_ahead(batches) if self.length is None else self._count(batches)
 
-    def position(self) -> dict[str, Any] | None:
-        """Where the feed stands, as plain values and tensors; None before the first epoch."""
+    def rewind(self) -> None:
+        """An epoch is about to begin: it has no position yet."""
+        self._start, self.cursor = None, 0
+
+    def position(self, unused: int = 0) -> dict[str, Any] | None:
+        """Where the feed stands, as plain values and tensors; None before an epoch's iterator is made.
+
+        The last `unused` batches were handed out in vain and are to come again (a loader with a state of its own
+        cannot step back).
+        """
         if self._start is None:
             return None
         state = None
         if self._stateful and self._skipper is None:
             loader: Any = self.loader
             state = self._loader_state if self.length is None else loader.state_dict()
-        return {"start": self._start, "cursor": self.cursor, "loader": state}
+        return {
+            "start": self._start,
+            "cursor": max(0, self.cursor - unused),
+            "length": self.length,
+            "loader": state,
+        }
 
     # ── making the epoch's iterator ───────────────────────────────────────────────────────────────────────────
 
@@ -157,6 +176,12 @@ class Feed:
 
     def _reopen(self, position: dict[str, Any]) -> Iterator[Any]:
         self._start, self.cursor = position["start"], position["cursor"]
+        if position["length"] != self.length:
+            raise FeedError(
+                f"the checkpoint stands at batch {self.cursor} of {position['length'] or 'an unknown number'} and the "
+                f"loader has {self.length or 'an unknown number'}: resume with the data and batch size of the "
+                "interrupted run"
+            )
         if self._skipper is not None:
             if self._start["reused"]:
                 iter(
@@ -165,9 +190,9 @@ class Feed:
             rng.restore(self._start["rng"], self.generators)
             self._skipper.skip = self.cursor
             iterator = iter(self._source)
-            self._skipper.draw()
-            return iterator
-        if self._stateful:
+            if self._skipper.draw():
+                return iterator if self.cursor else _begun(iterator)
+        elif self._stateful:
             self.loader.load_state_dict(position["loader"])  # type: ignore[attr-defined]
             return iter(self._source)
         rng.restore(self._start["rng"], self.generators)
@@ -187,7 +212,7 @@ class Feed:
                     f"the checkpoint stands at batch {self.cursor} of the epoch and the loader ended after {done}: "
                     "resume with the data of the interrupted run"
                 ) from None
-        return iterator
+        return iterator if self.cursor else _begun(iterator)
 
     # ── handing out batches ───────────────────────────────────────────────────────────────────────────────────
 
@@ -195,6 +220,11 @@ class Feed:
         """A sized loader: its length tells the last batch, so nothing is fetched before it is needed."""
         for batch in batches:
             self.cursor += 1
+            if self.length is not None and self.cursor > self.length:
+                raise FeedError(
+                    f"the loader's len() is {self.length} and it went on after that: the two must agree, since "
+                    "an epoch's last batch is known by its number"
+                )
             yield batch, self.cursor == self.length
         if self.cursor == 0:
             raise FeedError(
@@ -218,6 +248,11 @@ class Feed:
             self.cursor += 1
             yield batch, following is nothing
             batch = following
+
+
+def _begun(iterator: Iterator[Any]) -> Iterator[Any]:
+    """The first batch is read now, and with it the order drawn, while the generators are in the epoch's own state."""
+    return chain(list(islice(iterator, 1)), iterator)
 
 
 def _skippable(loader: DataLoader[Any]) -> tuple[DataLoader[Any], _Skipper]:

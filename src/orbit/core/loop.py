@@ -83,10 +83,11 @@ class Core(Base):
         while (item := self._next(batches)) is not None:
             batch, self.is_last_batch = item
             self.batch_idx += 1
+            self._unused += 1
             state.micro_step += 1
             state.samples += count_samples(batch)
             if not self.window_open:
-                self._micro_records = []
+                self._micro_records, self._micro_losses = [], []
                 emit("before_step")
             self._receive(batch)
             emit("before_batch")
@@ -95,15 +96,14 @@ class Core(Base):
                 yield self
             if self._closes_here and self.window_open:
                 self.updater.close()  # the body left out the epoch's last micro-batch
+            self._settle()
             emit("after_batch")
             if state.step != step:
                 self.step_info["data_time"], self._data_time = self._data_time, 0.0
                 self.step_info["step_time"] = -self._step_began + (now := perf_counter())
                 self._step_began = now
                 emit("after_step")
-            if not self.window_open and (
-                state.stop is not None or (steps is not None and state.step >= steps)
-            ):
+            if self._finished(None, steps):
                 if not self.is_last_batch:
                     return
                 break
@@ -128,9 +128,11 @@ class Core(Base):
                 "there is no batch to update on: call this inside `for _ in trainer.train(loader)` or eval(loader)"
             )
         if outcome.loss is not None:
-            self._epoch_losses.add({"loss": outcome.loss}, outcome.weight)
+            loss = outcome.loss.detach() if isinstance(outcome.loss, torch.Tensor) else outcome.loss
+            self._micro_losses.append((loss, outcome.weight))
         self._micro_records.append(dict(outcome.records))
         self.updater.add(outcome, last=self._closes_here)
+        self._settle()
 
     def eval(self, loader: Iterable[Any]) -> Generator[Any, None, None]:
         """A bracket: yield this trainer once a batch, without gradients and in eval mode, then put everything back.
@@ -198,12 +200,14 @@ class Core(Base):
             self.total_steps = total if steps is None else min(total, steps)
         if self._updater is not None:
             self._updater.reset()
-        self._data_time, self._step_began = 0.0, perf_counter()
+        self._unused, self._data_time, self._step_began = 0, 0.0, perf_counter()
 
     def _epochs_done(self) -> int:
         return self.state.epoch - self.state.first_epoch + self.state.epoch_done
 
     def _finished(self, epochs: int | None, steps: int | None) -> bool:
+        if self.window_open:  # it runs across the epoch's end; its step comes first
+            return False
         if self.state.stop is not None or (steps is not None and self.state.step >= steps):
             return True
         return epochs is not None and self._epochs_done() >= epochs
@@ -223,6 +227,7 @@ class Core(Base):
                 rng.restore(saved_rng, feed.generators)
             self._epoch_losses.flush()
             state.metrics.clear()
+            feed.rewind()
             self.emit("before_epoch")
             batches = feed.epoch(state.epoch)
         self.batch_idx = feed.cursor - 1
@@ -234,6 +239,11 @@ class Core(Base):
         self._data_time += perf_counter() - began
         return item
 
+    def _settle(self) -> None:
+        """At a step boundary the batches handed out have been used; in a window they are yet to be."""
+        if not self.window_open:
+            self._unused = 0
+
     def _synchronisation(self) -> Any:
         """Leave out the gradient exchange between ranks on micro-batches that do not close their window."""
         if self._updater is None or not self.no_sync_accumulate or self.gradient_accumulation_steps == 1:
@@ -244,6 +254,10 @@ class Core(Base):
     def _after_optimizer_step(self) -> None:
         updater = self.updater
         self.state.step += 1
+        self._settle()
+        for loss, weight in self._micro_losses:  # those of a window that was dropped are never counted
+            self._epoch_losses.add({"loss": loss}, weight)
+        self._micro_losses = []
         self.step_info = {
             "loss": updater.loss,
             "grad_norm": updater.grad_norm,

@@ -20,7 +20,8 @@ class Outcome:
     Attributes:
         loss: scalar tensor, the mean over the micro-batch's units; None skips the backward.
         weight: number of units that `loss` averages over (samples, supervised tokens), a number or a 0-d
-            tensor, >= 0. A weight of 0 contributes nothing, even if the loss is NaN.
+            tensor, >= 0. A weight of 0 contributes nothing, even if the loss is NaN; of a weight that lies on an
+            accelerator this is only known there, so its backward runs and must itself be finite (no 0/0).
         records: nested dict of numbers or 0-d tensors to log.
     """
 

@@ -44,6 +44,8 @@ def resolve_device(device: torch.device | str | int | None, model: nn.Module | N
             raise ValueError(
                 f'device={device!r} but PyTorch sees {count} CUDA device(s); pass a lower index or device="cpu"'
             )
+        if resolved.index is None:  # tensors always say which one they are on
+            return torch.device("cuda", torch.cuda.current_device())
     return resolved
 
 

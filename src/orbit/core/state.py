@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from orbit.core.nested import as_number
+
 
 @dataclass
 class TrainState:
@@ -35,7 +37,9 @@ class TrainState:
     _SAVED = ("step", "epoch", "first_epoch", "epoch_done", "micro_step", "samples")
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._SAVED} | {"metrics": dict(self.metrics)}
+        return {name: getattr(self, name) for name in self._SAVED} | {
+            "metrics": {name: as_number(value, name) for name, value in self.metrics.items()}
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self._SAVED:

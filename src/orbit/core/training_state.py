@@ -48,7 +48,7 @@ def collect(trainer: Base) -> dict[str, Any]:
         trainer.grad_scaler,
     )
     if position is None and feed is not None and not trainer.state.epoch_done:
-        position = feed.position()
+        position = feed.position(trainer._unused)
     state: dict[str, Any] = {
         "format": _FORMAT,
         "step": trainer.step,

@@ -14,6 +14,7 @@ Whether the gradient is finite is read off its norm, which clipping needs anyway
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -36,7 +37,8 @@ class Updater:
 
     Args:
         optimizer: its parameters are stepped.
-        model: its parameters' gradients are cleared, averaged and clipped (with any others the optimizer holds).
+        model: says in which order gradient norms add up, and names a gradient that is not finite. Gradients of
+            parameters that the optimizer does not hold are left alone.
         scheduler: stepped once after each optimizer step.
         scaler: a GradScaler for fp16; disabled or None otherwise.
         accumulation: micro-batches in a window.
@@ -59,6 +61,14 @@ class Updater:
         after_step: Callable[[], None] = lambda: None,
         dropped: Callable[[], None] = lambda: None,
     ) -> None:
+        _require_plain_step(
+            optimizer,
+            "closure",
+            "such optimizers evaluate the loss themselves: step it in a loop of your own",
+        )
+        _require_plain_step(
+            scheduler, "metrics", "leave it out here and step it yourself at the epoch's end, with the metric"
+        )
         self.optimizer, self.model, self.scheduler = optimizer, model, scheduler
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.accumulation, self.grad_clip, self.retries = accumulation, grad_clip, retries
@@ -80,8 +90,10 @@ class Updater:
     def collect_parameters(self) -> None:
         """Look again at what the optimizer holds (in the model's order, so that norms add up as in a bare loop)."""
         held = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+        self._held = list(held)
         ordered = [p for p in self.model.parameters() if held.pop(id(p), None) is not None]
-        self.parameters: list[nn.Parameter] = [*ordered, *held.values()]
+        self.outside: list[nn.Parameter] = list(held.values())  # not in the model: a criterion's own, say
+        self.parameters: list[nn.Parameter] = [*ordered, *self.outside]
 
     def add(self, outcome: Outcome, *, last: bool) -> bool:
         """Back-propagate one micro-batch; close the window if that fills it or if this is the `last` one.
@@ -93,6 +105,9 @@ class Updater:
             ValueError: the loss is no scalar, has no gradient, or the weight is negative or not finite.
             NonFiniteGradientError: see `retries`.
         """
+        if not self.micro and self._held != [id(p) for g in self.optimizer.param_groups for p in g["params"]]:
+            self.collect_parameters()  # somebody edited param_groups
+            self.reset()
         last = last or self.micro + 1 >= self.accumulation
         share = self._share(outcome.weight, alone=last and self.micro == 0)
         if outcome.loss is not None and not (isinstance(share, float) and share == 0.0):
@@ -119,11 +134,14 @@ class Updater:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         total = self._total
-        if isinstance(total, Tensor):
-            torch._foreach_mul_(gradients, torch.where(total > 0, 1 / total, 0.0).to(gradients[0].dtype))
-        elif total not in (0.0, 1.0):
+        if gradients and isinstance(total, Tensor):
+            widest = max((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize)
+            torch._foreach_mul_(gradients, torch.where(total > 0, 1 / total, 0.0).to(widest))
+        elif gradients and total not in (0.0, 1.0):
             torch._foreach_mul_(gradients, 1 / total)
-        self.grad_norm = norm = get_total_norm(gradients)
+        self.grad_norm = norm = get_total_norm(
+            [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        )
         if not math.isfinite(norm.item()):
             self._drop(norm)
             return False
@@ -157,10 +175,13 @@ class Updater:
         self.micro, self._total, self._loss_sum = 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"unit": self.unit, "failures": self.failures}
+        return {"unit": self.unit, "failures": self.failures, "outside": [p.detach() for p in self.outside]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unit, self.failures = state["unit"], state["failures"]
+        with torch.no_grad():
+            for parameter, value in zip(self.outside, state["outside"], strict=True):
+                parameter.copy_(value)
 
     def _share(self, weight: float | Tensor, *, alone: bool) -> float | Tensor:
         """wᵢ/c; exactly 1 for a micro-batch that is its whole window. A host number stays a host number."""
@@ -218,6 +239,12 @@ class Updater:
 
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+
+
+def _require_plain_step(part: Any, argument: str, way_out: str) -> None:
+    wanted = None if part is None else inspect.signature(part.step).parameters.get(argument)
+    if wanted is not None and wanted.default is wanted.empty:
+        raise ValueError(f"{type(part).__name__}.step() cannot do without {argument}=: {way_out}")
 
 
 def _on_host(weight: Tensor) -> bool:

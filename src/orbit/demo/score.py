@@ -39,7 +39,7 @@ def contains(reply: str, answer: str) -> bool:
 
 
 def answers(
-    model: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int = 12, batch_size: int = 64
+    model: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int = 12, batch_size: int = 128
 ) -> list[str]:
     """Greedy replies to single questions under the chat template, generated in left-padded batches.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class ModelNotInstalledError(RuntimeError):
 
 
 def resolve_model(model: str | Path) -> str:
-    """ "smollm2" → the folder of the converted model; any other path or hub name as it is."""
+    """The folder of the converted model for "smollm2"; any other path or hub name as it is."""
     return str(smollm2()) if str(model) == NAME else str(model)
 
 
@@ -34,7 +35,8 @@ def cache_folder() -> Path:
 def smollm2(cache: Path | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct, converted on the first call.
 
-    The folder appears complete or not at all: the conversion writes beside it and renames.
+    The folder appears complete or not at all: the conversion writes beside it and renames. It says on stderr
+    that it runs.
 
     Args:
         cache: where the folder lies or goes; default `cache_folder()`.
@@ -45,6 +47,7 @@ def smollm2(cache: Path | None = None) -> Path:
     folder = (cache_folder() if cache is None else Path(cache)) / FOLDER
     if not (folder / "config.json").is_file():
         weights = _find_weights()
+        print(f"converting {weights.name} (once, about half a minute)", file=sys.stderr)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{FOLDER}.", dir=folder.parent) as work:
             converted = Path(work) / FOLDER

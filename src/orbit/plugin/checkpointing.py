@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 class CheckpointingHook(Plugin):
-    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint.py`).
+    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint.py`): at intervals,
+    on signals, and at the end of the run.
 
     A signal only sets a flag; the state is saved at the next step boundary, and the process then leaves with
     `exit_code`. A second signal of the same kind is not held back.
 
     Args:
-        interval: save every so many steps; None does not.
+        interval: save every so many steps; None does not. The end of the run is saved in any case.
         keep_previous: checkpoints kept besides the newest; None keeps all.
         keep_interval: also keep every checkpoint whose step is a multiple of this.
         path: folder; a relative one lies in the trainer's workspace, if it has one.
@@ -75,6 +76,8 @@ class CheckpointingHook(Plugin):
         self.exit_wait = exit_wait.total_seconds() if isinstance(exit_wait, timedelta) else float(exit_wait)
         self.every_epoch = every_epoch
         self.received: signal.Signals | None = None
+        self._owed = False  # an epoch ended inside a window
+        self._saved_step: int | None = None
         self._previous_handlers: dict[int, Any] = {}
 
     def folder(self, trainer: Core) -> Path:
@@ -92,10 +95,11 @@ class CheckpointingHook(Plugin):
         else:
             found = Path(self.load)
         trainer.load_state_dict(checkpoint.load_checkpoint(found))
+        self._saved_step = trainer.step
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
     def on_before_train(self, trainer: Core) -> None:
-        self.received = None
+        self.received, self._owed = None, False
         if not self.exit_signals:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -108,17 +112,16 @@ class CheckpointingHook(Plugin):
             self._previous_handlers[number] = signal.signal(number, self._receive)
 
     def on_after_step(self, trainer: Core) -> None:
-        if self.received is not None or (self.interval is not None and trainer.step % self.interval == 0):
-            self.save(trainer)
-        self._leave_if_asked(trainer)
+        self._boundary(trainer, self.interval is not None and trainer.step % self.interval == 0)
 
     def on_after_epoch(self, trainer: Core) -> None:
-        if self.every_epoch or self.received is not None:
-            self.save(trainer)
-        self._leave_if_asked(trainer)
+        if trainer.window_open:  # it runs across the epoch's end: its own step saves
+            self._owed = self.every_epoch
+        else:
+            self._boundary(trainer, self.every_epoch)
 
     def on_after_train(self, trainer: Core) -> None:
-        self._leave_if_asked(trainer)  # came after the last save, which holds the finished run
+        self._boundary(trainer, trainer.step != self._saved_step)  # the end of the run is always saved
 
     def on_close(self, trainer: Core) -> None:
         for number, handler in self._previous_handlers.items():
@@ -128,6 +131,7 @@ class CheckpointingHook(Plugin):
     def save(self, trainer: Core) -> Path:
         """Save now; older checkpoints go only after the new one has been read back."""
         state = trainer.state_dict()
+        self._saved_step = trainer.step
         folder = self.folder(trainer)
         path = checkpoint.checkpoint_path(folder, trainer.step)
         if runtime.is_main_process():
@@ -150,7 +154,10 @@ class CheckpointingHook(Plugin):
         self.received = signal.Signals(number)
         signal.signal(number, self._previous_handlers.get(number) or signal.SIG_DFL)
 
-    def _leave_if_asked(self, trainer: Core) -> None:
+    def _boundary(self, trainer: Core, due: bool) -> None:
+        if due or self._owed or self.received is not None:
+            self._owed = False
+            self.save(trainer)
         if self.received is None:
             return
         trainer.logger.info("%s: saved at step %d, leaving", self.received.name, trainer.step)

@@ -69,13 +69,17 @@ class EarlyStopping(Plugin):
         self.patience, self.min_delta, self.verbose = patience, min_delta, verbose
         self.best: float | None = None
         self.bad_epochs = 0
-        self._seen = False
+        self._resumed = False
+
+    def on_before_train(self, trainer: Core) -> None:
+        if self._resumed and self.bad_epochs >= self.patience:
+            trainer.stop("EarlyStopping", "the run that this one resumes had stopped")
+        self._resumed = False
 
     def on_after_epoch(self, trainer: Core) -> None:
         value = trainer.metrics.get(self.monitor)
         if value is None:
             return
-        self._seen = True
         if self._improves(value):
             self.best, self.bad_epochs = value, 0
             return
@@ -88,7 +92,7 @@ class EarlyStopping(Plugin):
             trainer.stop("EarlyStopping", reason)
 
     def on_after_train(self, trainer: Core) -> None:
-        if not self._seen and trainer.state.epoch_done:
+        if self.best is None and not self.bad_epochs and trainer.state.epoch_done:
             warnings.warn(
                 f"EarlyStopping never saw {self.monitor!r}: metrics are "
                 f"{sorted(trainer.metrics) or 'empty'}; evaluate in the loop, or "
@@ -102,6 +106,7 @@ class EarlyStopping(Plugin):
     def on_load_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
         if self._key in state_dict:
             self.best, self.bad_epochs = state_dict[self._key]["best"], state_dict[self._key]["bad_epochs"]
+            self._resumed = True
 
     @property
     def _key(self) -> str:

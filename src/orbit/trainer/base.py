@@ -159,10 +159,7 @@ class BaseTrainer(Core):
         self.optimizer = _kind("build_optimizer", self.build_optimizer(), torch.optim.Optimizer)
         self.lr_scheduler = self.build_lr_scheduler()
         self.grad_scaler = self.build_grad_scaler()
-        hooks = self.build_hooks()
-        attached, self._dispatcher = self._dispatcher.plugins, Dispatcher(hooks)
-        for plugin in attached:
-            self._dispatcher.add(plugin)
+        self._dispatcher = Dispatcher([*self.build_hooks(), *self._given])
 
     def _loader(self) -> Iterable[Any]:
         return self.data_loader
