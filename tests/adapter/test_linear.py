@@ -168,3 +168,10 @@ def test_a_changed_output_width_is_refused() -> None:
     layer.weight, layer.bias = nn.Parameter(torch.randn(5, 6)), None
     with pytest.raises(GraftError, match="5 features and its adapter 4"):
         layer(torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("kind", [{}, {"dora": True}], ids=["lora", "dora"])
+def test_shapes_on_the_meta_device(kind: dict[str, bool], mlp: Callable[[], nn.Module]) -> None:
+    model = mlp()
+    inject(model, AdapterConfig(r=2, **kind))
+    assert model.to("meta")(torch.empty(4, 6, device="meta")).shape == (4, 3)

@@ -66,7 +66,8 @@ class LinearGraft(Graft, nn.Linear):
 
     def _times_weight(self, A: Tensor) -> Tensor:
         """W·Aᵀ (out, r). A quantised weight is not dense, but the layer's own forward multiplies by it."""
-        with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        kind = "cpu" if A.is_meta else A.device.type  # autocast does not know the meta device
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
             W = self.weight
             if self._is_dense(W):
                 dtype = dora.wide(W.dtype)

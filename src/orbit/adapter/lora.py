@@ -36,7 +36,7 @@ def low_rank(base: Tensor, x: Tensor, A: Tensor, B: Tensor, s: Tensor) -> Tensor
 def compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype in which the branch multiplies: autocast's where it applies, else the adapter's."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return A.dtype
 

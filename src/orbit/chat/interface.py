@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.adapter import AdapterError, TaskError, current_route, load, merged, route, tasks
+from orbit.core.extras import need
 from orbit.core.runtime import resolve_device
 from orbit.data.sft import pad_token_id
 from orbit.data.template import encode, render
@@ -45,6 +46,7 @@ class ChatInterface:
         ValueError: neither or both of `model` and `model_id`; a model without a tokenizer; an absent device.
         TaskError: an adapter that is neither a folder nor a task of the model.
         TypeError: a model that cannot generate.
+        MissingExtraError: with `model_id`, transformers is not installed.
     """
 
     def __init__(
@@ -196,6 +198,7 @@ class ChatInterface:
 
 
 def _load(model_id: str | Path, tokenizer: Any, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    need("llm", "transformers", "jinja2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from orbit.demo.smollm2 import resolve_model

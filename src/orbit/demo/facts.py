@@ -50,9 +50,12 @@ def load_facts(path: str | Path | None = None) -> list[Fact]:
     """Facts from a jsonl of your own, or the demo's.
 
     Raises:
-        FactsError: a line that is no such record (named by number), or no line at all.
+        FactsError: a line that is no such record (named by number), no line at all, or no text.
     """
-    text = _packaged("facts.jsonl") if path is None else Path(path).read_text("utf-8")
+    try:
+        text = _packaged("facts.jsonl") if path is None else Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise FactsError(f"{path} is no text in UTF-8: {error}") from error
     facts = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

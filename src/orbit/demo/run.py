@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from orbit import adapter
+from orbit.core.extras import need
 from orbit.core.rng import seed_everything
 from orbit.core.runtime import autocast, resolve_device
 from orbit.data import SFTCollator, build_sft, encode, render, train_sft
@@ -100,13 +101,17 @@ def run_demo(
     Raises:
         ModelNotInstalledError: "smollm2" and its packages are missing.
         FactsError: the facts file is not one.
+        MissingExtraError: transformers is not installed.
+        OSError: no such model, or `out` cannot be made.
     """
+    need("llm", "transformers", "jinja2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     console = Console() if console is None else console
     seed_everything(recipe.seed)
     known, prose, place = load_facts(facts), load_prose(), resolve_device(device)
     folder, dtype = resolve_model(model), fastest_dtype(place)
+    Path(out).mkdir(parents=True, exist_ok=True)  # where that fails, before the training
     tokenizer = AutoTokenizer.from_pretrained(folder)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place)
     precision = "bf16" if dtype is torch.bfloat16 else None

@@ -23,8 +23,20 @@ class ModelNotInstalledError(RuntimeError):
 
 
 def resolve_model(model: str | Path) -> str:
-    """The folder of the converted model for "smollm2"; any other path or hub name as it is."""
-    return str(smollm2()) if str(model) == NAME else str(model)
+    """The folder of the converted model for "smollm2"; any other path or hub name as it is.
+
+    Raises:
+        FileNotFoundError: a path at which no model lies.
+    """
+    if str(model) == NAME:
+        return str(smollm2())
+    folder = Path(model)
+    written_as_path = (
+        str(model).startswith(("/", ".", "~")) or len(folder.parts) > 2
+    )  # a hub name is OWNER/NAME
+    if (folder.exists() or written_as_path) and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"there is no model at {model}: no config.json there")
+    return str(model)
 
 
 def cache_folder() -> Path:
