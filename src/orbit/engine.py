@@ -105,6 +105,12 @@ class Engine(Core):
             )
         chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
         if checkpoint_dir is not None:
+            if any(isinstance(plugin, CheckpointingHook) for plugin in chosen):
+                raise ValueError(
+                    "checkpoint_dir= is short for a CheckpointingHook and plugins= has one "
+                    "already: give one of them, with "
+                    "the hook's path="
+                )
             chosen.append(
                 CheckpointingHook(interval=None, every_epoch=True, path=Path(checkpoint_dir).absolute())
             )

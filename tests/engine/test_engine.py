@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from orbit.core import Outcome, Plugin
 from orbit.engine import Engine
+from orbit.plugin import CheckpointingHook
 from tests import tiny
 
 
@@ -369,3 +371,18 @@ def test_a_batch_class_of_its_own_is_moved_by_its_own_method() -> None:
             return SimpleNamespace(loss=self.layer(X).mean())
 
     assert first(make(Reads(), criterion=None), Graph()).global_step == 1
+
+
+def test_an_optimizer_that_holds_nothing_trainable_is_refused() -> None:
+    """Adapters injected by hand after the optimizer was made would silently never train."""
+    engine = make()
+    engine.model.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="nothing is left to train: .* Were adapters injected after it was made"
+    ):
+        first(engine, next(iter(tiny.loader())))
+
+
+def test_checkpoint_dir_and_a_hook_are_one_too_many(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoint_dir= is short for a CheckpointingHook"):
+        make(plugins=[CheckpointingHook(path=tmp_path)], checkpoint_dir=tmp_path)

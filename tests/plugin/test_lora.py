@@ -111,3 +111,19 @@ def test_training_under_engine_moves_the_adapter_alone(dora: bool) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(p.abs().sum() > 0 for name, p in after.items() if "lora_B" in name)
     assert tasks(model) == ("default",)
+
+
+def test_layers_in_reach_that_cannot_be_adapted_are_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.linear = nn.Linear(8, 8)
+
+    class Trainer:
+        model = nn.ModuleDict({"body": Blocks()})
+
+    LoRA(target_names=["body"], r=2).on_build_model(Trainer())
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "1 layer adapted" in caplog.text
+    assert "left out: body.attention.out_proj" in caplog.text

@@ -223,6 +223,7 @@ class Base:
     def _make_updater(self) -> None:
         if self.optimizer is None:
             return
+        param_groups.require_trainable(self.optimizer)
         self._updater = Updater(
             self.optimizer,
             self.model,

@@ -61,9 +61,18 @@ def reconcile(optimizer: Optimizer, model: nn.Module, snapshot_before: Snapshot)
         group["params"] = [p for p in group["params"] if id(p) not in leaving]
     for (_, p), group in zip(joining, destinations, strict=True):
         group["params"].append(p)
-    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("nothing is left to train: every parameter that the optimizer holds is frozen")
+    require_trainable(optimizer)
     return len(leaving), len(joining)
+
+
+def require_trainable(optimizer: Optimizer) -> None:
+    """ValueError unless the optimizer holds a parameter that trains."""
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "nothing is left to train: every parameter that the optimizer holds is frozen. Were "
+            "adapters injected after it "
+            "was made? Make it from the injected model's parameters, or let the LoRA plugin inject them"
+        )
 
 
 def _group_of(

@@ -5,6 +5,7 @@ The work is done by `orbit.adapter`; this only decides when.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,8 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.targets import resolve
 from orbit.core.events import Plugin
+
+_logger = logging.getLogger(__name__)
 
 
 class LoRA(Plugin):
@@ -93,6 +96,8 @@ class LoRA(Plugin):
         heads = named_parameters_of(model, self.unlock_head_keywords)
         if self.name not in tasks(model):
             self.report = inject(model, self.config, self.name)
+            refused = any(why != "the head" for why in self.report.skipped.values())
+            _logger.log(logging.WARNING if refused else logging.INFO, "LoRA %s", self.report)
         else:
             self._check_same(model)
             freeze(model)
