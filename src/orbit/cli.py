@@ -71,7 +71,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from orbit.demo.run import Recipe, run_demo
+    from orbit.demo.run import run_demo
+    from orbit.demo.train import Recipe
 
     disable_progress_bar()  # of loading weights; the demo shows its own
     given = {name: value for name in ("epochs", "seed") if (value := getattr(arguments, name)) is not None}

@@ -1,10 +1,9 @@
 """`orbit demo`: fine-tune a causal LM on the demo's facts with LoRA, and show what changed.
 
-    measure → train (Engine + LoRA, loss on the answers only) → measure → save → compare with PEFT → report
+    measure → train (`orbit.demo.train`) → measure → save → compare with PEFT → report
 
 Every figure is taken on the model as it is in memory, in the precision it trains in; only the comparison with
-PEFT loads the saved adapter twice, here and there, in fp32. `examples/01_finetune.py` is the same training
-without the report.
+PEFT loads the saved adapter twice, here and there, in fp32.
 """
 
 from __future__ import annotations
@@ -21,35 +20,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
-from torch.utils.data import DataLoader
 
 from orbit import adapter
 from orbit.core.extras import need
 from orbit.core.rng import seed_everything
 from orbit.core.runtime import autocast, resolve_device
-from orbit.data import SFTCollator, build_sft, encode, render, train_sft
+from orbit.data import encode, render
 from orbit.demo.facts import Fact, load_facts, load_prose
 from orbit.demo.precision import fastest_dtype
 from orbit.demo.report import print_report
 from orbit.demo.score import answers, exact_match, perplexity
 from orbit.demo.smollm2 import resolve_model
-from orbit.engine import Engine
-from orbit.plugin.lora import LoRA
-from orbit.plugin.progress import ProgressHook
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the demo trains. Found by a search on SmolLM2 that looked at all three figures (docs/log.md)."""
-
-    epochs: int = 3
-    batch_size: int = 4
-    lr: float = 1e-3
-    warmup: float = 0.1
-    r: int = 16
-    alpha: int = 32
-    seed: int = 42
+from orbit.demo.threads import pick_threads, threads_restored
+from orbit.demo.train import Recipe, finetune
 
 
 @dataclass(frozen=True)
@@ -86,7 +69,7 @@ def run_demo(
     model: str = "smollm2",
     out: str | Path = "runs/demo",
     facts: str | Path | None = None,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
     device: str | None = None,
     console: Console | None = None,
 ) -> Report:
@@ -121,16 +104,19 @@ def run_demo(
         highlight=False,
     )
 
-    def measure() -> tuple[Measured, float]:
-        began = time.perf_counter()
+    def measure() -> Measured:
         with autocast(place, dtype if precision else None):
-            return _measure(network, tokenizer, known, prose), time.perf_counter() - began
+            return _measure(network, tokenizer, known, prose, most)
 
-    before, measuring = measure()
-    began = time.perf_counter()
-    finetune(network, tokenizer, known, recipe, precision, console)
-    training = time.perf_counter() - began
-    after, measuring_again = measure()
+    with threads_restored() as threads:
+        most = threads if place.type == "cpu" else 1
+        clock = [time.perf_counter()]
+        before = measure()
+        clock.append(time.perf_counter())
+        finetune(network, tokenizer, known, recipe, precision, most, console)
+        clock.append(time.perf_counter())
+        after = measure()
+        clock.append(time.perf_counter())
 
     path = Path(out) / "adapter"
     adapter.save(network, path)
@@ -141,68 +127,22 @@ def run_demo(
         after=after,
         adapter=path,
         difference=_difference_to_peft(folder, path, tokenizer, known[:8]),
-        training_seconds=training,
-        evaluation_seconds=measuring + measuring_again,
+        training_seconds=clock[2] - clock[1],
+        evaluation_seconds=clock[1] - clock[0] + clock[3] - clock[2],
     )
     _write(report, recipe, Path(out) / "report.json")
     print_report(report, console)
     return report
 
 
-def finetune(
-    model: Any, tokenizer: Any, facts: Sequence[Fact], recipe: Recipe, precision: str | None, console: Console
-) -> Engine:
-    """Train a LoRA over `feed_forward(model)` on the taught wordings; no paraphrase is seen."""
-    samples = [build_sft(wording, fact.answer, tokenizer) for fact in facts for wording in fact.taught]
-    loader: DataLoader[Any] = DataLoader(
-        samples,  # type: ignore[arg-type]
-        batch_size=recipe.batch_size,
-        shuffle=True,
-        collate_fn=SFTCollator(tokenizer),
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
-    steps = recipe.epochs * len(loader)
-    engine = Engine(
-        model,
-        optimizer,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.lr, steps, pct_start=recipe.warmup, cycle_momentum=False
-        ),
-        plugins=[
-            LoRA(target_names=feed_forward(model), r=recipe.r, alpha=recipe.alpha),
-            ProgressHook(interval=max(1, steps // 20)),
-        ],
-        mixed_precision=precision,
-        grad_clip_norm=1.0,
-        device=model.device,
-        console=console,
-    )
-    for _ in engine.train(loader, num_epochs=recipe.epochs):
-        train_sft(engine)
-    return engine
-
-
-def feed_forward(model: nn.Module) -> list[str] | None:
-    """The targets of the demo's LoRA: the blocks named "mlp" where there are such, else None, all linear layers.
-
-    Facts go into feed-forward blocks with a quarter of the harm to other text that adapting attention too does:
-    on SmolLM2, at equal exact match, perplexity rose by 1.5 % against 6 %.
-    """
-    blocks = (module for path, module in model.named_modules() if path.rpartition(".")[2] == "mlp")
-    return (
-        ["mlp"]
-        if any(isinstance(layer, nn.Linear) for block in blocks for layer in block.modules())
-        else None
-    )
-
-
-def _measure(model: Any, tokenizer: Any, facts: Sequence[Fact], prose: str) -> Measured:
+def _measure(model: Any, tokenizer: Any, facts: Sequence[Fact], prose: str, threads: int) -> Measured:
     wanted = [fact.answer for fact in facts]
     room = 2 + max(len(encode(tokenizer, answer)) for answer in wanted)  # a longer reply cannot match
-    replies, paraphrased = (
-        answers(model, tokenizer, [getattr(fact, wording) for fact in facts], max_new_tokens=room)
-        for wording in ("question", "paraphrase")
-    )
+    pick_threads(threads)
+    replies = answers(model, tokenizer, [fact.question for fact in facts], max_new_tokens=room)
+    pick_threads(threads)
+    paraphrased = answers(model, tokenizer, [fact.paraphrase for fact in facts], max_new_tokens=room)
+    pick_threads(threads)
     return Measured(
         replies,
         paraphrased,
