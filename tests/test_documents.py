@@ -23,6 +23,7 @@ from orbit.data import SFTCollator, build_sft
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 FOLDER = Path(__file__).parent / "documents"
+SEEDS = (Path(__file__).parents[1] / "docs" / "seeds.md").read_text()
 Namespace = dict[str, Any]
 
 
@@ -38,6 +39,7 @@ def run(code: str, substitutions: dict[str, str] | None = None, /, **names: Any)
     """Execute a snippet after its substitutions; `names` are what it leaves undefined."""
     for old, new in (substitutions or {}).items():
         assert old in code, f"the snippet has no {old!r} to replace"
+        assert old in SEEDS, f"docs/seeds.md does not say that {old!r} is replaced"
         code = code.replace(old, new)
     namespace: Namespace = {"__name__": "snippet", **names}
     exec(compile(code, "<snippet>", "exec"), namespace)
