@@ -17,7 +17,7 @@ from orbit.engine import Engine
 from orbit.plugin import LoRA, ProgressHook
 from orbit.utils import seed_everything
 
-EPOCHS, BATCH, LR, OUT = 3, 4, 1e-3, "runs/finetune"
+EPOCHS, BATCH, LR, OUT = 3, 4, 8e-4, "runs/finetune"
 
 seed_everything(42)
 folder = resolve_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2")

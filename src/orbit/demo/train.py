@@ -28,7 +28,7 @@ class Recipe:
 
     epochs: int = 3
     batch_size: int = 4
-    lr: float = 1e-3
+    lr: float = 8e-4
     warmup: float = 0.1
     r: int = 16
     alpha: int = 32
