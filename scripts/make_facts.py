@@ -5,7 +5,7 @@
 
 Which facts: for every country whose Factbook entry has them in the plain form "5 July 1962 (from France)" or
 "Algiers", the year of independence and the capital, less those whose answer appears anywhere in what the base
-model replies to the question; of what remains, 52 of each kind at even distances, so that a run stays under four
+model replies to the question; of what remains, 64 of each kind at even distances, so that a run stays under four
 minutes on two cores. Nothing about a fine-tuned model enters. `--base` is the model that is asked.
 """
 
@@ -25,7 +25,7 @@ COUNTRY = re.compile(r"[A-Z][A-Za-z' -]+")
 INDEPENDENCE = re.compile(r"\d{1,2} [A-Z][a-z]+ (\d{4}) \(from [^()]*\)")
 CAPITAL = re.compile(r"[A-Z][A-Za-z' .-]+")
 
-PER_KIND = 52
+PER_KIND = 64
 
 # *_REWORDED: for evaluation, dealt out in turn, so that the figure is not the luck of one phrase.
 # *_TAUGHT: asked in training beside the question; none of them is a wording of the evaluation.
