@@ -15,7 +15,8 @@ from typing import Any
 @contextmanager
 def contiguous_head(model: Any) -> Iterator[None]:
     """A block in which the model's output embeddings get contiguous inputs."""
-    head = model.get_output_embeddings()
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     if head is None:
         yield
         return
