@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.adapter import AdapterError, TaskError, current_route, load, merged, route, tasks
+from orbit.chat.head import contiguous_head
 from orbit.core.extras import need
 from orbit.core.runtime import resolve_device
 from orbit.data.sft import pad_token_id
@@ -138,7 +139,7 @@ class ChatInterface:
         training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode(), self._steered():
+            with torch.inference_mode(), self._steered(), contiguous_head(self.model):
                 made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
         finally:
             self.model.train(training)

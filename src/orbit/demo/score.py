@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from orbit.chat.head import contiguous_head
 from orbit.data.sft import pad_token_id
 from orbit.data.template import encode, render
 from orbit.objective.causal_lm import CausalLM
@@ -59,7 +60,7 @@ def answers(
         longest = max(map(len, some))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in some], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some], device=device)
-        with torch.inference_mode():
+        with torch.inference_mode(), contiguous_head(model):
             made = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
