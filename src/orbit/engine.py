@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from orbit.core import runtime
+from orbit.core.base import at_least
 from orbit.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from orbit.core.events import Plugin
 from orbit.core.loop import Core
@@ -148,8 +149,8 @@ class Engine(Core):
         Raises (when iterated): FeedError for an empty or unusable loader, and whatever the loader or a plugin raises.
         """
         for name, number in (("num_epochs", num_epochs), ("max_steps", max_steps)):
-            if number is not None and (not isinstance(number, int) or number < 0):
-                raise ValueError(f"{name}={number!r}: it must be a whole number >= 0")
+            if number is not None:
+                at_least(name, number, 0)
         if num_epochs is None and max_steps is None:
             num_epochs = 1
         return self.microbatches(loader, epochs=num_epochs, steps=max_steps)

@@ -53,13 +53,13 @@ class Base:
         no_sync_accumulate: bool,
         plugins: Iterable[Plugin] = (),
     ) -> None:
-        _at_least("gradient_accumulation_steps", accumulation, 1)
+        at_least("gradient_accumulation_steps", accumulation, 1)
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(
                 f"grad_clip={grad_clip!r}: the largest gradient norm must be > 0; pass None for no clipping"
             )
         if max_non_finite_grad_retries is not None:
-            _at_least("max_non_finite_grad_retries", max_non_finite_grad_retries, 0)
+            at_least("max_non_finite_grad_retries", max_non_finite_grad_retries, 0)
         self.autocast_dtype = runtime.resolve_precision(mixed_precision)
         self.device = runtime.resolve_device(device)
         self.grad_clip = grad_clip
@@ -74,7 +74,6 @@ class Base:
         self.batch: Any = None
         self.batch_idx = 0
         self.is_last_batch = False
-        self.epoch_length: int | None = None
         self.total_steps: int | None = None
         self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
         self._given = list(plugins)  # by the constructor and attach()
@@ -322,6 +321,6 @@ class Base:
         model.load_state_dict(state["model"])
 
 
-def _at_least(name: str, value: Any, least: int) -> None:
+def at_least(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: it must be a whole number >= {least}")

@@ -192,7 +192,7 @@ class Core(Base):
             if state.micro_step:
                 state.epoch += 1
             state.first_epoch, state.epoch_done = state.epoch, False
-        self.epoch_length, self.total_steps = feed.length, steps
+        self.total_steps = steps
         if epochs is not None and feed.length is not None:
             windows = -(-feed.length // self.gradient_accumulation_steps)
             done = -(-self._position["cursor"] // self.gradient_accumulation_steps) if self._position else 0

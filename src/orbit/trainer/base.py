@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from orbit.core.base import at_least
 from orbit.core.events import Dispatcher, Plugin
 from orbit.core.loop import Core
 from orbit.core.outcome import Outcome
@@ -70,8 +71,7 @@ class BaseTrainer(Core):
         state_dict_options: StateDictOptions | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
-        if not isinstance(max_steps, int) or max_steps < 0:
-            raise ValueError(f"max_steps={max_steps!r}: it must be a whole number >= 0")
+        at_least("max_steps", max_steps, 0)
         super().__init__(
             device=device,
             mixed_precision=mixed_precision,
