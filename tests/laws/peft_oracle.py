@@ -285,7 +285,9 @@ VARIANTS: dict[str, Variant] = {
     "LoRA": Variant({}),
     "rsLoRA": Variant({"use_rslora": True}, rslora=True),
     "DoRA": Variant({"use_dora": True}, dora=True),
+    "rsDoRA": Variant({"use_rslora": True, "use_dora": True}, dora=True, rslora=True),
     "gated": Variant(None, gated=True),
+    "gated DoRA": Variant(None, gated=True, dora=True),
     "LoRA with bias": Variant({"lora_bias": True}, lora_bias=True),
     "gaussian": Variant({"init_lora_weights": "gaussian"}, init="gaussian"),
     "orthogonal": Variant({"init_lora_weights": "orthogonal"}, init="orthogonal"),
@@ -335,8 +337,7 @@ def full_weight(weight: Tensor, groups: int) -> Tensor:
 def dense_output(kind: str, variant: str, model: nn.Module, factors: Mapping[str, Factors]) -> Tensor:
     """The output of the bare `model` on `kind`'s batch with each adapted weight replaced by W'.
 
-    Differentiable in the factors. Tensors of another dtype than the model's are used as they are, so that
-    float32 factors on a bfloat16 model give W' in float32: convert the model first for a precise oracle.
+    Differentiable in the factors. Model and factors are of one dtype.
     """
     s, row = VARIANTS[variant].scale(), KINDS[kind]
     if VARIANTS[variant].lora_bias:
@@ -344,7 +345,7 @@ def dense_output(kind: str, variant: str, model: nn.Module, factors: Mapping[str
         for name in row.weights:
             layer = model.get_submodule(name.rpartition(".")[0])
             if getattr(layer, "bias", "absent") is None:
-                layer.bias = nn.Parameter(factors[name].A.new_zeros(len(layer.weight)))
+                layer.bias = nn.Parameter(factors[name].A.new_zeros(factors[name].B.shape[0]))
     own = dict(model.named_parameters())
     changed = {}
     for name, layout in row.weights.items():
@@ -532,7 +533,7 @@ def _errors(
         for name, group in factors.items()
     }
     used: Mapping[str, Factors] = leaves
-    layer = bare.get_submodule(KINDS[kind].target)
+    layer: Any = bare.get_submodule(KINDS[kind].target)
     groups = getattr(layer, "groups", 1)
     if groups > 1:  # PEFT's ΔW fits the layer without groups only
         layer.weight, layer.groups = nn.Parameter(full_weight(layer.weight.detach(), groups)), 1
