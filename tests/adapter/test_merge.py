@@ -90,7 +90,7 @@ def test_refusals_change_nothing(mlp: Make) -> None:
         model.load_state_dict(mlp().state_dict())
     unmerge(model)
     set_route(model, None)
-    with pytest.raises(MergeError, match="no task is current, so say which to merge: 'a'"):
+    with pytest.raises(MergeError, match="no single task is current, so say which to merge: 'a'"):
         merge(model)
     assert merged(model) is None
 

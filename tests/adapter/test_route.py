@@ -83,8 +83,10 @@ def test_routes_are_released_when_something_raises(two: nn.Module) -> None:
     assert current_route(two) == "b"
     with pytest.raises(TaskError, match=r"no task 'c'; the model has \['a', 'b'\]"):
         two(torch.randn(4, 6), task="c")
-    with pytest.raises(RouteError, match="a task's name or None"):
-        two(torch.randn(4, 6), task=["a", None])
+    with pytest.raises(RouteError, match="a task's name, None for"):
+        two(torch.randn(4, 6), task=["a", 3])
+    with pytest.raises(RouteError, match="one task for each of 3 rows, and an adapted layer was given 4"):
+        two(torch.randn(4, 6), task=["a", None, "b"])
     assert not find_state(two)._holds
     assert current_route(two) == "b"
 

@@ -37,6 +37,7 @@ from orbit.adapter.inject import (
 from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
 
 __all__ = [
@@ -49,9 +50,13 @@ __all__ = [
     "InjectReport",
     "LinearGraft",
     "MergeError",
+    "PerRow",
+    "Route",
     "RouteError",
+    "Scaled",
     "TargetError",
     "TaskError",
+    "Together",
     "adapter_parameters",
     "base_state_dict",
     "check_gradients",

@@ -12,6 +12,18 @@ from orbit.adapter.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """An AdapterConfig's settings for one layer."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    dora: bool = False
+    rslora: bool = False
+    gated: bool = False
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """How to adapt a model.
 
@@ -21,6 +33,7 @@ class AdapterConfig:
         dropout: probability of dropping an input of the low-rank branch, in [0, 1).
         dora: learn a magnitude beside the direction (`adapter/dora.py`).
         rslora: s = alpha/√r instead of alpha/r.
+        gated: learn one factor g of ΔW = g·s·B·A in every layer; it starts at 1.
         targets: which layers, as dotted suffixes ("q_proj", "mlp.up_proj"), globs ("layers.*.q_proj") or
             regular expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a
             container means every adaptable layer below it. None: every linear layer but the head
@@ -38,6 +51,7 @@ class AdapterConfig:
     dropout: float = 0.0
     dora: bool = False
     rslora: bool = False
+    gated: bool = False
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -67,7 +81,7 @@ class AdapterConfig:
             or not 0 <= self.dropout < 1
         ):
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout!r}")
-        for label in ("dora", "rslora"):
+        for label in ("dora", "rslora", "gated"):
             if not isinstance(getattr(self, label), bool):
                 raise ConfigError(f"{label} must be True or False, got {getattr(self, label)!r}")
         if self.targets is not None:
@@ -82,6 +96,17 @@ class AdapterConfig:
                 raise ConfigError(f"pattern {key!r} is not a regular expression: {error}") from None
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+
+    def at(self, layer: str) -> LayerConfig:
+        """What holds for the layer of this dotted name."""
+        return LayerConfig(
+            r=self.rank_of(layer),
+            alpha=self.alpha_of(layer),
+            dropout=self.dropout,
+            dora=self.dora,
+            rslora=self.rslora,
+            gated=self.gated,
+        )
 
     def rank_of(self, layer: str) -> int:
         """The rank for the layer of this dotted name."""

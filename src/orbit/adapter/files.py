@@ -30,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import AdapterFileError, ConfigError
-from orbit.adapter.graft import BANKS
 from orbit.adapter.inject import (
     InjectReport,
     inject,
@@ -46,7 +45,7 @@ from orbit.adapter.targets import nearest
 from orbit.core.files import sync_folder, write_synced
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEYS = dict(zip(BANKS, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), strict=True))
+_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 _KEY = re.compile(
     r"base_model\.model\.(?:(?P<layer>.+)\.)?(?P<end>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
@@ -64,10 +63,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     path = Path(path)
     layers = {_clean(raw): layer for raw, layer in task_layers(model, name).items()}
     tensors = {
-        _key(layer_name, bank): owner.weight.detach().cpu().contiguous()
+        _key(layer_name, bank): owner.weight.detach().cpu().contiguous()  # type: ignore[operator]
         for layer_name, layer in layers.items()
-        for bank, owner in zip(BANKS, layer.slots()[name], strict=True)
-        if owner is not None
+        for bank, owner in layer.owners(name).items()
     }
     fields = task_config(model, name).to_peft(_target_modules(model, set(layers)))
     fields["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -131,9 +129,8 @@ def load(
             report = replace(report, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
     with torch.no_grad():
         for raw, layer in task_layers(model, name).items():
-            for bank, owner in zip(BANKS, layer.slots()[name], strict=True):
-                if owner is not None:
-                    owner.weight.copy_(found[_clean(raw)][bank])
+            for bank, owner in layer.owners(name).items():
+                owner.weight.copy_(found[_clean(raw)][bank])  # type: ignore[operator]
     return report
 
 

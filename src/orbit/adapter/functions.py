@@ -183,6 +183,6 @@ def _the_task(model: nn.Module, name: str | None) -> str:
     if len(have) == 1:
         return have[0]
     current = current_route(model) if have else None
-    if current is None:
-        raise TaskError(f"say which task by name=: the model has {list(have)} and none is current")
+    if not isinstance(current, str):
+        raise TaskError(f"say which task by name=: the model has {list(have)} and no single one is current")
     return current

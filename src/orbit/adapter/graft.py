@@ -4,95 +4,96 @@ Its class becomes a generated subclass; its parameters keep their names, shapes 
 tensors live in owner modules beside them (`owners.py`). Removing the last task restores the class it had. A
 wrapper module would rename every parameter and be silently wrong wherever somebody reads `layer.weight`.
 
-`Graft` holds what every kind needs: tasks, copying, loading, the merged weight. A kind adds its forward
-(`linear.py`). State on the layer, all of it in `__dict__`:
+`Graft` holds what every kind needs: the forward, tasks, copying, loading, the merged weight. A kind adds what a
+task's tensors mean for it (`linear.py`). State on the layer, all of it in `__dict__`:
 
     _orbit_route    the RouteState of the model, shared by its layers
-    _orbit_slot     what the forward uses now: the current task's Slot, or None     (set by the RouteState)
+    _orbit_plan     what the forward uses now (`plan.py`)               (set by the RouteState)
     _orbit_merged   the task that is merged into the weight, or None
 """
 
 from __future__ import annotations
 
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from orbit.adapter.config import LayerConfig
 from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases
-from orbit.adapter.owners import Slot, Tasks, escape
+from orbit.adapter.mixing import mixed
+from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, Tasks, escape
+from orbit.adapter.plan import Mix, Plan, plan_of
 from orbit.adapter.replay import in_backward
 from orbit.adapter.state import RouteState
 
-BANKS = ("lora_A", "lora_B", "lora_magnitude")  # in the order of Slot's fields
+_MODULES = "lora_module"  # the container of the ModuleSlots
 _BACKUP = "_orbit_backup"  # the unmerged weight, a non-persistent buffer
-_TRANSIENT = ("_orbit_slot", "_orbit_cache", "_orbit_w2")  # derived: made anew by copies
+_TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_w2")  # derived: made anew by copies
 
 
 class Graft(nn.Module):
-    """What a grafted layer is besides its own class. Kinds derive from it and from their class of torch."""
+    """What a grafted layer is besides its own class. Kinds derive from it and from their class of torch.
+
+    Attributes:
+        BANKS: the names of the containers of owners, in the order of Slot's fields.
+    """
+
+    BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate")
 
     _orbit_route: RouteState
-    _orbit_slot: Slot | None
+    _orbit_plan: Plan
     _orbit_merged: str | None
 
-    # -- tasks -----------------------------------------------------------------------------------------------
+    # -- the forward -----------------------------------------------------------------------------------------
 
-    def slots(self) -> dict[str, Slot]:
-        """Every task of this layer with its owners."""
-        if "_orbit_cache" not in self.__dict__:
-            banks = [self._modules.get(bank, Tasks()) for bank in BANKS]
-            self.__dict__["_orbit_cache"] = {
-                task: Slot(*(bank.get(task) for bank in banks))  # type: ignore[union-attr, operator]
-                for task in banks[0]  # type: ignore[union-attr]
-            }
-        return self.__dict__["_orbit_cache"]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.current_plan()
+        if plan is None:
+            return super().forward(*args, **kwargs)
+        if type(plan) is Mix:
+            return self.mixed(plan, *args, **kwargs)
+        return self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]
 
-    def banks(self) -> tuple[str, ...]:
-        """The names of the containers that hold this layer's tasks."""
-        return tuple(bank for bank in BANKS if bank in self._modules)
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward."""
+        return super().forward(*args, **kwargs)
 
-    def put_task(self, task: str, slot: Slot) -> None:
-        for bank, owner in zip(BANKS, slot, strict=True):
-            if owner is not None:
-                if bank not in self._modules:
-                    self.add_module(bank, Tasks())
-                owner.train(self.training)
-                self._modules[bank].put(task, owner)  # type: ignore[union-attr, operator]
-        self.__dict__.pop("_orbit_cache", None)
+    def adapted(self, slot: AnySlot, *args: Any, **kwargs: Any) -> Any:
+        """The output under one task."""
+        if type(slot) is ModuleSlot:
+            return slot.module(*args, **kwargs)
+        return self.one(slot, *args, **kwargs)  # type: ignore[arg-type]
 
-    def drop_task(self, task: str) -> None:
-        for bank in BANKS:
-            tasks = self._modules.get(bank)
-            if tasks is not None:
-                tasks.discard(task)  # type: ignore[operator]
-                if not len(tasks):  # type: ignore[arg-type]
-                    del self._modules[bank]
-        self.__dict__.pop("_orbit_cache", None)
-        self.__dict__["_orbit_slot"] = None
+    def mixed(self, mix: Mix, *args: Any, **kwargs: Any) -> Any:
+        """The output under several tasks; a kind with a faster way than `mixing.mixed` overrides it."""
+        return mixed(self, mix, args, kwargs)
 
-    def current_slot(self) -> Slot | None:
-        """The owners that this forward uses."""
-        slot = self._orbit_slot
+    def current_plan(self) -> Plan:
+        """What this forward uses."""
+        plan = self._orbit_plan
         if not torch.compiler.is_compiling():
             if in_backward():
-                slot = self._orbit_route.slot_in_backward(self)
+                plan = self._orbit_route.plan_in_backward(self)
             elif self._orbit_route.owner is not None:
                 self._orbit_route.refuse_stranger()
-        if slot is None and self._orbit_merged is not None and self.training and torch.is_grad_enabled():
+        if plan is None and self._orbit_merged is not None and self.training and torch.is_grad_enabled():
             raise RouteError(
                 f"task {self._orbit_merged!r} is merged into the weights, and training would apply it twice; "
                 "unmerge first, or call model.eval()"
             )
-        return slot
+        return plan
 
     # -- what a kind provides --------------------------------------------------------------------------------
 
-    def new_slot(
-        self, *, r: int, alpha: float, dropout: float = 0.0, dora: bool = False, rslora: bool = False
-    ) -> Slot:
+    def one(self, slot: Slot, *args: Any, **kwargs: Any) -> Any:
+        """The output under one low-rank task."""
+        raise NotImplementedError
+
+    def new_slot(self, config: LayerConfig) -> Slot:
         """Fresh owners for a task, not yet attached; a fresh adapter changes nothing."""
         raise NotImplementedError
 
@@ -100,11 +101,91 @@ class Graft(nn.Module):
         """The weight with the task's update folded in, in the weight's dtype."""
         raise NotImplementedError
 
+    def matrix(self) -> Tensor:
+        """The dense weight as a matrix W (out, in) of which ΔW = g·s·B·A is the update, in at least float32.
+
+        Kinds with many weights of one shape (experts) have leading axes: (experts, out, in).
+        """
+        raise NotImplementedError
+
+    def factors(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        """A (…, r, in) and B (…, out, r) of that update, as views of the owners' tensors where possible."""
+        raise NotImplementedError
+
+    def set_factors(self, slot: Slot, A: Tensor, B: Tensor) -> None:
+        """Write the factors back, in the shapes that `factors` gives."""
+        raise NotImplementedError
+
+    # -- tasks -----------------------------------------------------------------------------------------------
+
+    def slots(self) -> dict[str, AnySlot]:
+        """Every task of this layer with its owners."""
+        if "_orbit_cache" not in self.__dict__:
+            banks = [self._bank(bank) for bank in self.BANKS]
+            found: dict[str, AnySlot] = {task: Slot(*(bank.get(task) for bank in banks)) for task in banks[0]}
+            modules = self._bank(_MODULES)
+            found.update((task, ModuleSlot(modules.get(task))) for task in modules)
+            self.__dict__["_orbit_cache"] = found
+        return self.__dict__["_orbit_cache"]
+
+    def _bank(self, name: str) -> Tasks:
+        bank = self._modules.get(name)
+        return Tasks() if bank is None else bank  # type: ignore[return-value]
+
+    def low_rank_slot(self, task: str) -> Slot:
+        """The owners of a task that is known to be low-rank here."""
+        slot = self.slots()[task]
+        assert isinstance(slot, Slot)
+        return slot
+
+    def banks(self) -> tuple[str, ...]:
+        """The names of the containers that hold this layer's tasks."""
+        return tuple(bank for bank in (*self.BANKS, _MODULES) if bank in self._modules)
+
+    def owners(self, task: str) -> dict[str, nn.Module]:
+        """The modules that hold this task's tensors, by the name of their container."""
+        slot = self.slots()[task]
+        if isinstance(slot, ModuleSlot):
+            return {_MODULES: slot.module}
+        return {bank: owner for bank, owner in zip(self.BANKS, slot, strict=True) if owner is not None}
+
+    def owners_device(self) -> torch.device:
+        """The device of the tasks' tensors."""
+        parameters = (
+            p for task in self.slots() for owner in self.owners(task).values() for p in owner.parameters()
+        )
+        return next(parameters).device
+
+    def put_task(self, task: str, slot: AnySlot) -> None:
+        """Attach a task's owners."""
+        names = (_MODULES,) if isinstance(slot, ModuleSlot) else self.BANKS
+        for bank, owner in zip(names, slot, strict=True):
+            if owner is not None:
+                if bank not in self._modules:
+                    self.add_module(bank, Tasks())
+                owner.train(self.training)
+                self._bank(bank).put(task, owner)
+        self.__dict__.pop("_orbit_cache", None)
+
+    def drop_task(self, task: str) -> None:
+        """Take a task's owners away."""
+        for bank in self.banks():
+            tasks = self._bank(bank)
+            tasks.discard(task)
+            if not len(tasks):
+                del self._modules[bank]
+        self.__dict__.pop("_orbit_cache", None)
+        self.__dict__["_orbit_plan"] = None
+
+    def point(self, route: Any) -> None:
+        """Follow `route` from now on."""
+        self.__dict__["_orbit_plan"] = plan_of(route, self)
+
     # -- merging ---------------------------------------------------------------------------------------------
 
     def merge(self, task: str) -> None:
         """Put W' in the place of W. The Parameter W itself is the backup, so unmerging is exact."""
-        merged = nn.Parameter(self.merged_weight(self.slots()[task]), requires_grad=False)
+        merged = nn.Parameter(self.merged_weight(self.low_rank_slot(task)), requires_grad=False)
         original = self._parameters["weight"]
         assert original is not None
         self.register_buffer(_BACKUP, original, persistent=False)
@@ -146,12 +227,11 @@ class Graft(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         # A base checkpoint knows no tasks. A task that is there must be there with all its tensors.
-        for task, slot in self.slots().items():
-            key = escape(task)
+        for task in self.slots():
             wanted = [
-                f"{prefix}{bank}.{key}.weight"
-                for bank, owner in zip(BANKS, slot, strict=True)
-                if owner is not None
+                f"{prefix}{bank}.{escape(task)}.{name}"
+                for bank, owner in self.owners(task).items()
+                for name in owner.state_dict()
             ]
             absent = [name for name in wanted if name not in state_dict]
             if len(absent) < len(wanted):
@@ -172,6 +252,12 @@ class Graft(nn.Module):
         super().__setstate__(state)
         self._orbit_route.attach(self)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if isinstance(self._orbit_plan, Mix):  # its weights lie on the former device
+            self._orbit_route.attach(self)
+        return self
+
     def _replicate_for_data_parallel(self) -> Any:
         raise GraftError("nn.DataParallel copies layers without their tasks; use DistributedDataParallel")
 
@@ -179,7 +265,7 @@ class Graft(nn.Module):
 def graft(layer: nn.Module, route: RouteState) -> None:
     """Turn `layer`, which `kinds.refusal` found fit, into a Graft of the same layer, with no tasks yet."""
     cls = type(layer)
-    layer.__dict__.update(_orbit_route=route, _orbit_slot=None, _orbit_merged=None)
+    layer.__dict__.update(_orbit_route=route, _orbit_plan=None, _orbit_merged=None)
     layer.__class__ = grafted_class(cls)
     _rebind_accelerate(layer)
 

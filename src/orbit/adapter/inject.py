@@ -22,6 +22,7 @@ from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
 from orbit.adapter.owners import Slot, check_task_name
+from orbit.adapter.plan import names_in
 from orbit.adapter.route import find_state, install, state_of, uninstall
 from orbit.adapter.state import RouteState
 from orbit.adapter.targets import resolve
@@ -104,7 +105,7 @@ def inject(
 def remove(model: nn.Module, name: str) -> None:
     """Take a task out. Layers that lose their last one get their own class back.
 
-    If the task was current, the base model is current afterwards.
+    If the current route uses the task, the base model is current afterwards.
 
     Raises:
         TaskError: no such task. RouteError: merged or running. GraftError: a layer's class was changed since.
@@ -117,7 +118,7 @@ def remove(model: nn.Module, name: str) -> None:
     layers = [layer for layer in _grafts(model).values() if name in layer.slots()]
     for layer in layers:
         original_class(layer)  # refuses before anything is changed
-    if state.default == name:
+    if name in names_in(state.default):
         state.set_default(None)
     del state.configs[name]
     for layer in layers:
@@ -164,11 +165,11 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     """
     wanted = tasks(model) if name is None else (name,)
     owned = {
-        id(owner.weight)
+        id(parameter)
         for task in wanted
         for layer in task_layers(model, task).values()
-        for owner in layer.slots()[task]
-        if owner is not None
+        for owner in layer.owners(task).values()
+        for parameter in owner.parameters()
     }
     return {key: parameter for key, parameter in model.named_parameters() if id(parameter) in owned}
 
@@ -223,14 +224,14 @@ def check_gradients(model: nn.Module, *, may_be_empty: bool = False) -> None:
         return
     owned: dict[str, list[nn.Parameter]] = {task: [] for task in state.configs}
     for layer in state.layers():
-        for task, slot in layer.slots().items():
-            owned[task] += [owner.weight for owner in slot if owner is not None]
+        for task in layer.slots():
+            owned[task] += [p for owner in layer.owners(task).values() for p in owner.parameters()]
     routed = {task for task in state.routed if task in owned}
     state.routed.clear()
     if not routed:
         routed = {task for task, found in owned.items() if any(p.grad is not None for p in found)}
-    if not routed and state.default is not None:
-        routed = {state.default}
+    if not routed:
+        routed = set(names_in(state.default))
     silent_ids = {id(p) for task in routed for p in owned[task] if p.requires_grad and p.grad is None}
     if not silent_ids:
         return
@@ -270,13 +271,7 @@ def _grafted_slots(layers: dict[str, nn.Module], state: RouteState, config: Adap
             if not isinstance(layer, Graft):
                 graft(layer, state)
                 new.append(layer)  # type: ignore[arg-type]
-            slots[path] = layer.new_slot(  # type: ignore[operator]
-                r=config.rank_of(path),
-                alpha=config.alpha_of(path),
-                dropout=config.dropout,
-                dora=config.dora,
-                rslora=config.rslora,
-            )
+            slots[path] = layer.new_slot(config.at(path))  # type: ignore[operator]
     except BaseException as error:
         for layer in new:
             ungraft(layer)

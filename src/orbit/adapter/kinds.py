@@ -44,7 +44,7 @@ def register_forward(cls: type[nn.Module]) -> None:
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch by which `module` would be adapted, or None."""
-    return next((base for base in _KINDS if isinstance(module, base)), None)
+    return _base_of(type(module))
 
 
 def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
@@ -53,7 +53,7 @@ def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
     Raises:
         GraftError: no kind, or a forward that cannot be placed.
     """
-    base = next((base for base in _KINDS if issubclass(cls, base)), None)
+    base = _base_of(cls)
     if base is None:
         raise GraftError(f"{cls.__name__} is none of the kinds that can be adapted: {_names()}")
     mixin = _KINDS[base]
@@ -94,7 +94,23 @@ def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
         )
     if any(name.startswith("lora_") for name in layer._modules):
         return "it already has modules named lora_*, of another library"
+    taken = _taken_names(layer)
+    if taken:
+        return f"it has attributes of its own named {', '.join(sorted(taken))}, which an adapted layer needs"
     return None
+
+
+def _taken_names(layer: nn.Module) -> set[str]:
+    """Names that the layer uses and its mixin would give another meaning."""
+    base = _base_of(type(layer))
+    assert base is not None
+    added = {name for name in dir(_KINDS[base]) if not name.startswith("__") and not hasattr(base, name)}
+    return added & {*dir(type(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
+
+
+def _base_of(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The registered class that is nearest among the ancestors of `cls`."""
+    return next((ancestor for ancestor in cls.__mro__ if ancestor in _KINDS), None)
 
 
 def _calls_super(forward: object) -> bool:

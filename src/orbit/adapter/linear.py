@@ -18,22 +18,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orbit.adapter import dora
+from orbit.adapter.config import LayerConfig
 from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import fresh_factors, low_rank
 from orbit.adapter.offload import execution_device, weights_at_hand
-from orbit.adapter.owners import Down, Magnitude, Slot, Up
+from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 
 
 class LinearGraft(Graft, nn.Linear):
     """The mixin for `nn.Linear`; `kinds.py` decides where it goes among the layer's bases."""
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slot = self.current_slot()
-        base = super().forward(input, *args, **kwargs)
-        if slot is None:
-            return base
+    def one(self, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base(input, *args, **kwargs)
+        self._refuse_misfit(base, slot)
+        p = slot.down.dropout if self.training else 0.0
+        x = F.dropout(input, p) if p else input
+        if slot.magnitude is None:
+            return low_rank(base, x, slot.down.weight, slot.up.weight, slot.coefficient)
+        if not p:
+            return self._dora(base, x, slot)
+        dropped = self.base(x, *args, **kwargs)
+        return base + (self._dora(dropped, x, slot) - dropped)
+
+    def _refuse_misfit(self, base: Tensor, slot: Slot) -> None:
         if base.shape[-1] != slot.up.weight.shape[0]:
             raise GraftError(
                 f"a layer gives {base.shape[-1]} features and its adapter {slot.up.weight.shape[0]}: "
@@ -43,25 +52,17 @@ class LinearGraft(Graft, nn.Linear):
             raise GraftError(  # torch would multiply by it without a word, and return garbage
                 "an adapter is on the meta device: offload the model before injecting, not after"
             )
-        p = slot.down.dropout if self.training else 0.0
-        x = F.dropout(input, p) if p else input
-        if slot.magnitude is None:
-            return low_rank(base, x, slot.down.weight, slot.up.weight, slot.up.scale)
-        if not p:
-            return self._dora(base, x, slot)
-        dropped = super().forward(x, *args, **kwargs)
-        return base + (self._dora(dropped, x, slot) - dropped)
 
     def _dora(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
         assert slot.magnitude is not None
-        u = low_rank(base, x, slot.down.weight, slot.up.weight, slot.up.scale)
+        u = low_rank(base, x, slot.down.weight, slot.up.weight, slot.coefficient)
         return dora.rescale(u, self.bias, dora.ratio(slot.magnitude.weight, self.row_norm(slot)))
 
     def row_norm(self, slot: Slot) -> Tensor:
         """‖W + s·B·A‖ row by row, (out,), without gradient."""
         A = slot.down.weight.detach()
         return dora.row_norm(
-            self._squared_rows(A.device), self._times_weight(A), A, slot.up.weight, slot.up.scale
+            self._squared_rows(A.device), self._times_weight(A), A, slot.up.weight, slot.coefficient
         )
 
     def _times_weight(self, A: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class LinearGraft(Graft, nn.Linear):
             if self._is_dense(W):
                 dtype = dora.wide(W.dtype)
                 return W.to(dtype) @ A.to(dtype).T
-            product = super().forward(A)
+            product = self.base(A)
             return (product if self.bias is None else product - self.bias).T
 
     def _squared_rows(self, device: torch.device) -> Tensor:
@@ -101,19 +102,32 @@ class LinearGraft(Graft, nn.Linear):
 
     # -- what Graft asks of a kind ---------------------------------------------------------------------------
 
-    def new_slot(
-        self, *, r: int, alpha: float, dropout: float = 0.0, dora: bool = False, rslora: bool = False
-    ) -> Slot:
-        """Fresh owners: A random, B = 0, m = ‖W‖. float32 beside half-precision and quantised weights."""
+    def new_slot(self, config: LayerConfig) -> Slot:
+        """Fresh owners: A random, B = 0, g = 1, m = ‖W‖. float32 beside half-precision and quantised weights."""
         W = self.weight
         dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
         device = execution_device(self)
-        A, B = fresh_factors(self.in_features, self.out_features, r, device=device, dtype=dtype)
-        slot = Slot(Down(A, dropout), Up(B, alpha, rslora))
-        if not dora:
+        A, B = fresh_factors(self.in_features, self.out_features, config.r, device=device, dtype=dtype)
+        gate = Gate(torch.ones((), device=device, dtype=dtype)) if config.gated else None
+        slot = Slot(Down(A, config.dropout), Up(B, config.alpha, config.rslora), gate=gate)
+        if not config.dora:
             return slot
         with weights_at_hand(self):
             return slot._replace(magnitude=Magnitude(self.row_norm(slot).to(dtype)))
+
+    def matrix(self) -> Tensor:
+        W = self.weight.detach()
+        if not self._is_dense(W):
+            return self._times_weight(torch.eye(self.in_features, device=execution_device(self)))
+        return W.to(dora.wide(W.dtype))
+
+    def factors(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        return slot.down.weight, slot.up.weight
+
+    def set_factors(self, slot: Slot, A: Tensor, B: Tensor) -> None:
+        with torch.no_grad():
+            slot.down.weight.copy_(A)
+            slot.up.weight.copy_(B)
 
     def merged_weight(self, slot: Slot) -> Tensor:
         """W + s·B·A, or its DoRA form, computed in at least float32 and rounded once."""
@@ -125,7 +139,7 @@ class LinearGraft(Graft, nn.Linear):
         with torch.no_grad():
             dtype = dora.wide(W.dtype)
             A, B = slot.down.weight.to(dtype), slot.up.weight.to(dtype)
-            V = W.to(dtype) + slot.up.scale.to(dtype) * (B @ A)
+            V = W.to(dtype) + slot.coefficient.to(dtype) * (B @ A)
             if slot.magnitude is not None:
                 V = dora.ratio(slot.magnitude.weight.to(dtype), self.row_norm(slot))[:, None] * V
             return V.to(W.dtype)

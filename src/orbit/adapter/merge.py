@@ -33,9 +33,11 @@ def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> 
     """
     model = unwrapped(model)
     state = state_of(model, name)
-    name = state.current if name is None else name
+    name = state.current if name is None and isinstance(state.current, str) else name
     if name is None:
-        raise MergeError(f"no task is current, so say which to merge: {', '.join(map(repr, tasks(model)))}")
+        raise MergeError(
+            f"no single task is current, so say which to merge: {', '.join(map(repr, tasks(model)))}"
+        )
     layers = task_layers(model, name)
     if state.merged is not None:
         raise MergeError(f"task {state.merged!r} is merged already; unmerge it first")

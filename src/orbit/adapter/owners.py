@@ -3,6 +3,7 @@
     q_proj.lora_A.<task>.weight          (r, in)    Down
     q_proj.lora_B.<task>.weight          (out, r)   Up, which also carries the scale s
     q_proj.lora_magnitude.<task>.weight  (out,)     Magnitude, DoRA only
+    q_proj.lora_gate.<task>.weight       ()         Gate, gated LoRA only
 
 Routes hand out these modules and never bare Parameters: `load_state_dict(assign=True)` and `fully_shard`
 replace the Parameter of a module, and whoever kept the old one would go on training a dead copy.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote, unquote
 
 import torch
@@ -94,12 +95,31 @@ class Magnitude(Owner):
     """m (out,): the row norms that DoRA learns."""
 
 
+class Gate(Owner):
+    """g (), a learned factor of the layer's whole update."""
+
+
 class Slot(NamedTuple):
     """The owners that one layer uses for one task."""
 
     down: Down
     up: Up
     magnitude: Magnitude | None = None
+    gate: Gate | None = None
+
+    @property
+    def coefficient(self) -> Tensor:
+        """g·s of ΔW = g·s·B·A, a 0-d tensor."""
+        return self.up.scale if self.gate is None else self.gate.weight * self.up.scale
+
+
+class ModuleSlot(NamedTuple):
+    """A module that stands in for the whole layer under one task."""
+
+    module: nn.Module
+
+
+AnySlot: TypeAlias = "Slot | ModuleSlot"
 
 
 class Tasks(nn.Module):
@@ -108,7 +128,7 @@ class Tasks(nn.Module):
     def get(self, task: str) -> Any:
         return self._modules.get(escape(task))
 
-    def put(self, task: str, owner: Owner) -> None:
+    def put(self, task: str, owner: nn.Module) -> None:
         self.add_module(escape(task), owner)
 
     def discard(self, task: str) -> None:

@@ -5,8 +5,8 @@ Activation checkpointing runs a forward again inside the backward pass, when the
 The replay must use the route of its own forward.
 
 Autograd numbers its nodes in the order of their creation, per thread. So the history of a route is a list of
-(number of the next node, task) noted at every switch; the node that autograd is evaluating while a layer is
-replayed tells when its forward ran, and the history tells which task was current then. This pins every
+(number of the next node, route) noted at every switch; the node that autograd is evaluating while a layer is
+replayed tells when its forward ran, and the history tells which route was current then. This pins every
 replay, whoever started it: transformers' gradient checkpointing, `torch.utils.checkpoint` in both its
 variants, an adjoint method.
 """
@@ -22,8 +22,10 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from orbit.adapter.errors import RouteError
+from orbit.adapter.plan import Route, Scaled, describe
 
 LIMIT = 4096  # switches that are remembered; a forward and its backward lie far fewer apart
+HEAVY = 16  # of them such as hold a tensor of scalings, and with it perhaps the graph of the router
 
 
 def in_backward() -> bool:
@@ -32,38 +34,40 @@ def in_backward() -> bool:
 
 
 class History:
-    """The switches of one route: per thread, the numbers of the nodes at which a task became current."""
+    """The switches of one model: per thread, the numbers of the nodes at which a route became current."""
 
-    def __init__(self, task: str | None) -> None:
-        self._first = task
-        self._switches: dict[int, tuple[list[int], list[str | None]]] = {}
-        self._tasks: set[str | None] = {task}
+    def __init__(self, route: Route) -> None:
+        self._first = route
+        self._constant = True
+        self._switches: dict[int, tuple[list[int], list[Route | _Forgotten]]] = {}
         self._cut: set[int] = set()
 
-    def note(self, task: str | None) -> None:
-        """`task` is current in this thread from now on."""
-        numbers, tasks = self._switches.setdefault(threading.get_ident(), ([], []))
-        if tasks and tasks[-1] == task:
+    def note(self, route: Route) -> None:
+        """`route` is current in this thread from now on."""
+        numbers, routes = self._switches.setdefault(threading.get_ident(), ([], []))
+        if routes and routes[-1] == route:
             return
         now = torch._C._autograd._get_sequence_nr()
         if numbers and numbers[-1] == now:  # nothing was recorded under the last switch
-            tasks[-1] = task
+            routes[-1] = route
         else:
             numbers.append(now)
-            tasks.append(task)
-        self._tasks.add(task)
+            routes.append(route)
+        self._constant = self._constant and route == self._first
+        if isinstance(route, Scaled):
+            _forget_heavy(routes)
         if len(numbers) > LIMIT:
-            del numbers[: LIMIT // 2], tasks[: LIMIT // 2]
+            del numbers[: LIMIT // 2], routes[: LIMIT // 2]
             self._cut.add(threading.get_ident())
 
-    def task_of_replay(self) -> str | None:
-        """The task that was current when the node now being evaluated was created.
+    def route_of_replay(self) -> Route:
+        """The route that was current when the node now being evaluated was created.
 
         Raises:
-            RouteError: if that lies too far back, or if several threads ran forwards under different tasks,
+            RouteError: if that lies too far back, or if several threads ran forwards under different routes,
                 so that the node's number does not tell.
         """
-        if len(self._tasks) == 1:
+        if self._constant:
             return self._first
         node = _original_node()
         if node is None:
@@ -71,20 +75,39 @@ class History:
                 f"an adapted layer is replayed in a backward pass that has no current node; {_WAY_OUT}"
             )
         number = node._sequence_nr()
-        found: set[str | None] = set()
-        for thread, (numbers, tasks) in self._switches.items():
+        found: list[Route | _Forgotten] = []
+        for thread, (numbers, routes) in self._switches.items():
             index = bisect_right(numbers, number) - 1
-            if index < 0 and thread in self._cut:
+            route = self._first if index < 0 else routes[index]
+            if isinstance(route, _Forgotten) or (index < 0 and thread in self._cut):
                 raise RouteError(
-                    f"over {LIMIT // 2} route switches lie between a forward and its replay; {_WAY_OUT}"
+                    f"over {HEAVY if isinstance(route, _Forgotten) else LIMIT // 2} route switches lie between "
+                    f"a forward and its replay; {_WAY_OUT}"
                 )
-            found.add(self._first if index < 0 else tasks[index])
+            if route not in found:
+                found.append(route)
         if len(found) > 1:
             raise RouteError(
-                f"a checkpointed forward is replayed that ran under one of {sorted(map(repr, found))}, "
+                "a checkpointed forward is replayed that ran under one of "
+                f"{', '.join(sorted(describe(route) for route in found))}, "  # type: ignore[arg-type]
                 f"switched by {len(self._switches)} threads; {_WAY_OUT}"
             )
-        return found.pop()
+        return found[0]  # type: ignore[return-value]
+
+
+class _Forgotten:
+    """In the place of a route whose tensors were let go."""
+
+
+def _forget_heavy(routes: list[Route | _Forgotten]) -> None:
+    seen = 0
+    for index in range(len(routes) - 1, -1, -1):
+        if isinstance(routes[index], Scaled):
+            seen += 1
+            if seen > HEAVY:
+                routes[index] = _Forgotten()
+        elif isinstance(routes[index], _Forgotten):
+            return
 
 
 _WAY_OUT = "run forward and backward under one route, or turn activation checkpointing off"

@@ -1,45 +1,56 @@
-"""Which task a model's adapted layers use, and for how long.
+"""Which tasks a model's adapted layers use, and for how long.
 
     set_route(model, "a")             until further notice, like PEFT's `set_adapter`
     with route(model, "a"): ...       inside the block
     model(x, task="a")                for one call, taken by a hook on the model that was grafted
 
-None is the base model. A new task becomes current when it is injected. Layers read their owners from an
-attribute of their own, a `Slot` or None, so that a compiled graph sees modules change and never a name.
+"a" may also be None (the base model), a list with a name or None for every row of the batch, or, given as
+`tasks=`, a list of names to add up or a dict of their weights: `plan.py` says what each of these computes. A new
+task becomes current when it is injected. Layers read their plan from an attribute of their own, owner modules
+and tensors, so that a compiled graph sees modules change and never a name.
 Threads may share a route but not change it under each other: a call that would is an error. `state.py` keeps
 the books.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import nn
 
 from orbit.adapter.errors import RouteError, TaskError
+from orbit.adapter.plan import Route, as_route, names_in
 from orbit.adapter.state import RouteState
 
 if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
 
+TaskArgument: TypeAlias = "str | Sequence[str | None] | Route"
+TasksArgument: TypeAlias = "Sequence[str] | Mapping[str, float] | None"
+
 
 class route:
-    """`with route(model, task):` the model uses `task` (None: the base model) inside the block.
+    """`with route(model, task):` the model uses `task` inside the block.
+
+    Args:
+        task: a task's name; None, the base model; or a list with one of these per row of the batch.
+        tasks: instead of `task`, a list of tasks to add up, or a dict of their weights.
 
     Raises:
-        TaskError: no such task. RouteError: merged, or another thread is running the model.
+        TaskError: no such task. RouteError: no route, merged, or another thread is running the model.
 
-    >>> with route(model, "math"):          # doctest: +SKIP
-    ...     model.generate(**inputs)
+    >>> with route(model, ["math", None]):          # doctest: +SKIP
+    ...     model.generate(**two_prompts)
     """
 
-    def __init__(self, model: nn.Module, task: str | None) -> None:
-        self._state = state_of(model, task)
-        self._task = task
+    def __init__(self, model: nn.Module, task: TaskArgument = None, *, tasks: TasksArgument = None) -> None:
+        self._route = as_route(task, tasks)
+        self._state = state_of(model, self._route)
 
     def __enter__(self) -> None:
-        self._state.enter(self._task)
+        self._state.enter(self._route)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -48,27 +59,28 @@ class route:
         self._state.leave()
 
 
-def set_route(model: nn.Module, task: str | None) -> None:
-    """Make `task` (None: the base model) the one that `model` uses outside of calls with `task=` and blocks.
+def set_route(model: nn.Module, task: TaskArgument = None, *, tasks: TasksArgument = None) -> None:
+    """Make a route the one that `model` uses outside of calls with `task=` and blocks; see `route`.
 
     Raises:
-        TaskError: no such task. RouteError: merged, or inside a call or block.
+        TaskError: no such task. RouteError: no route, merged, or inside a call or block.
     """
-    state_of(model, task).set_default(task)
+    way = as_route(task, tasks)
+    state_of(model, way).set_default(way)
 
 
-def current_route(model: nn.Module) -> str | None:
-    """The task that `model` uses now; None is the base model."""
+def current_route(model: nn.Module) -> Route:
+    """The route that `model` uses now: a task's name, None for the base model, or one of `plan.py`'s."""
     return state_of(model).current
 
 
 # -- finding and installing ----------------------------------------------------------------------------------
 
 
-def find_state(model: nn.Module, task: str | None = None) -> RouteState | None:
+def find_state(model: nn.Module, way: Route = None) -> RouteState | None:
     """The RouteState of a model, or None if nothing below it is adapted.
 
-    A hook on the model answers at once, unless it does not know the `task` that is looked for.
+    A hook on the model answers at once, unless it does not know the tasks of the route `way`.
 
     Parts of a model that were adapted separately have one each; they are united here.
 
@@ -77,7 +89,7 @@ def find_state(model: nn.Module, task: str | None = None) -> RouteState | None:
     """
     for hook in model._forward_pre_hooks.values():
         state = getattr(hook, "__self__", None)
-        if isinstance(state, RouteState) and (task is None or task in state.configs):
+        if isinstance(state, RouteState) and all(task in state.configs for task in names_in(way)):
             return state
     states: list[RouteState] = []
     grafts: list[Graft] = []
@@ -108,20 +120,20 @@ def find_state(model: nn.Module, task: str | None = None) -> RouteState | None:
     return first
 
 
-def state_of(model: nn.Module, task: str | None = None) -> RouteState:
+def state_of(model: nn.Module, way: Route = None) -> RouteState:
     """The RouteState of a model that has tasks.
 
     Raises:
         TaskError: the model has none.
     """
-    state = find_state(model, task)
+    state = find_state(model, way)
     if state is None:
         raise TaskError(f"{type(model).__name__} has no adapters; inject some first")
     return state
 
 
 def install(model: nn.Module, state: RouteState) -> None:
-    """Hook `state` to the model, once, so that its calls take `task=`."""
+    """Hook `state` to the model, once, so that its calls take `task=` and `tasks=`."""
     if all(getattr(hook, "__self__", None) is not state for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(state.pre_forward, with_kwargs=True)
         model.register_forward_hook(state.post_forward, always_call=True)

@@ -1,6 +1,6 @@
 """The state behind a model's route: its tasks, the current one, and who relies on it.
 
-Every model replica has one RouteState; `route.py` is its face. It points each layer at the owners to use,
+Every model replica has one RouteState; `route.py` is its face. It tells each layer its plan,
 counts the calls and blocks that rely on that, and refuses what would change it under them. Its bound methods
 are the hooks on the model's root (closures could not be pickled with the model).
 
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import RouteError, TaskError
-from orbit.adapter.owners import Slot
+from orbit.adapter.plan import Plan, Route, as_route, describe, names_in, plan_of
 from orbit.adapter.replay import History, in_backward
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class _Hold(NamedTuple):
     """One call or block that relies on the current route."""
 
     thread: int
-    changes: bool  # did it ask for a task of its own?
-    task: str | None
-    before: str | None
+    changes: bool  # did it ask for a route of its own?
+    route: Route
+    before: Route
     replaying: bool  # entered inside a backward pass, where nothing is switched
     root: weakref.ref[nn.Module] | None  # of a call: the model called
 
@@ -77,7 +77,7 @@ class RouteState:
 
     def __init__(self) -> None:
         self.configs: dict[str, AdapterConfig] = {}
-        self.default: str | None = None
+        self.default: Route = None
         self.merged: str | None = None
         self._start()
 
@@ -135,8 +135,7 @@ class RouteState:
             )
 
     def _point(self, layer: Graft) -> None:
-        task = None if self.merged is not None else self._shown
-        layer.__dict__["_orbit_slot"] = None if task is None else layer.slots().get(task)
+        layer.point(None if self.merged is not None else self._shown)
 
     @property
     def busy(self) -> bool:
@@ -146,22 +145,22 @@ class RouteState:
 
     # -- switching -------------------------------------------------------------------------------------------
 
-    def set_default(self, task: str | None) -> None:
-        """Make `task` current until further notice.
+    def set_default(self, route: Route) -> None:
+        """Make `route` current until further notice.
 
         Raises:
             TaskError: no such task. RouteError: inside a call or block, or while merged.
         """
-        self._check(task)
+        self._check(route)
         with self._lock:
             self._settle()
             if self._holds:
                 raise RouteError(
-                    f"the default route cannot become {task!r} while a call or a `with route` is running"
+                    f"the default cannot become {describe(route)} while a call or a `with route` is running"
                 )
             self._lost.clear()
-            self.default = task
-            self._switch(task)
+            self.default = route
+            self._switch(route)
 
     def set_merged(self, task: str | None) -> None:
         """`task` was merged into the weights (None: unmerged), so that its branch rests."""
@@ -169,29 +168,29 @@ class RouteState:
         for layer in self.layers():
             self._point(layer)
 
-    def enter(self, task: str | None, *, changes: bool = True, root: nn.Module | None = None) -> None:
+    def enter(self, route: Route, *, changes: bool = True, root: nn.Module | None = None) -> None:
         """Start a call or a block; `leave` ends it. Without `changes` it takes the route as it is."""
         self._refuse_loss()
         if changes:
-            self._check(task)
+            self._check(route)
         me, replaying = threading.get_ident(), in_backward()
         with self._lock:
             self._settle(root)
             if not replaying:
-                self._refuse_others(me, task, changes)
+                self._refuse_others(me, route, changes)
             ref = None if root is None else weakref.ref(root)
-            self._holds.append(_Hold(me, changes, task, self.current, replaying, ref))
+            self._holds.append(_Hold(me, changes, route, self.current, replaying, ref))
             if replaying:
                 return
             if changes:
                 self.owner = me
-                self._switch(task)
+                self._switch(route)
             else:
                 if self._shown != self.current:  # a backward pass failed before it could put this right
                     self._show(self.current)
                 self._history.note(self.current)
-            if root is not None and root.training and self.current is not None and torch.is_grad_enabled():
-                self.routed.add(self.current)
+            if root is not None and root.training and torch.is_grad_enabled():
+                self.routed.update(names_in(self.current))
 
     def leave(self) -> None:
         """End this thread's last call or block and put back the route that it found."""
@@ -205,24 +204,23 @@ class RouteState:
                         self._switch(hold.before)
                     return
 
-    def slot_in_backward(self, layer: Graft) -> Slot | None:
+    def plan_in_backward(self, layer: Graft) -> Plan:
         """What a layer uses when it runs inside a backward pass: the route of its forward."""
         for hold in reversed(self._holds):
             if hold.replaying and hold.changes and hold.thread == threading.get_ident():
-                task = hold.task
+                route = hold.route
                 break
         else:
-            task = self._history.task_of_replay()
-        return None if task is None or self.merged is not None else layer.slots().get(task)
+            route = self._history.route_of_replay()
+        return None if self.merged is not None else plan_of(route, layer)
 
-    def _check(self, task: str | None) -> None:
-        if task is not None and not isinstance(task, str):
-            raise RouteError(f"a route is a task's name or None for the base model, got {task!r}")
-        if task is not None and task not in self.configs:
-            raise TaskError(f"there is no task {task!r}; the model has {list(self.configs)}")
+    def _check(self, route: Route) -> None:
+        for task in names_in(route):
+            if task not in self.configs:
+                raise TaskError(f"there is no task {task!r}; the model has {list(self.configs)}")
         if self.merged is not None:
             raise RouteError(
-                f"task {self.merged!r} is merged into the weights, so {task!r} has no route; unmerge first"
+                f"task {self.merged!r} is merged into the weights, so {describe(route)} has no route; unmerge first"
             )
 
     def _find_owner(self) -> None:
@@ -233,25 +231,25 @@ class RouteState:
         if self.owner is not None and self.owner != threading.get_ident():
             self._refuse_others(threading.get_ident(), self.default, False)
 
-    def _refuse_others(self, me: int, task: str | None, changes: bool, *, calls_only: bool = False) -> None:
+    def _refuse_others(self, me: int, route: Route, changes: bool, *, calls_only: bool = False) -> None:
         for hold in self._holds:
             if hold.root is None and calls_only:
                 continue
             if hold.thread != me and not hold.replaying and (changes or hold.changes):
-                theirs = f"task {hold.task!r}" if hold.changes else f"the default {self.current!r}"
-                mine = f"task {task!r}" if changes else f"the default {self.default!r}"
+                theirs = describe(hold.route) if hold.changes else f"the default, {describe(self.current)}"
+                mine = describe(route) if changes else f"the default, {describe(self.default)}"
                 raise RouteError(
                     f"thread {me} asks for {mine} while thread {hold.thread} runs this model under {theirs}; "
                     "one route at a time per replica: take turns, or give each thread copy.deepcopy(model)"
                 )
 
-    def _switch(self, task: str | None) -> None:
-        self.current = task
-        self._show(task)
-        self._history.note(task)
+    def _switch(self, route: Route) -> None:
+        self.current = route
+        self._show(route)
+        self._history.note(route)
 
-    def _show(self, task: str | None) -> None:
-        self._shown = task
+    def _show(self, route: Route) -> None:
+        self._shown = route
         for layer in self.layers():
             self._point(layer)
 
@@ -286,8 +284,8 @@ class RouteState:
     # -- the hooks on the model's root -----------------------------------------------------------------------
 
     def pre_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take `task=` out of a call's keywords. Compiled graphs see nothing of a call without it."""
-        if torch.compiler.is_compiling() and "task" not in kwargs:
+        """Take `task=` or `tasks=` out of a call's keywords. Compiled graphs see nothing of a call without."""
+        if torch.compiler.is_compiling() and "task" not in kwargs and "tasks" not in kwargs:
             return None
         return self._enter_call(model, args, kwargs)
 
@@ -299,16 +297,13 @@ class RouteState:
 
     @_outside_graphs
     def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if "task" not in kwargs or own_task_argument(type(model)):
-            self._guarded_enter(None, model, changes=False)
-            return None
-        kwargs = dict(kwargs)
-        self._guarded_enter(kwargs.pop("task"), model, changes=True)
-        return args, kwargs
+        given = {key: kwargs[key] for key in _ARGUMENTS - own_arguments(type(model)) if key in kwargs}
+        self._guarded_enter(given, model)
+        return (args, {key: value for key, value in kwargs.items() if key not in given}) if given else None
 
-    def _guarded_enter(self, task: str | None, model: nn.Module, *, changes: bool) -> None:
+    def _guarded_enter(self, given: dict[str, Any], model: nn.Module) -> None:
         try:
-            self.enter(task, changes=changes, root=model)
+            self.enter(as_route(**given), changes=bool(given), root=model)
         except BaseException:
             # torch runs the post-hook even if this hook raised: give it a hold of its own to take away.
             with self._lock:
@@ -316,7 +311,7 @@ class RouteState:
                     _Hold(threading.get_ident(), False, None, self.current, True, weakref.ref(model))
                 )
             raise
-        self.calls += changes
+        self.calls += bool(given)
 
     @_outside_graphs
     def _leave_call(self, model: nn.Module, output: Any) -> None:
@@ -332,14 +327,14 @@ class RouteState:
 
     # -- the hook on a call's outputs, where parts of the model are compiled ---------------------------------
 
-    def _begin_backward(self, task: str | None, grad: Tensor) -> None:
-        if self._shown == task:
+    def _begin_backward(self, route: Route, grad: Tensor) -> None:
+        if self._shown == route:
             return
         with self._lock:
             # Blocks do not count: the thread that waits for this backward pass may hold one.
-            self._refuse_others(threading.get_ident(), task, True, calls_only=True)
+            self._refuse_others(threading.get_ident(), route, True, calls_only=True)
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-            self._show(task)
+            self._show(route)
 
     def _end_backward(self) -> None:
         if self._shown != self.current:
@@ -353,14 +348,15 @@ def has_compiled_parts(model: nn.Module) -> bool:
     )
 
 
-def own_task_argument(cls: type[nn.Module]) -> bool:
-    """Does the class's forward have a parameter `task` of its own? Then the keyword is the model's."""
-    if cls not in _OWN_TASK:
-        _OWN_TASK[cls] = "task" in inspect.signature(cls.forward).parameters
-    return _OWN_TASK[cls]
+def own_arguments(cls: type[nn.Module]) -> frozenset[str]:
+    """Which of `task` and `tasks` are parameters of the class's own forward: those are the model's."""
+    if cls not in _OWN_ARGUMENTS:
+        _OWN_ARGUMENTS[cls] = frozenset(_ARGUMENTS & set(inspect.signature(cls.forward).parameters))
+    return _OWN_ARGUMENTS[cls]
 
 
-_OWN_TASK: dict[type[nn.Module], bool] = {}
+_ARGUMENTS = frozenset({"task", "tasks"})
+_OWN_ARGUMENTS: dict[type[nn.Module], frozenset[str]] = {}
 
 
 def _running_models() -> list[nn.Module]:

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from orbit.adapter import AdapterError, TaskError, current_route, load, merged, route, tasks
+from orbit.adapter import AdapterError, Route, TaskError, current_route, load, merged, route, tasks
 from orbit.chat.head import contiguous_head
 from orbit.core.extras import need
 from orbit.core.runtime import resolve_device
@@ -83,7 +83,7 @@ class ChatInterface:
         self.max_new_tokens = max_new_tokens
         self.system = system
         known = tasks(self.model)
-        self.adapter: str | None = (merged(self.model) or current_route(self.model)) if known else None
+        self.adapter: Route = (merged(self.model) or current_route(self.model)) if known else None
         if adapter is not None:
             self.use_adapter(adapter)
         self.messages: list[dict[str, str]] = []

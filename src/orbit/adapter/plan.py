@@ -1,0 +1,215 @@
+"""What a route is, and what it tells a layer.
+
+A route says which tasks a model uses:
+
+    None                          the base model
+    "math"                        one task
+    PerRow("math", None, "law")   one task per row of the batch; None is the base model
+    Together({"a": .5, "b": 2})   several at once, a weighted sum
+    Scaled(("a", "b"), S)         several at once, weighted by a tensor S that a router computed
+
+A layer is told no more than it needs, its plan: None, the Slot (or ModuleSlot) of one task, or a Mix of several:
+
+    y = base + Σ_t w_t·(y_t − base)        y_t: the layer's output under task t, base: under none
+
+where w is a number per task, 0 or 1 per row and task, or whatever S says. Tasks that the layer does not carry
+are left out of its plan: their y_t is base. So are tasks that no row of the batch uses, whose parameters then
+get no gradient at all rather than zeros, which an optimizer with momentum or weight decay would apply.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from orbit.adapter.errors import RouteError
+from orbit.adapter.owners import AnySlot
+
+if TYPE_CHECKING:
+    from orbit.adapter.graft import Graft
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """One task per row of the batch, None for the base model.
+
+    A batch may have a multiple of the route's rows; each then stands for so many neighbouring rows, which is how
+    beams and flattened tokens are laid out.
+    """
+
+    tasks: tuple[str | None, ...]
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Together:
+    """A weighted sum of tasks, as (task, weight) pairs."""
+
+    weights: tuple[tuple[str, float], ...]
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(task for task, _ in self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """Tasks weighted by a tensor, (batch, sequence, layers, tasks), with gradient if it has one.
+
+    `layers` gives a layer's place along the third axis by `id(layer)`; a layer without a place stays at its base.
+    """
+
+    tasks: tuple[str, ...]
+    scalings: Tensor
+    layers: Mapping[int, int]
+
+
+Route: TypeAlias = "str | PerRow | Together | Scaled | None"
+
+
+class Mix(NamedTuple):
+    """Several tasks at one layer.
+
+    Attributes:
+        slots: the owners of each task.
+        weights: (tasks,), (rows, tasks) or (batch, sequence, tasks), on the layer's device.
+        rows: of one task per row: for each slot the rows that use it, (n,) long, and last the rows of none;
+            else None.
+    """
+
+    slots: tuple[AnySlot, ...]
+    weights: Tensor
+    rows: tuple[Tensor, ...] | None = None
+
+    def fitted(self, rows: int) -> Mix:
+        """This mix of one task per row for a batch of so many rows.
+
+        Raises:
+            RouteError: that is no multiple of the route's rows.
+        """
+        have = len(self.weights)
+        if self.rows is None or rows == have:
+            return self
+        if rows % have:
+            raise RouteError(
+                f"the route has one task for each of {have} rows, and an adapted layer was given {rows}; "
+                "the first axis of its input must be the batch, or neighbouring rows of it flattened"
+            )
+        each = rows // have
+        steps = torch.arange(each, device=self.weights.device)
+        spread = tuple((found[:, None] * each + steps).flatten() for found in self.rows)
+        return Mix(self.slots, self.weights.repeat_interleave(each, 0), spread)
+
+
+Plan: TypeAlias = "AnySlot | Mix | None"
+
+
+def as_route(task: object = None, tasks: object = None) -> Route:
+    """The route that `task=` (a name, None, or one of them per row) or `tasks=` (several together) means.
+
+    >>> as_route("a"), as_route(["a", None]).tasks, as_route(tasks={"a": 0.5}).weights
+    ('a', ('a', None), (('a', 0.5),))
+
+    Raises:
+        RouteError: neither of these, or both at once.
+    """
+    if tasks is not None:
+        if task is not None:
+            raise RouteError(
+                f"give task={task!r} or tasks={tasks!r}, not both: one chooses, the other adds up"
+            )
+        return _together(tasks)
+    if task is None or isinstance(task, (str, PerRow, Together, Scaled)):
+        return task
+    if isinstance(task, Sequence) and task and all(name is None or isinstance(name, str) for name in task):
+        return PerRow(tuple(task))
+    raise RouteError(
+        f"a route is a task's name, None for the base model, or a list with one of these per row; got {task!r}"
+    )
+
+
+def _together(tasks: object) -> Together:
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    if isinstance(tasks, Sequence) and all(isinstance(name, str) for name in tasks):
+        if len(set(tasks)) < len(tasks):
+            raise RouteError(
+                f"tasks={list(tasks)!r} names a task twice; give weights: tasks={{name: weight}}"
+            )
+        tasks = dict.fromkeys(tasks, 1.0)
+    if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(name, str) for name in tasks):
+        raise RouteError(f"tasks is a list of names or a dict of name: weight, and not empty; got {tasks!r}")
+    for name, weight in tasks.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
+            raise RouteError(f"the weight of task {name!r} must be a finite number, got {weight!r}")
+    return Together(tuple((name, float(weight)) for name, weight in tasks.items()))
+
+
+def names_in(route: Route) -> tuple[str, ...]:
+    """The tasks that a route uses, each once, in order."""
+    if route is None:
+        return ()
+    if isinstance(route, str):
+        return (route,)
+    return tuple(dict.fromkeys(task for task in route.tasks if task is not None))
+
+
+def describe(route: Route) -> str:
+    """A route as an error message names it."""
+    if isinstance(route, PerRow):
+        return f"the rows {list(route.tasks)!r}"
+    if isinstance(route, Together):
+        return f"the tasks {dict(route.weights)!r} together"
+    if isinstance(route, Scaled):
+        return f"the tasks {list(route.tasks)!r} scaled"
+    return "the base model" if route is None else f"task {route!r}"
+
+
+def plan_of(route: Route, layer: Graft) -> Plan:
+    """What `layer` is told under `route`."""
+    slots = layer.slots()
+    if route is None or isinstance(route, str):
+        return None if route is None else slots.get(route)
+    mine = tuple(task for task in names_in(route) if task in slots)
+    if not mine:
+        return None
+    owners = tuple(slots[task] for task in mine)
+    device = layer.owners_device()
+    if isinstance(route, Scaled):
+        place = route.layers.get(id(layer))
+        if place is None:
+            return None
+        columns = [route.tasks.index(task) for task in mine]
+        weights = route.scalings[:, :, place]
+        return Mix(owners, weights if len(columns) == len(route.tasks) else weights[..., columns])
+    key = (mine, device)
+    if key not in route.cache:
+        if isinstance(route, PerRow):
+            route.cache[key] = _row_weights(route, mine, device)
+        else:
+            route.cache[key] = _sum_weights(route, mine, device)
+    return Mix(owners, *route.cache[key])
+
+
+def _sum_weights(route: Together, mine: tuple[str, ...], device: torch.device) -> tuple[Tensor, None]:
+    weights = dict(route.weights)
+    return torch.tensor([weights[task] for task in mine], device=device), None
+
+
+def _row_weights(
+    route: PerRow, mine: tuple[str, ...], device: torch.device
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    one_hot = torch.tensor([[float(task == name) for name in mine] for task in route.tasks])
+    rows: dict[str | None, list[int]] = {name: [] for name in (*mine, None)}
+    for row, task in enumerate(route.tasks):
+        rows[task if task in mine else None].append(row)
+    return one_hot.to(device), tuple(
+        torch.tensor(found, dtype=torch.long, device=device) for found in rows.values()
+    )
