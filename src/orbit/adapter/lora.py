@@ -46,7 +46,7 @@ def fused(
 ) -> Tensor:
     """The whole adapted layer, y (…, out); shapes as in the module's legend. W is dense.
 
-    Multiplies in the dtype of x, or in autocast's where autocast is on.
+    Multiplies in the dtype that torch gives u: that of x and W, or autocast's where autocast is on.
     """
     if torch.is_grad_enabled():
         return LowRank.apply(None, x, W, b, A, B, C, D)[0]
@@ -63,14 +63,6 @@ def low_rank(
     if torch.is_grad_enabled():
         return LowRank.apply(base, x, None, b, A, B, C, D)[0]
     return LowRank.forward(base, x, None, b, A, B, C, D)[0]
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a dense layer multiplies x: autocast's where it applies, else its own."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 class LowRank(torch.autograd.Function):
@@ -91,10 +83,10 @@ class LowRank(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if base is None:
             assert W is not None
-            dtype = product_dtype(x)
-            u = F.linear(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype))
+            u = F.linear(x, W, b)
         else:
-            u, dtype = base, base.dtype
+            u = base
+        dtype = u.dtype
         p = A.to(dtype) @ rows(x).to(dtype).T
         if C.dim() < 2:
             q, up = p, (C * B).to(dtype)
@@ -103,11 +95,13 @@ class LowRank(torch.autograd.Function):
         y = u
         if D is not None:
             y = torch.addcmul(u, u if b is None else u - b.to(dtype), D.to(dtype))
-        mine = (base is None or D is not None) and not torch._C._are_functorch_transforms_active()
-        if mine and y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(q.T.to(dtype), up.T)
-        else:
+        if torch._C._are_functorch_transforms_active():  # which cannot write a batched tensor into another
             y = torch.addmm(rows(y), q.T.to(dtype), up.T).view(y.shape)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format) if y is base else y.contiguous()
+            y.view(-1, y.shape[-1]).addmm_(q.T.to(dtype), up.T)
+            # F.linear may give a view, and autograd refuses in-place activations on a view that a Function made.
+            y = torch.ops.aten._unsafe_view.default(y, y.shape)
         return y, p, u if base is None and D is not None else None
 
     @staticmethod
