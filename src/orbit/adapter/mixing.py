@@ -12,6 +12,7 @@ Kinds whose y_t − base is a short product (`linear.py`) do better.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,10 +39,18 @@ def mixed(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any],
     if mix.rows is not None:
         return _per_row(layer, mix, args, kwargs, axis)
     base = layer.base(*args, **kwargs)
+    return weighted(base, (layer.adapted(slot, *args, **kwargs) for slot in mix.slots), mix)
+
+
+def weighted(base: Any, each: Iterable[Any], mix: Mix) -> Any:
+    """base + Σ_t w_t·(y_t − base) over the outputs y_t of the mix's tasks.
+
+    Raises:
+        RouteError: weights per position, where an output is not (batch, sequence, …).
+    """
     total = base
-    for index, slot in enumerate(mix.slots):
+    for index, one in enumerate(each):
         weight = mix.weights[..., index]
-        one = layer.adapted(slot, *args, **kwargs)
         total = tree_map(
             lambda t, y, b, w=weight: t + _broadcast(w, y) * (y - b) if _floats(y) else t, total, one, base
         )
