@@ -4,6 +4,8 @@
 
 A number per task: each y_t is computed on the whole batch. One task per row: the rows are sorted by task, each
 task computes its own rows and no others, and they are put back in order; so the layer's own product is done once.
+In a compiled graph, whose shapes may not depend on who got how many rows, each y_t is computed on the whole
+batch there too, and every row takes its own.
 What is batched is found by the first axis of the first tensor argument: every tensor among the arguments and
 outputs whose first axis has that length is taken apart with it.
 
@@ -35,22 +37,27 @@ def mixed(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any],
         RouteError: the batch does not fit the route's rows; or weights per position, where an output is not
             (batch, sequence, …).
     """
-    if mix.rows is not None:
-        return _per_row(layer, mix, args, kwargs, axis)
+    by_row = mix.rows is not None
+    if by_row:
+        first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        mix = layer.fitted(mix, first, axis)
+        if not torch.compiler.is_compiling():
+            return _per_row(layer, mix, args, kwargs, axis, first.shape[axis])
     base = layer.base(*args, **kwargs)
     total = base
     for index, slot in enumerate(mix.slots):
         weight = mix.weights[..., index]
         one = layer.adapted(slot, *args, **kwargs)
-        total = tree_map(
-            lambda t, y, b, w=weight: t + _broadcast(w, y) * (y - b) if _floats(y) else t, total, one, base
-        )
+        if by_row:
+            total = tree_map(lambda t, y, w=weight: _chosen(w, y, t, axis), total, one)
+        else:
+            total = tree_map(lambda t, y, b, w=weight: _added(w, y, b, t, axis), total, one, base)
     return total
 
 
-def _per_row(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Any:
-    batch = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)).shape[axis]
-    mix = mix.fitted(batch)
+def _per_row(
+    layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, batch: int
+) -> Any:
     assert mix.rows is not None
 
     def take(value: Any, rows: Tensor) -> Any:
@@ -74,16 +81,27 @@ def _per_row(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, An
     )
 
 
-def _floats(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _chosen(weight: Tensor, one: Any, other: Any, axis: int) -> Any:
+    """Rows of weight 1 from `one`, the rest from `other`."""
+    if not isinstance(one, Tensor):
+        return other
+    shape = [1] * axis + [-1] + [1] * (one.dim() - axis - 1)
+    return torch.where(weight.reshape(shape) > 0, one, other)
 
 
-def _broadcast(weight: Tensor, output: Tensor) -> Tensor:
-    """A number, or (batch, sequence), shaped to multiply `output`."""
-    if weight.dim() == 0:
-        return weight.to(output.dtype)
-    if output.shape[: weight.dim()] != weight.shape:
+def _added(weight: Tensor, one: Any, base: Any, total: Any, axis: int) -> Any:
+    """total + w·(one − base) of floating tensors."""
+    if not isinstance(one, Tensor) or not one.is_floating_point():
+        return total
+    if weight.dim() == 2:
+        weight = _per_position(weight.transpose(0, axis), one)
+    return total + weight.to(one.dtype) * (one - base)
+
+
+def _per_position(weight: Tensor, output: Tensor) -> Tensor:
+    """Weights (batch, sequence), shaped to multiply `output`."""
+    if output.shape[:2] != weight.shape:
         raise RouteError(
             f"scalings for (batch, sequence) = {tuple(weight.shape)} do not fit a layer's output {tuple(output.shape)}"
         )
-    return weight.to(output.dtype).reshape(*weight.shape, *[1] * (output.dim() - weight.dim()))
+    return weight.reshape(*weight.shape, *[1] * (output.dim() - 2))
