@@ -78,7 +78,7 @@ def test_unmatched_targets_say_what_is_near(llama: Make) -> None:
             "self_attn.q_prj",
             "target 'self_attn.q_prj' matched 0 of 16 Embedding/Linear layers; did you mean 'self_attn.q_proj' (2)?",
         ),
-        ("xyzzy", "their names end in 'down_proj', 'gate_proj'"),
+        ("xyzzy", "their names end in 'down_proj', 'embed_tokens', 'gate_proj'"),
         ("norm", "it names 1 module(s) of class LlamaRMSNorm with none of them below"),
         ("re:[", "not a regular expression"),
     ]:

@@ -77,6 +77,18 @@ class Graft(nn.Module):
         """The output under several tasks; a kind with a faster way than `mixing.mixed` overrides it."""
         return mixed(self, mix, args, kwargs)
 
+    def fitted(self, mix: Mix, input: Tensor, axis: int = 0) -> Mix:
+        """A mix of one task per row for the rows of this input, which has its batch on `axis`.
+
+        Raises:
+            RouteError: these are not the rows of the running call.
+        """
+        if input.is_floating_point() and input.dim() < 2:
+            raise RouteError("one task per row needs a batch, and an adapted layer was given a single vector")
+        if not torch.compiler.is_compiling():
+            self._orbit_route.check_rows(input.shape, axis)
+        return mix.fitted(input.shape[axis])
+
     def current_plan(self) -> Plan:
         """What this forward uses."""
         plan = self._orbit_plan
