@@ -22,7 +22,7 @@ from orbit.adapter.config import LayerConfig
 from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
-from orbit.adapter.lora import fresh_factors, low_rank
+from orbit.adapter.lora import compute_dtype, fresh_factors, low_rank
 from orbit.adapter.offload import execution_device, weights_at_hand
 from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 
@@ -30,7 +30,11 @@ from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 class LinearGraft(Graft, nn.Linear):
     """The mixin for `nn.Linear`; `kinds.py` decides where it goes among the layer's bases."""
 
+    ACTS_ON_LAST = True
+
     def one(self, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if slot.down.start is not None:
+            return self._started(slot, input, *args, **kwargs)
         base = self.base(input, *args, **kwargs)
         self._refuse_misfit(base, slot)
         p = slot.down.dropout if self.training else 0.0
@@ -41,6 +45,25 @@ class LinearGraft(Graft, nn.Linear):
             return self._dora(base, x, slot)
         dropped = self.base(x, *args, **kwargs)
         return base + (self._dora(dropped, x, slot) - dropped)
+
+    def _started(self, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`one` for a slot with a start: δ and δ₀ by the same operations, so that δ − δ₀ starts as exactly 0."""
+        base = self.base(input, *args, **kwargs)
+        self._refuse_misfit(base, slot)
+        p = slot.down.dropout if self.training else 0.0
+        x = F.dropout(input, p) if p else input
+        start = slot.start
+        assert start is not None
+        zero = torch.zeros((), device=x.device, dtype=compute_dtype(x, slot.down.weight))
+        now = low_rank(zero, x, slot.down.weight, slot.up.weight, slot.coefficient)
+        moved = now - low_rank(zero, x, start.down.weight, start.up.weight, start.coefficient)
+        if slot.magnitude is None:
+            return (base + moved).to(base.dtype)
+        c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
+        if not p:
+            return dora.rescale((base + moved).to(base.dtype), self.bias, c)
+        dropped = self.base(x, *args, **kwargs)
+        return base + (dora.rescale((dropped + moved).to(base.dtype), self.bias, c) - dropped)
 
     def _refuse_misfit(self, base: Tensor, slot: Slot) -> None:
         if base.shape[-1] != slot.up.weight.shape[0]:
@@ -60,10 +83,14 @@ class LinearGraft(Graft, nn.Linear):
 
     def row_norm(self, slot: Slot) -> Tensor:
         """‖W + s·B·A‖ row by row, (out,), without gradient."""
-        A = slot.down.weight.detach()
-        return dora.row_norm(
-            self._squared_rows(A.device), self._times_weight(A), A, slot.up.weight, slot.coefficient
-        )
+        A, B = self.update(slot)
+        A = A.detach()
+        return dora.row_norm(self._squared_rows(A.device), self._times_weight(A), A, B, slot.coefficient)
+
+    def renorm(self, slot: Slot) -> None:
+        assert slot.magnitude is not None
+        with torch.no_grad(), weights_at_hand(self):
+            slot.magnitude.weight.copy_(self.row_norm(slot))
 
     def _times_weight(self, A: Tensor) -> Tensor:
         """W·Aᵀ (out, r). A quantised weight is not dense, but the layer's own forward multiplies by it."""
@@ -138,8 +165,7 @@ class LinearGraft(Graft, nn.Linear):
             )
         with torch.no_grad():
             dtype = dora.wide(W.dtype)
-            A, B = slot.down.weight.to(dtype), slot.up.weight.to(dtype)
-            V = W.to(dtype) + slot.coefficient.to(dtype) * (B @ A)
+            V = W.to(dtype) + self.delta(slot).to(dtype)
             if slot.magnitude is not None:
                 V = dora.ratio(slot.magnitude.weight.to(dtype), self.row_norm(slot))[:, None] * V
             return V.to(W.dtype)
