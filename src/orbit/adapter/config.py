@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orbit.adapter.errors import ConfigError
+from orbit.adapter.patterns import Pattern
 
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
@@ -102,10 +103,7 @@ class AdapterConfig:
                 raise ConfigError("targets is empty: name some layers, or leave it None for all but the head")
         object.__setattr__(self, "exclude", _names("exclude", self.exclude or ()))
         for key in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ConfigError(f"pattern {key!r} is not a regular expression: {error}") from None
+            _layer_pattern(key)
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
 
@@ -265,9 +263,14 @@ def _names(label: str, value: Any) -> tuple[str, ...]:
 
 def _lookup(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", layer):
+        if _layer_pattern(key).fullmatch(layer):
             return value
     return default
+
+
+@functools.lru_cache(maxsize=256)
+def _layer_pattern(key: str) -> Pattern:
+    return Pattern(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern")
 
 
 def _own_targets(value: Any) -> tuple[str, ...] | None:

@@ -15,7 +15,6 @@ unless that is the only one. Name it as a target to adapt it.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -25,6 +24,7 @@ from torch import nn
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds import kind_of, refusal
 from orbit.adapter.owners import Owner, Tasks
+from orbit.adapter.patterns import Pattern
 
 
 def resolve(
@@ -91,10 +91,7 @@ def matches(target: str, names: Iterable[str]) -> list[str]:
     ['a.q_proj']
     """
     if target.startswith("re:"):
-        try:
-            pattern = re.compile(target[3:])
-        except re.error as error:
-            raise TargetError(f"target {target!r} is not a regular expression: {error}") from None
+        pattern = Pattern(target[3:], "targets", TargetError)
         return [name for name in names if pattern.fullmatch(name)]
     if _is_pattern(target):
         return [name for name in names if fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")]
