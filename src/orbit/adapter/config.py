@@ -11,7 +11,6 @@ from typing import Any
 from orbit.adapter.errors import ConfigError
 from orbit.adapter.patterns import Pattern
 
-
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 STARTS_FROM_WEIGHT = ("pissa", "olora")
 

@@ -106,14 +106,16 @@ def init_eva(
 
 def _fresh_rank(layer: Graft, name: str, path: str) -> int:
     slot = layer.slots()[name]
-    if not isinstance(slot, Slot) or not layer.ACTS_ON_LAST:
+    if not isinstance(slot, Slot) or not layer.LINEAR:
         raise GraftError(
             f"layer {path!r} ({type(layer).__name__}) does not multiply the rows of its input by one matrix, so it "
             "has no input directions to start from; exclude it, or use another init"
         )
     A, B = layer.factors(slot)
     if slot.start is not None or B.count_nonzero():
-        raise TaskError(f"task {name!r} has an update already at layer {path!r}; init_eva comes before training")
+        raise TaskError(
+            f"task {name!r} has an update already at layer {path!r}; init_eva comes before training"
+        )
     return A.shape[-2]
 
 

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import AdapterFileError, ConfigError
+from orbit.adapter.graft import Graft
 from orbit.adapter.inject import (
     InjectReport,
     inject,
@@ -40,7 +41,6 @@ from orbit.adapter.inject import (
     unwrapped,
 )
 from orbit.adapter.kinds import kind_of
-from orbit.adapter.graft import Graft
 from orbit.adapter.owners import Down, Owner, Tasks, Up
 from orbit.adapter.targets import nearest
 from orbit.core.files import sync_folder, write_synced

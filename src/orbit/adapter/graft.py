@@ -41,11 +41,13 @@ class Graft(nn.Module):
 
     Attributes:
         BANKS: the names of the containers of owners, in the order of Slot's fields.
-        ACTS_ON_LAST: does the layer multiply the last axis of its first argument by its matrix?
+        STARTS: does `one` take the start of a slot into account?
+        LINEAR: does the layer map (…, in) to (…, out) by its matrix?
     """
 
     BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate")
-    ACTS_ON_LAST: ClassVar[bool] = False
+    LINEAR: ClassVar[bool] = False
+    STARTS: ClassVar[bool] = False
 
     _orbit_route: RouteState
     _orbit_plan: Plan

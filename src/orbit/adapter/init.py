@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from orbit.adapter.config import STARTS_FROM_WEIGHT
+from orbit.adapter.errors import GraftError
 from orbit.adapter.offload import weights_at_hand
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def initialise(layer: Graft, slot: Slot, init: str) -> None:
     """Give a fresh slot of `layer`, which starts as "kaiming", the start that `init` names."""
     if init == "kaiming":
         return
+    if init in STARTS_FROM_WEIGHT and not layer.STARTS:
+        raise GraftError(
+            f"{type(layer).__name__} cannot start from its weight (init={init!r}); use 'kaiming', 'gaussian' or "
+            "'orthogonal', or exclude it"
+        )
     with torch.no_grad():
         A, B = layer.factors(slot)
         if init in STARTS_FROM_WEIGHT:

@@ -22,7 +22,7 @@ from orbit.adapter.config import LayerConfig
 from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
-from orbit.adapter.lora import compute_dtype, fresh_factors, low_rank
+from orbit.adapter.lora import fresh_factors, low_rank
 from orbit.adapter.offload import execution_device, weights_at_hand
 from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 
@@ -30,7 +30,7 @@ from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 class LinearGraft(Graft, nn.Linear):
     """The mixin for `nn.Linear`; `kinds.py` decides where it goes among the layer's bases."""
 
-    ACTS_ON_LAST = True
+    LINEAR = STARTS = True
 
     def one(self, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if slot.down.start is not None:
@@ -51,18 +51,18 @@ class LinearGraft(Graft, nn.Linear):
         base = self.base(input, *args, **kwargs)
         self._refuse_misfit(base, slot)
         p = slot.down.dropout if self.training else 0.0
-        x = F.dropout(input, p) if p else input
+        x = dropped_input = F.dropout(input, p) if p else input
         start = slot.start
         assert start is not None
-        zero = torch.zeros((), device=x.device, dtype=compute_dtype(x, slot.down.weight))
-        now = low_rank(zero, x, slot.down.weight, slot.up.weight, slot.coefficient)
-        moved = now - low_rank(zero, x, start.down.weight, start.up.weight, start.coefficient)
+        x = x.to(slot.down.weight.dtype)
+        now = F.linear(F.linear(x, slot.down.weight), slot.up.weight)
+        moved = slot.coefficient * (now - F.linear(F.linear(x, start.down.weight), start.up.weight))
         if slot.magnitude is None:
             return (base + moved).to(base.dtype)
         c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
         if not p:
             return dora.rescale((base + moved).to(base.dtype), self.bias, c)
-        dropped = self.base(x, *args, **kwargs)
+        dropped = self.base(dropped_input, *args, **kwargs)
         return base + (dora.rescale((dropped + moved).to(base.dtype), self.bias, c) - dropped)
 
     def _refuse_misfit(self, base: Tensor, slot: Slot) -> None:
