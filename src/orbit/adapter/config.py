@@ -11,6 +11,9 @@ from typing import Any
 from orbit.adapter.errors import ConfigError
 from orbit.adapter.patterns import Pattern
 
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+STARTS_FROM_WEIGHT = ("pissa", "olora")
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -22,6 +25,7 @@ class LayerConfig:
     dora: bool = False
     rslora: bool = False
     gated: bool = False
+    init: str = "kaiming"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class AdapterConfig:
         dora: learn a magnitude beside the direction (`adapter/dora.py`).
         rslora: s = alpha/√r instead of alpha/r.
         gated: learn one factor g of ΔW = g·s·B·A in every layer; it starts at 1.
+        init: where A and B start: "kaiming", "gaussian", "orthogonal", "pissa" or "olora" (`adapter/init.py`).
         targets: which layers, as dotted suffixes ("q_proj", "mlp.up_proj"), globs ("layers.*.q_proj") or
             regular expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a
             container means every adaptable layer below it. None: every linear layer but the head, and no
@@ -54,6 +59,7 @@ class AdapterConfig:
     dora: bool = False
     rslora: bool = False
     gated: bool = False
+    init: str = "kaiming"
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -86,6 +92,11 @@ class AdapterConfig:
         for label in ("dora", "rslora", "gated"):
             if not isinstance(getattr(self, label), bool):
                 raise ConfigError(f"{label} must be True or False, got {getattr(self, label)!r}")
+        if self.init not in INITS:
+            raise ConfigError(
+                f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}; for 'eva', which needs "
+                "data, inject first and call init_eva(model, batches)"
+            )
         if self.targets is not None:
             object.__setattr__(self, "targets", _names("targets", self.targets))
             if not self.targets:
@@ -105,6 +116,7 @@ class AdapterConfig:
             dora=self.dora,
             rslora=self.rslora,
             gated=self.gated,
+            init=self.init,
         )
 
     def rank_of(self, layer: str) -> int:
@@ -114,6 +126,23 @@ class AdapterConfig:
     def alpha_of(self, layer: str) -> float:
         """alpha for the layer of this dotted name."""
         return _lookup(self.alpha_pattern, layer, self.alpha)
+
+    def as_plain(self) -> AdapterConfig:
+        """This config with ΔW = s·(B·A − B₀·A₀) written as s'·[B, −B₀]·[A; A₀], of twice the rank and s' = s.
+
+        Itself, if its init has no start. `Graft.update` gives the factors.
+        """
+        if self.init not in STARTS_FROM_WEIGHT:
+            return self
+        factor = math.sqrt(2) if self.rslora else 2
+        return replace(
+            self,
+            init="kaiming",
+            r=2 * self.r,
+            alpha=factor * self.alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+        )
 
     def to_peft(self, target_modules: Sequence[str] | str | None = None) -> dict[str, Any]:
         """The fields of PEFT's `LoraConfig`.

@@ -39,6 +39,8 @@ from orbit.adapter.plan import Mix
 class EmbeddingGraft(DenseGraft, nn.Embedding):
     """The mixin for `nn.Embedding`."""
 
+    STARTS = False
+
     BANKS: ClassVar[tuple[str, ...]] = (
         "lora_embedding_A",
         "lora_embedding_B",

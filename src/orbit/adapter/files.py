@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import AdapterFileError, ConfigError
+from orbit.adapter.graft import Graft
 from orbit.adapter.inject import (
     InjectReport,
     inject,
@@ -40,7 +41,7 @@ from orbit.adapter.inject import (
     unwrapped,
 )
 from orbit.adapter.kinds import kind_of
-from orbit.adapter.owners import Owner, Tasks
+from orbit.adapter.owners import Down, Owner, Tasks, Up
 from orbit.adapter.targets import nearest
 from orbit.core.files import sync_folder, write_synced
 
@@ -65,9 +66,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     tensors = {
         _key(layer_name, bank): owner.weight.detach().cpu().contiguous()  # type: ignore[operator]
         for layer_name, layer in layers.items()
-        for bank, owner in layer.owners(name).items()
+        for bank, owner in _plain_owners(layer, name).items()
     }
-    fields = task_config(model, name).to_peft(_target_modules(model, set(layers)))
+    fields = task_config(model, name).as_plain().to_peft(_target_modules(model, set(layers)))
     fields["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     fields["task_type"] = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
     config = json.dumps(fields, indent=2, sort_keys=True)
@@ -168,6 +169,18 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise AdapterFileError(f"{weights}: {key} holds values that are not finite numbers")
     return fields, tensors
+
+
+def _plain_owners(layer: Graft, name: str) -> dict[str, nn.Module]:
+    """A layer's owners for a task, those with a start as owners of twice the rank (`AdapterConfig.as_plain`)."""
+    owners = layer.owners(name)
+    for bank, owner in owners.items():
+        start = getattr(owner, "start", None)
+        if isinstance(start, Up):
+            owners[bank] = Owner(torch.cat([owner.weight, -start.weight], 1))  # type: ignore[list-item]
+        elif isinstance(start, Down):
+            owners[bank] = Owner(torch.cat([owner.weight, start.weight], 0))  # type: ignore[list-item]
+    return owners
 
 
 # -- checking ------------------------------------------------------------------------------------------------

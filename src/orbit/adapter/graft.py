@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.adapter.config import LayerConfig
+from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases
 from orbit.adapter.mixing import mixed
@@ -43,11 +44,13 @@ class Graft(nn.Module):
         LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
         FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
             (`kinds.grafted_bases`).
+        STARTS: does `one` take the start of a slot into account?
     """
 
     BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate")
     LINEAR: ClassVar[bool] = False
     FORWARDS: ClassVar[tuple[str, ...]] = ("forward",)
+    STARTS: ClassVar[bool] = False
 
     _orbit_route: RouteState
     _orbit_plan: Plan
@@ -136,6 +139,29 @@ class Graft(nn.Module):
     def set_factors(self, slot: Slot, A: Tensor, B: Tensor) -> None:
         """Write the factors back, in the shapes that `factors` gives."""
         raise NotImplementedError
+
+    def renorm(self, slot: Slot) -> None:
+        """Set the magnitude of a fresh DoRA slot to the norms of W + ΔW, so that it changes nothing."""
+        raise NotImplementedError
+
+    def update(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        """The factors of ΔW = g·s·B·A with a start as extra ranks: [A; A₀] (…, R, in), [B, −B₀] (…, out, R)."""
+        A, B = self.factors(slot)
+        if slot.start is None:
+            return A, B
+        A0, B0 = self.factors(slot.start)
+        return torch.cat([A, A0], -2), torch.cat([B, -B0], -1)
+
+    def delta(self, slot: Slot) -> Tensor:
+        """ΔW = g·s·(B·A − B₀·A₀) as a matrix (…, out, in), in at least float32 and without gradient."""
+        with torch.no_grad():
+            A, B = self.factors(slot)
+            dtype = wide(A.dtype)
+            BA = B.to(dtype) @ A.to(dtype)
+            if slot.start is not None:
+                A0, B0 = self.factors(slot.start)
+                BA = BA - B0.to(dtype) @ A0.to(dtype)
+            return slot.coefficient.to(dtype) * BA
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
