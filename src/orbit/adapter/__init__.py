@@ -1,6 +1,7 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
 from orbit.adapter.config import AdapterConfig
+from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.errors import (
     AdapterError,
     AdapterFileError,
@@ -29,6 +30,7 @@ from orbit.adapter.inject import (
     check_gradients,
     inject,
     remove,
+    rename,
     set_trainable,
     task_config,
     task_layers,
@@ -37,6 +39,7 @@ from orbit.adapter.inject import (
 from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.modules import register_base_module_wrapper
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
 
@@ -44,6 +47,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterError",
     "AdapterFileError",
+    "AttentionGraft",
     "ConfigError",
     "GradientError",
     "GraftError",
@@ -70,9 +74,11 @@ __all__ = [
     "merge",
     "merge_lora",
     "merged",
+    "register_base_module_wrapper",
     "register_forward",
     "register_kind",
     "remove",
+    "rename",
     "route",
     "save",
     "save_lora",

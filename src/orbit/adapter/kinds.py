@@ -12,7 +12,8 @@ A known class is one whose branch may stand in front: quantised linears, and a f
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
 
 _KINDS: dict[type[nn.Module], type[Graft]] = {}
+_WRAPPERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 
 # Forwards of their own that still map x to x·Wᵀ + b.
 _IN_FRONT = {
@@ -35,6 +37,26 @@ _IN_FRONT = {
 def register_kind(base: type[nn.Module], mixin: type[Graft]) -> None:
     """Adapt layers of class `base` and its subclasses with `mixin`."""
     _KINDS[base] = mixin
+
+
+def register_wrapper(cls: type[nn.Module], constructor: Callable[[Any], nn.Module]) -> None:
+    """Adapt modules of class `cls` and its subclasses by modules that `constructor` makes (`modules.py`)."""
+    _WRAPPERS[cls] = constructor
+
+
+def wrapper_of(module: nn.Module) -> Callable[[Any], nn.Module] | None:
+    """The constructor by which `module` is adapted; None if it has none, or a kind of a nearer class."""
+    return _WRAPPERS.get(_base_of(own_class(module)) or nn.Module)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that it had before it was adapted."""
+    return type(module).__dict__.get("_orbit_original", type(module))
+
+
+def whole_kind() -> type[Graft]:
+    """The mixin for modules of any class, which are replaced or run with other weights as a whole."""
+    return _KINDS[nn.Module]
 
 
 def register_forward(cls: type[nn.Module]) -> None:
@@ -54,7 +76,7 @@ def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
         GraftError: no kind, or a forward that cannot be placed.
     """
     base = _base_of(cls)
-    if base is None:
+    if base is None or base in _WRAPPERS:
         raise GraftError(f"{cls.__name__} is none of the kinds that can be adapted: {_names()}")
     mixin = _KINDS[base]
     between = False
@@ -73,8 +95,8 @@ def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
     return (cls, mixin) if between else (mixin, cls)
 
 
-def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
-    """Why this layer cannot be adapted where it stands, or None if it can."""
+def refusal(layer: nn.Module, parent: nn.Module | None, *, whole: bool = False) -> str | None:
+    """Why this layer cannot be adapted where it stands (as a whole: by whatever class), or None if it can."""
     if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
         return "it is lazy and has no shape yet; run one batch through the model first"
     if isinstance(parent, nn.MultiheadAttention):
@@ -83,10 +105,11 @@ def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
         )
     if "_orbit_route" in vars(layer):
         return None  # adapted already, so it was fit
-    try:
-        grafted_bases(type(layer))
-    except GraftError as error:
-        return str(error)
+    if not whole and wrapper_of(layer) is None:
+        try:
+            grafted_bases(type(layer))
+        except GraftError as error:
+            return str(error)
     own = vars(layer)
     if "forward" in own and not ("_hf_hook" in own and "_old_forward" in own):
         return (
@@ -103,14 +126,16 @@ def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
 def _taken_names(layer: nn.Module) -> set[str]:
     """Names that the layer uses and its mixin would give another meaning."""
     base = _base_of(type(layer))
-    assert base is not None
+    if base not in _KINDS:
+        base = nn.Module
     added = {name for name in dir(_KINDS[base]) if not name.startswith("__") and not hasattr(base, name)}
     return added & {*dir(type(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
 
 
 def _base_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The registered class that is nearest among the ancestors of `cls`."""
-    return next((ancestor for ancestor in cls.__mro__ if ancestor in _KINDS), None)
+    known = (ancestor for ancestor in cls.__mro__ if ancestor in _KINDS or ancestor in _WRAPPERS)
+    return next((ancestor for ancestor in known if ancestor is not nn.Module), None)
 
 
 def _calls_super(forward: object) -> bool:
@@ -123,4 +148,4 @@ def _path(cls: type) -> str:
 
 
 def _names() -> str:
-    return ", ".join(base.__name__ for base in _KINDS)
+    return ", ".join(base.__name__ for base in _KINDS if base is not nn.Module)

@@ -24,7 +24,7 @@ from torch import nn
 
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds import kind_of, refusal
-from orbit.adapter.owners import Owner, Tasks
+from orbit.adapter.owners import Tasks
 
 
 def resolve(
@@ -40,7 +40,7 @@ def resolve(
         TargetError: a target or an exclusion that matches nothing, or names a layer that cannot be adapted;
             no layer left.
     """
-    modules, parents = _tree(model)
+    modules, parents = tree(model)
     layers = {name: module for name, module in modules.items() if kind_of(module) is not None}
     skipped: dict[str, str] = {}
     if targets is None:
@@ -53,7 +53,7 @@ def resolve(
         chosen, by_name = set(), set()
         for target in targets:
             hits = matches(target, modules)
-            reached = [name for name in layers if _at_or_below(name, hits)]
+            reached = [name for name in layers if at_or_below(name, hits)]
             if not reached:
                 raise TargetError(_nothing(target, hits, modules, layers))
             chosen.update(reached)
@@ -61,7 +61,7 @@ def resolve(
                 by_name.update(hit for hit in hits if hit in layers)
     for target in exclude:
         hits = matches(target, modules)
-        gone = [name for name in layers if _at_or_below(name, hits)]
+        gone = [name for name in layers if at_or_below(name, hits)]
         if not gone:
             raise TargetError(_nothing(target, hits, modules, layers, label="exclude"))
         chosen.difference_update(gone)
@@ -111,18 +111,24 @@ def _is_pattern(target: str) -> bool:
     return target.startswith("re:") or any(mark in target for mark in "*?[")
 
 
-def _tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | None]]:
+def tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | None]]:
     """Every module but the adapters' own, by name, and each one's parent."""
     modules: dict[str, nn.Module] = {}
     parents: dict[str, nn.Module | None] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, (Tasks, Owner)):
-            modules[name] = module
-            parents[name] = modules.get(name.rpartition(".")[0]) if name else None
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str, parent: nn.Module | None) -> None:
+        if module not in seen and not isinstance(module, Tasks):
+            seen.add(module)
+            modules[name], parents[name] = module, parent
+            for key, child in module.named_children():
+                visit(child, f"{name}.{key}" if name else key, module)
+
+    visit(model, "", None)
     return modules, parents
 
 
-def _at_or_below(name: str, roots: Sequence[str]) -> bool:
+def at_or_below(name: str, roots: Sequence[str]) -> bool:
     return any(root in ("", name) or name.startswith(f"{root}.") for root in roots)
 
 
@@ -152,7 +158,7 @@ def _nothing(
     wanted = target.removeprefix("re:")
     found = nearest(wanted, (s for s in suffixes if s.count(".") <= wanted.count(".") and not s.isdigit()))
     if found:
-        count = len([name for name in layers if _at_or_below(name, matches(found, modules))])
+        count = len([name for name in layers if at_or_below(name, matches(found, modules))])
         return f"{said}; did you mean {found!r} ({count})?"
     some = sorted({name.rpartition(".")[2] for name in layers})[:8]
     return f"{said}; their names end in {', '.join(map(repr, some)) or 'nothing'}"
