@@ -24,6 +24,7 @@ from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.graft import Graft, graft, ungraft
 from orbit.adapter.kinds import refusal, register_kind
 from orbit.adapter.linear import LinearGraft
+from orbit.adapter.mixing import weighted
 from orbit.adapter.owners import Whole
 from orbit.adapter.plan import Mix
 from orbit.adapter.whole import WholeGraft
@@ -43,8 +44,10 @@ class AttentionGraft(WholeGraft, nn.MultiheadAttention):
             raise RouteError("one task per row needs a batch; this attention was given an input without one")
         axis = 0 if self.batch_first else 1
         batch = call["query"].shape[axis]
-        mix = mix.fitted(batch)
+        mix = self.fitted(mix, call["query"], axis)
         assert mix.rows is not None
+        if torch.compiler.is_compiling():
+            return self._chosen(mix, call, axis)
         outputs, weights, order = [], [], []
         for slot, rows in zip((*mix.slots, None), mix.rows, strict=True):
             if len(rows):
@@ -56,6 +59,15 @@ class AttentionGraft(WholeGraft, nn.MultiheadAttention):
         back = torch.cat(order).argsort()
         output = torch.cat(outputs, axis).index_select(axis, back)
         return output, None if weights[0] is None else torch.cat(weights).index_select(0, back)
+
+    def _chosen(self, mix: Mix, call: dict[str, Any], axis: int) -> tuple[Tensor, Tensor | None]:
+        """Every task on the whole batch, and each row its own: no shape depends on who got which rows."""
+        base, base_weights = self.base(**call)
+        each = [self.adapted(slot, **call) for slot in mix.slots]
+        output = weighted(base, (y for y, _ in each), mix, axis)
+        if base_weights is None:
+            return output, None
+        return output, weighted(base_weights, (w for _, w in each), mix)
 
     def _take(self, call: dict[str, Any], rows: Tensor, axis: int, batch: int) -> dict[str, Any]:
         """The arguments of these rows. A tensor that is both query and key stays one tensor."""

@@ -63,7 +63,8 @@ def _refuse(place: str, module: nn.Module, parent: nn.Module | None, name: str) 
     if kind_of(module) is not None:
         layer = place.rpartition(".")[0]
         raise TargetError(
-            f"parameter {place!r} belongs to a layer that is adapted as one; name the layer instead: targets=({layer!r},)"
+            f"parameter {place!r} belongs to a layer that is adapted as one; name the layer instead: "
+            f"targets=({layer!r},)"
         )
     if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
         raise TargetError(

@@ -24,9 +24,9 @@ from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskErro
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
 from orbit.adapter.owners import AnySlot, check_task_name
 from orbit.adapter.plan import names_in
+from orbit.adapter.reach import Planned, plan_injection
 from orbit.adapter.route import find_state, install, state_of, uninstall
 from orbit.adapter.state import RouteState
-from orbit.adapter.reach import Planned, plan_injection
 from orbit.adapter.whole import ParameterSite
 
 
@@ -99,9 +99,8 @@ def inject(
     install(model, state)
     state.set_default(name)
     count = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return InjectReport(
-        name, tuple(task_layers(model, name)), skipped, sum(n for n, trains in count if trains), sum(n for n, _ in count)
-    )
+    trainable, total = sum(n for n, trains in count if trains), sum(n for n, _ in count)
+    return InjectReport(name, tuple(task_layers(model, name)), skipped, trainable, total)
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -308,10 +307,13 @@ def _grafted_slots(plans: dict[str, Planned], state: RouteState) -> dict[str, An
     slots = {}
     path = ""
     try:
-        for path, (layer, make) in plans.items():
+        for path in plans:
+            layer, check, _ = plans[path]
             if not isinstance(layer, Graft):
                 graft(layer, state)
                 new.append(layer)  # type: ignore[arg-type]
+            check(layer)  # type: ignore[arg-type]
+        for path, (layer, _, make) in plans.items():
             slots[path] = make(layer)  # type: ignore[arg-type]
     except BaseException as error:
         for layer in new:

@@ -9,14 +9,16 @@ Nothing below a module that is replaced or run as a whole is adapted by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from orbit.adapter.config import AdapterConfig
-from orbit.adapter.errors import TargetError
+from orbit.adapter.config import AdapterConfig, LayerConfig
+from orbit.adapter.errors import ConfigError, TargetError
 from orbit.adapter.experts import resolve_parameters
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import wrapper_of
@@ -27,9 +29,16 @@ from orbit.adapter.whole import WholeGraft
 
 
 class Planned(NamedTuple):
-    """A module to adapt, and what makes its owners for the task once it is grafted."""
+    """A module to adapt.
+
+    Attributes:
+        module: where it stands in the model.
+        check: once it is grafted, refuses what would not fit, before anything is allocated.
+        make: makes its owners for the task.
+    """
 
     module: nn.Module
+    check: Callable[[Graft], None]
     make: Callable[[Graft], AnySlot]
 
 
@@ -44,12 +53,21 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
     copies = resolve_saved(model, config.save_modules)
     found: dict[str, Planned] = {}
     for path, layer in layers.items():
-        make = wrapped if wrapper_of(layer) is not None else partial(_low_rank, config=config.at(path))
-        found[path] = Planned(layer, make)
+        if wrapper_of(layer) is not None:
+            found[path] = Planned(layer, _anything, wrapped)
+        else:
+            at = config.at(path)
+            found[path] = Planned(
+                layer, partial(_check_layer, path=path, config=at), partial(_low_rank, config=at)
+            )
     for path, (module, names) in sites.items():
-        at = {name: config.at(f"{path}.{name}" if path else name) for name in names}
-        found[path] = Planned(module, partial(_at_parameters, configs=at))
-    for path in [path for path, (module, _) in found.items() if _replaced_above(path, found)]:
+        places = {name: f"{path}.{name}" if path else name for name in names}
+        configs = {name: config.at(place) for name, place in places.items()}
+        for name, place in places.items():
+            shape: torch.Size = module._parameters[name].shape  # type: ignore[union-attr]
+            _check_rank(place, "parameter", (shape[-2], shape[-1]), configs[name].r)
+        found[path] = Planned(module, _anything, partial(_at_parameters, configs=configs))
+    for path in [path for path in found if _replaced_above(path, found)]:
         del found[path]
         skipped[path] = "it lies within a module that is adapted as a whole"
     for path, module in copies.items():
@@ -60,7 +78,7 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
                 raise TargetError(f"{path!r} is trained whole, so parameters of {other!r} cannot be adapted too")
             del found[other]
             skipped[other] = "it is trained whole" if other == path else f"it lies within {path}, trained whole"
-        found[path] = Planned(module, saved)
+        found[path] = Planned(module, _anything, saved)
         skipped.pop(path, None)
     for path, module in tree(model)[0].items():
         if isinstance(module, nn.MultiheadAttention) and path in found:
@@ -74,10 +92,34 @@ def _replaced_above(path: str, found: dict[str, Planned]) -> bool:
     return any(wrapper_of(found[other].module) is not None for other in above)
 
 
-def _low_rank(layer: Graft, config: object) -> AnySlot:
-    return layer.new_slot(config)  # type: ignore[arg-type]
+def _anything(layer: Graft) -> None:
+    """A module that is copied or made by a constructor has no rank."""
 
 
-def _at_parameters(layer: Graft, configs: object) -> AnySlot:
+def _low_rank(layer: Graft, config: LayerConfig) -> AnySlot:
+    return layer.new_slot(config)
+
+
+def _at_parameters(layer: Graft, configs: Mapping[str, LayerConfig]) -> AnySlot:
     assert isinstance(layer, WholeGraft)
-    return layer.new_whole(configs)  # type: ignore[arg-type]
+    return layer.new_whole(configs)
+
+
+def _check_layer(layer: Graft, path: str, config: LayerConfig) -> None:
+    _check_rank(path, type(layer).__name__, layer.matrix_shape(), config.r)
+
+
+def _check_rank(path: str, what: str, shape: tuple[int, int], r: int) -> None:
+    """Refuse a rank beyond which B·A gains nothing, before anything of that size is allocated."""
+    out_size, in_size = shape
+    limit = min(in_size, out_size)
+    if r > limit:
+        here = (
+            f", here alone by rank_pattern={{{re.escape(path)!r}: {limit}}}, or exclude the layer"
+            if path
+            else ""
+        )
+        raise ConfigError(
+            f"layer {path!r} has a weight of {in_size} -> {out_size} ({what}), so no update of it has "
+            f"a rank above {limit}, and r is {r}; lower it{here}"
+        )

@@ -219,7 +219,7 @@ class ParameterSite(Graft):
         self._orbit_host._orbit_merged = None
 
     def extra_repr(self) -> str:
-        return "x".join(map(str, dense_weight(self).shape)) if "_orbit_host" in self.__dict__ else ""
+        return self.parameter
 
 
 ParameterSite._orbit_original = ParameterSite  # type: ignore[attr-defined]  # what remains without tasks
