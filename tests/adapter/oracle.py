@@ -39,7 +39,11 @@ def dense_weight(W: Tensor, slot: Any, delta: Tensor, out_axis: int) -> Tensor:
         return V
     others = [axis for axis in range(V.dim()) if axis != out_axis % V.dim()]
     norm = V.detach().square().sum(others, keepdim=True).sqrt()
-    return slot.magnitude.weight.view([-1 if axis == out_axis % V.dim() else 1 for axis in range(V.dim())]) * V / norm
+    return (
+        slot.magnitude.weight.view([-1 if axis == out_axis % V.dim() else 1 for axis in range(V.dim())])
+        * V
+        / norm
+    )
 
 
 def same_as_dense(
@@ -57,7 +61,9 @@ def same_as_dense(
     if x.is_floating_point():
         x = x.clone().requires_grad_()
         leaves.append(x)
-    weights = {"weight": dense_weight(bare.weight.detach(), slot, delta(slot.down.weight, slot.up.weight), out_axis)}
+    weights = {
+        "weight": dense_weight(bare.weight.detach(), slot, delta(slot.down.weight, slot.up.weight), out_axis)
+    }
     y, oracle = layer(x), functional_call(bare, weights, (x,))
     torch.testing.assert_close(y, oracle, rtol=rtol, atol=1e-10)
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
