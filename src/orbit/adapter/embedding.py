@@ -81,11 +81,10 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
         """w (…, 1): which share of the gradient of each position reaches its row."""
         if not torch.is_grad_enabled() or (self.padding_idx is None and not self.scale_grad_by_freq):
             return None
-        share = torch.ones(input.shape, device=input.device, dtype=torch.float32)
+        share = torch.ones(input.shape, device=input.device, dtype=dora.wide(self.weight.dtype))
         if self.scale_grad_by_freq:
-            ones = share.flatten()
-            counts = torch.zeros(self.num_embeddings, device=input.device)
-            share = 1 / counts.index_add(0, input.flatten().long(), ones)[input]
+            counts = share.new_zeros(self.num_embeddings).index_add(0, input.flatten(), share.flatten())
+            share = 1 / counts[input.long()]
         if self.padding_idx is not None:
             share = share.masked_fill(input == self.padding_idx, 0)
         return share[..., None]

@@ -57,7 +57,7 @@ class LinearGraft(DenseGraft, nn.Linear):
         return dora.rescale(u, self.bias, dora.ratio(slot.magnitude.weight, self.row_norm(slot)))
 
     def branch(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
-        return low_rank(base, x, slot.down.weight, slot.up.weight, slot.coefficient)
+        return linear_branch(base, x, slot)
 
     def matrix_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -66,6 +66,12 @@ class LinearGraft(DenseGraft, nn.Linear):
         """W·Aᵀ (out, r) of a quantised weight: the layer's own forward multiplies by it."""
         product = self.base(A)
         return (product if self.bias is None else product - self.bias).T
+
+
+def linear_branch(base: Tensor, x: Tensor, slot: Slot) -> Tensor:
+    """base + g·s·x·Aᵀ·Bᵀ: what the branch of a layer that maps (…, in) to (…, out) computes."""
+    B = slot.up.weight if slot.gate is None else slot.gate.weight * slot.up.weight
+    return low_rank(base, x, slot.down.weight, B, slot.up.scale)
 
 
 register_kind(nn.Linear, LinearGraft)
