@@ -289,7 +289,9 @@ def test_half_precision_and_autocast(kind: str) -> None:
     assert single.slots()["default"].up.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
+)
 def test_one_graph_under_compile() -> None:
     layer = trained(make(torch.float32, **LAYERS["both"]), dora=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

@@ -41,7 +41,7 @@ class DenseGraft(Graft):
     """The part of a kind that follows from its weight being a matrix. Kinds derive from it and torch's class."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # Tensor | None; torch's classes do not agree on it
 
     # -- the forward -----------------------------------------------------------------------------------------
 
