@@ -177,6 +177,29 @@ def test_rows_and_sums_are_the_tasks_own(variant: str) -> None:
     torch.testing.assert_close(alone, want[0])
 
 
+@pytest.mark.parametrize("variant", ["gated", "dora"])
+def test_gradients_of_mixed_rows_are_those_of_separate_batches(variant: str) -> None:
+    layer, x = trained(make(2, groups=2), "a", **VARIANTS[variant]), batch(2, 4)
+    trained(layer, "b", seed=1, **VARIANTS[variant])
+    dy = torch.randn(4, 8, 7, 6).double()
+    (layer(x, task=["a", "b", None, "a"]) * dy).sum().backward()
+    for task, rows in (("a", [0, 3]), ("b", [1])):
+        own = [owner.weight for owner in layer.owners(task).values()]
+        wanted = torch.autograd.grad((layer(x[rows], task=task) * dy[rows]).sum(), own)
+        torch.testing.assert_close([weight.grad for weight in own], list(wanted))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("options", ["all at once", "depthwise"])
+def test_one_graph_under_compile(options: str) -> None:
+    layer = trained(make(2, torch.float32, **LAYERS[options]), dora=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, A = batch(2, dtype=torch.float32), layer.slots()["default"].down.weight
+    torch.testing.assert_close(compiled(x), layer(x))
+    mine, eager = (torch.autograd.grad(f(x).square().sum(), A) for f in (compiled, layer))
+    torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+
+
 def test_scalings_of_rows_fit_and_those_of_positions_are_refused() -> None:
     layer, x = trained(make(2)), batch(2, 8)  # 8 rows, 8 channels: nothing fits by chance
     off, on = layer(x, task=None), layer(x)

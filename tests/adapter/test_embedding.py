@@ -301,3 +301,30 @@ def test_one_graph_under_compile() -> None:
         torch.autograd.grad(compiled(TOKENS).square().sum(), A),
         torch.autograd.grad(layer(TOKENS).square().sum(), A),
     )
+
+
+@pytest.mark.parametrize("variant", ["lora", "gated", "dora"])
+@pytest.mark.parametrize("options", ["plain", "both"])
+def test_gradients_of_mixed_rows_are_those_of_separate_batches(options: str, variant: str) -> None:
+    layer = trained(make(**LAYERS[options]), "a", **VARIANTS[variant])
+    trained(layer, "b", seed=1, **VARIANTS[variant])
+    trained(layer, "c", seed=2, **VARIANTS[variant])
+    rows = {"a": [0, 3], "b": [1], None: [2]}
+    tokens = torch.cat([TOKENS, TOKENS.flip(1)[:1]])
+    dy = torch.randn(4, 5, 5).double()
+    (layer(tokens, task=["a", "b", None, "a"]) * dy).sum().backward()
+    for task in ("a", "b"):
+        own = [owner.weight for owner in layer.owners(task).values()]
+        wanted = torch.autograd.grad((layer(tokens[rows[task]], task=task) * dy[rows[task]]).sum(), own)
+        torch.testing.assert_close([weight.grad for weight in own], list(wanted))
+    assert all(owner.weight.grad is None for owner in layer.owners("c").values())
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_mixed_rows_in_half_precision_are_the_tasks_own_bits(variant: str) -> None:
+    layer = trained(trained(make(torch.bfloat16), "a", **VARIANTS[variant]), "b", seed=1, **VARIANTS[variant])
+    one = {task: layer(TOKENS, task=task) for task in ("a", "b", None)}
+    mixed = layer(TOKENS, task=["b", "a", None])
+    assert torch.equal(mixed, torch.stack([one["b"][0], one["a"][1], one[None][2]]))
+    beams = layer(TOKENS.repeat_interleave(2, 0), task=["b", "a", None])
+    assert torch.equal(beams, mixed.repeat_interleave(2, 0))

@@ -47,17 +47,20 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
     )
 
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._refuse_misfit(slot)
-        A, B = slot.down.weight, slot.up.weight
-        dtype = compute_dtype(base, A)
-        h = slot.coefficient * F.embedding(input, A.T).to(dtype)
         share = self._gradient_share(input)
-        update = _share_gradient(h @ B.to(dtype).T, share)
-        u = (base + update).to(base.dtype)
+        u = (base + self._update(slot, input, base, share)).to(base.dtype)
         if slot.magnitude is None:
             return u
         c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
         return dora.rescale(u, None, _share_gradient(c.expand(u.shape), share))
+
+    def _update(self, slot: Slot, input: Tensor, base: Tensor, share: Tensor | None) -> Tensor:
+        """s·A[:, i]·Bᵀ (…, dim) for every index, in the dtype in which the branch multiplies."""
+        self._refuse_misfit(slot)
+        A, B = slot.down.weight, slot.up.weight
+        dtype = compute_dtype(base, A)
+        h = slot.coefficient * F.embedding(input, A.T).to(dtype)
+        return _share_gradient(h @ B.to(dtype).T, share)
 
     def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Several tasks. Indices (1, …) that all rows share, such as positions, are repeated for every row.
@@ -75,7 +78,24 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
                     f"an embedding was given indices {tuple(input.shape)} under a route for {rows} rows; "
                     "give it (rows, …), or (1, …) if all rows share them"
                 )
-        return super().mixed(mix, input, *args, **kwargs)
+        low_rank = all(isinstance(slot, Slot) and slot.magnitude is None for slot in mix.slots)
+        if mix.rows is None or not low_rank:
+            return super().mixed(mix, input, *args, **kwargs)
+        return self._low_rank_rows(mix.fitted(len(input)), input, *args, **kwargs)
+
+    def _low_rank_rows(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One task per row: the base once, and on it the updates of the rows that have one."""
+        assert mix.rows is not None
+        base = self.base(input, *args, **kwargs)
+        used = [(slot, rows) for slot, rows in zip(mix.slots, mix.rows, strict=False) if len(rows)]
+        updates = []
+        for slot, rows in used:
+            own = input.index_select(0, rows)
+            updates.append(self._update(slot, own, base, self._gradient_share(own)))  # type: ignore[arg-type]
+        update = torch.cat(updates)
+        wide = torch.promote_types(base.dtype, update.dtype)
+        order = torch.cat([rows for _, rows in used])
+        return base.to(wide).index_add(0, order, update.to(wide)).to(base.dtype)
 
     def _gradient_share(self, input: Tensor) -> Tensor | None:
         """w (…, 1): which share of the gradient of each position reaches its row."""
