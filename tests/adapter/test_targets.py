@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 from torch import nn
 
-from orbit.adapter import AdapterConfig, TargetError, inject
+from orbit.adapter import AdapterConfig, ConfigError, TargetError, inject
 from orbit.adapter.targets import matches, resolve
 
 Make = Callable[..., nn.Module]
@@ -88,6 +90,17 @@ def test_unmatched_targets_say_what_is_near(llama: Make) -> None:
         inject(model, AdapterConfig(targets=("mlp",), exclude=("layers",)))
     assert not any("lora" in name for name in model.state_dict())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_pattern_that_takes_exponential_time_is_given_up(mlp: Make) -> None:
+    model = nn.Sequential(OrderedDict({"a" * 50 + "b": mlp()}))
+    start = time.process_time()
+    with pytest.raises(TargetError, match=r"matching '\(a\|a\)\*' takes over 1 s"):
+        inject(model, AdapterConfig(targets=("re:(a|a)*",)))
+    with pytest.raises(ConfigError, match=r"rank_pattern or alpha_pattern: matching .* takes over 1 s"):
+        inject(model, AdapterConfig(targets=("re:.*0",), rank_pattern={r"(a|a)*\W+": 2}))
+    assert time.process_time() - start < 4
+    assert not any("lora" in name for name in model.state_dict())
 
 
 def test_shared_layers_are_one_layer() -> None:

@@ -20,6 +20,7 @@ update lies inside of that. A head that is tied to the embedding reads W, and st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,12 @@ from orbit.adapter.plan import Mix
 class EmbeddingGraft(DenseGraft, nn.Embedding):
     """The mixin for `nn.Embedding`."""
 
+    FILE_NAMES: ClassVar[Mapping[str, str]] = {
+        "lora_embedding_A.weight": "lora_embedding_A",
+        "lora_embedding_B.weight": "lora_embedding_B",
+        "lora_magnitude.weight": "lora_magnitude_vector",
+    }
+
     BANKS: ClassVar[tuple[str, ...]] = (
         "lora_embedding_A",
         "lora_embedding_B",
@@ -48,19 +55,24 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
 
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         share = self._gradient_share(input)
-        u = (base + self._update(slot, input, base, share)).to(base.dtype)
+        u = (base + self._update(base, slot, input, share)).to(base.dtype)
         if slot.magnitude is None:
             return u
         c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
         return dora.rescale(u, None, _share_gradient(c.expand(u.shape), share))
 
-    def _update(self, slot: Slot, input: Tensor, base: Tensor, share: Tensor | None) -> Tensor:
-        """s·A[:, i]·Bᵀ (…, dim) for every index, in the dtype in which the branch multiplies."""
+    def _update(self, base: Tensor, slot: Slot, input: Tensor, share: Tensor | None) -> Tensor:
+        """The rows of ΔW (…, dim) for these indices, in the dtype in which the branch multiplies."""
         self._refuse_misfit(slot)
+        update = self._rows_of_update(base, slot, input)
+        if slot.start is not None:
+            update = update - self._rows_of_update(base, slot.start, input)
+        return _share_gradient(update, share)
+
+    def _rows_of_update(self, base: Tensor, slot: Slot, input: Tensor) -> Tensor:
         A, B = slot.down.weight, slot.up.weight
         dtype = compute_dtype(base, A)
-        h = slot.coefficient * F.embedding(input, A.T).to(dtype)
-        return _share_gradient(h @ B.to(dtype).T, share)
+        return (slot.coefficient * F.embedding(input, A.T).to(dtype)) @ B.to(dtype).T
 
     def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Several tasks. Indices (1, …) that all rows share, such as positions, are repeated for every row.
@@ -79,9 +91,9 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
                     "give it (rows, …), or (1, …) if all rows share them"
                 )
         low_rank = all(isinstance(slot, Slot) and slot.magnitude is None for slot in mix.slots)
-        if mix.rows is None or not low_rank:
+        if mix.rows is None or not low_rank or torch.compiler.is_compiling():
             return super().mixed(mix, input, *args, **kwargs)
-        return self._low_rank_rows(mix.fitted(len(input)), input, *args, **kwargs)
+        return self._low_rank_rows(self.fitted(mix, input), input, *args, **kwargs)
 
     def _low_rank_rows(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One task per row: the base once, and on it the updates of the rows that have one."""
@@ -91,7 +103,7 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
         updates = []
         for slot, rows in used:
             own = input.index_select(0, rows)
-            updates.append(self._update(slot, own, base, self._gradient_share(own)))  # type: ignore[arg-type]
+            updates.append(self._update(base, slot, own, self._gradient_share(own)))  # type: ignore[arg-type]
         update = torch.cat(updates)
         wide = torch.promote_types(base.dtype, update.dtype)
         order = torch.cat([rows for _, rows in used])
