@@ -163,19 +163,33 @@ def test_rows_and_sums_are_the_tasks_own(options: str, variant: str) -> None:
     )
 
 
+class Shared(nn.Module):
+    """Calls an embedding with indices that its caller's rows share."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, indices: Tensor) -> Tensor:
+        return x + self.layer(indices)
+
+
 def test_positions_that_all_rows_share() -> None:
-    layer = trained(make(), "a")
-    shared = TOKENS[:1]
-    on, off = layer(shared, task="a"), layer(shared, task=None)
-    torch.testing.assert_close(layer(shared, task=["a", None, "a"]), torch.cat([on, off, on]))
+    model = Shared(make())
+    inject(model, AdapterConfig(r=2, targets=("layer",)), "a")
+    with torch.no_grad():
+        model.layer.slots()["a"].down.weight.normal_()
+    shared, x = TOKENS[:1], torch.zeros(3, 5, 5).double()
+    on, off = model(x, shared, task="a")[0], model(x, shared, task=None)[0]
+    assert not torch.equal(on, off)
+    torch.testing.assert_close(model(x, shared, task=["a", None, "a"]), torch.stack([on, off, on]))
     for n in (5, 6):  # six would look like two tokens for each of three rows
-        with pytest.raises(RouteError, match="or \\(1, …\\) if all rows share"):
-            layer(torch.arange(n), task=["a", None, "a"])
-    labels = TOKENS[:, 0]
-    torch.testing.assert_close(
-        layer(labels, task=["a", None, "a"]),
-        torch.where(torch.tensor([[1], [0], [1]]) > 0, layer(labels), layer(labels, task=None)),
-    )
+        with pytest.raises(RouteError, match=r"or \(1, …\) if all rows share"):
+            model(x, torch.arange(n), task=["a", None, "a"])
+    labels, flat = TOKENS[:, 0], torch.zeros(3, 5).double()
+    mixed = model(flat, labels, task=["a", None, "a"])
+    assert torch.equal(mixed[1], model(flat, labels, task=None)[1])
+    assert torch.equal(mixed[::2], model(flat, labels, task="a")[::2])
 
 
 def test_subclasses_that_compute_their_indices_or_scale_what_they_find() -> None:

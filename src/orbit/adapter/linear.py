@@ -111,8 +111,7 @@ class LinearGraft(DenseGraft, nn.Linear):
 
 def linear_branch(base: Tensor, x: Tensor, slot: Slot) -> Tensor:
     """base + g·s·x·Aᵀ·Bᵀ: what the branch of a layer that maps (…, in) to (…, out) computes."""
-    B = slot.up.weight if slot.gate is None else slot.gate.weight * slot.up.weight
-    return low_rank(base, x, slot.down.weight, B, slot.up.scale)
+    return low_rank(base, x, slot.down.weight, slot.up.weight, slot.coefficient)
 
 
 register_kind(nn.Linear, LinearGraft)
