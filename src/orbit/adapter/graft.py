@@ -242,6 +242,18 @@ class Graft(nn.Module):
         assert isinstance(slot, Slot)
         return slot
 
+    def settings(self, task: str) -> LayerConfig:
+        """The settings of a low-rank task here, as its owners have them."""
+        slot = self.low_rank_slot(task)
+        return LayerConfig(
+            r=slot.up.r,
+            alpha=slot.up.alpha,
+            dropout=slot.down.dropout,
+            dora=slot.magnitude is not None,
+            rslora=slot.up.rslora,
+            gated=slot.gate is not None,
+        )
+
     def banks(self) -> tuple[str, ...]:
         """The names of the containers that hold this layer's tasks."""
         return tuple(bank for bank in (*self.BANKS, _MODULES) if bank in self._modules)
