@@ -48,7 +48,9 @@ ROWS = [
 def many(fill: Fill) -> nn.Module:
     """A float64 model whose tasks differ in kind, rank and layers."""
     torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(inplace=True), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Linear(6, 10), nn.ReLU(inplace=True), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
     model.double()
     for seed, (name, config) in enumerate(CONFIGS.items()):
         inject(model, config, name)
@@ -67,7 +69,9 @@ def one_by_one(model: nn.Module, x: Tensor, rows: Sequence[str | None]) -> Tenso
 
 
 def grads(model: nn.Module) -> dict[str, Tensor | None]:
-    found = {name: None if p.grad is None else p.grad.clone() for name, p in adapter_parameters(model).items()}
+    found = {
+        name: None if p.grad is None else p.grad.clone() for name, p in adapter_parameters(model).items()
+    }
     model.zero_grad(set_to_none=True)
     return found
 
@@ -82,7 +86,9 @@ def assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", [(), (5,)])
 @pytest.mark.parametrize("each", [1, 3])
-def test_every_row_has_its_task(many: nn.Module, rows: tuple[str | None, ...], shape: tuple[int, ...], each: int) -> None:
+def test_every_row_has_its_task(
+    many: nn.Module, rows: tuple[str | None, ...], shape: tuple[int, ...], each: int
+) -> None:
     x = batch(each * len(rows), *shape)
     with torch.no_grad():
         torch.testing.assert_close(many(x, task=list(rows)), one_by_one(many, x, rows))
@@ -196,7 +202,9 @@ def test_checkpointing_with_the_route_changed_before_backward(many: nn.Module, u
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_transformers_gradient_checkpointing(use_reentrant: bool, llama: Make, fill: Fill, tokens: Tensor) -> None:
+def test_transformers_gradient_checkpointing(
+    use_reentrant: bool, llama: Make, fill: Fill, tokens: Tensor
+) -> None:
     model = llama().train()
     model.config.use_cache = False
     for seed, (name, dora) in enumerate({"a": False, "b": True}.items()):
@@ -303,6 +311,7 @@ def test_one_graph_serves_all_assignments(dora: bool, fill: Fill) -> None:
 
 @tracing
 def test_one_graph_serves_all_batches(mlp: Make, fill: Fill) -> None:
+    """Where torch lets tensors on torch's own modules have shapes that change; else it is a graph per batch size."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
@@ -312,13 +321,16 @@ def test_one_graph_serves_all_batches(mlp: Make, fill: Fill) -> None:
         fill(model, name, seed)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    for size in (4, 6, 10, 16):
-        rows = ["a", None, *["b"] * (size - 2)]
-        x = torch.randn(size, 6)
-        with route(model, rows):
-            out = compiled(x)
-        torch.testing.assert_close(out, model(x, task=rows))
-    assert counter.frame_count == 1
+    frames = []
+    with torch._dynamo.config.patch(force_nn_module_property_static_shapes=False):
+        for size in (4, 6, 10, 16):
+            rows = ["a", None, *["b"] * (size - 2)]
+            x = torch.randn(size, 6)
+            with route(model, rows):
+                out = compiled(x)
+            frames.append(counter.frame_count)
+            torch.testing.assert_close(out, model(x, task=rows))
+    assert len(set(frames)) == 1
     torch._dynamo.reset()
 
 
@@ -328,7 +340,9 @@ def test_one_graph_serves_all_batches(mlp: Make, fill: Fill) -> None:
 def test_a_batch_that_does_not_fit_is_refused_before_anything_runs(many: nn.Module) -> None:
     ran = []
     many[0].register_forward_pre_hook(lambda *_: ran.append(1))
-    with pytest.raises(RouteError, match="one task for each of 3 rows, and Sequential was called with a batch of 4"):
+    with pytest.raises(
+        RouteError, match="one task for each of 3 rows, and Sequential was called with a batch of 4"
+    ):
         many(batch(4), task=["lora", None, "dora"])
     set_route(many, ["lora", None, "dora"])
     with pytest.raises(RouteError, match="batch of 4"):

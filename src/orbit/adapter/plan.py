@@ -217,6 +217,4 @@ def _row_weights(
     rows: dict[str | None, list[int]] = {name: [] for name in (*mine, None)}
     for row, task in enumerate(route.tasks):
         rows[task if task in mine else None].append(row)
-    return one_hot, tuple(
-        torch.tensor(found, dtype=torch.long, device=device) for found in rows.values()
-    )
+    return one_hot, tuple(torch.tensor(found, dtype=torch.long, device=device) for found in rows.values())

@@ -174,7 +174,12 @@ class RouteState:
             self._point(layer)
 
     def enter(
-        self, route: Route, *, changes: bool = True, root: nn.Module | None = None, inputs: _Inputs | None = None
+        self,
+        route: Route,
+        *,
+        changes: bool = True,
+        root: nn.Module | None = None,
+        inputs: _Inputs | None = None,
     ) -> None:
         """Start a call (of `root` with `inputs`) or a block; `leave` ends it.
 
