@@ -40,9 +40,14 @@ class Graft(nn.Module):
 
     Attributes:
         BANKS: the names of the containers of owners, in the order of Slot's fields.
+        LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
+        FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
+            (`kinds.grafted_bases`).
     """
 
     BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate")
+    LINEAR: ClassVar[bool] = False
+    FORWARDS: ClassVar[tuple[str, ...]] = ("forward",)
 
     _orbit_route: RouteState
     _orbit_plan: Plan
@@ -111,6 +116,10 @@ class Graft(nn.Module):
 
     def merged_weight(self, slot: Slot) -> Tensor:
         """The weight with the task's update folded in, in the weight's dtype."""
+        raise NotImplementedError
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of `matrix`, told from the layer's settings: no task's rank may exceed either."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:

@@ -14,6 +14,7 @@ Kinds whose y_t − base is a short product (`linear.py`) do better.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,18 +38,25 @@ def mixed(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any],
         RouteError: the batch does not fit the route's rows; or weights per position, where an output is not
             (batch, sequence, …).
     """
-    by_row = mix.rows is not None
-    if by_row:
+    if mix.rows is not None:
         first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         mix = layer.fitted(mix, first, axis)
         if not torch.compiler.is_compiling():
             return _per_row(layer, mix, args, kwargs, axis, first.shape[axis])
     base = layer.base(*args, **kwargs)
+    return weighted(base, (layer.adapted(slot, *args, **kwargs) for slot in mix.slots), mix, axis)
+
+
+def weighted(base: Any, each: Iterable[Any], mix: Mix, axis: int = 0) -> Any:
+    """base + Σ_t w_t·(y_t − base) over the outputs y_t of the mix's tasks.
+
+    Raises:
+        RouteError: weights per position, where an output is not (batch, sequence, …).
+    """
     total = base
-    for index, slot in enumerate(mix.slots):
+    for index, one in enumerate(each):
         weight = mix.weights[..., index]
-        one = layer.adapted(slot, *args, **kwargs)
-        if by_row:
+        if mix.rows is not None:
             total = tree_map(lambda t, y, w=weight: _chosen(w, y, t, axis), total, one)
         else:
             total = tree_map(lambda t, y, b, w=weight: _added(w, y, b, t, axis), total, one, base)
@@ -85,23 +93,25 @@ def _chosen(weight: Tensor, one: Any, other: Any, axis: int) -> Any:
     """Rows of weight 1 from `one`, the rest from `other`."""
     if not isinstance(one, Tensor):
         return other
-    shape = [1] * axis + [-1] + [1] * (one.dim() - axis - 1)
-    return torch.where(weight.reshape(shape) > 0, one, other)
+    return torch.where(_along(weight, one, axis) > 0, one, other)
 
 
 def _added(weight: Tensor, one: Any, base: Any, total: Any, axis: int) -> Any:
     """total + w·(one − base) of floating tensors."""
     if not isinstance(one, Tensor) or not one.is_floating_point():
         return total
+    return total + _along(weight, one, axis).to(one.dtype) * (one - base)
+
+
+def _along(weight: Tensor, output: Tensor, axis: int) -> Tensor:
+    """A weight (), per row (batch,) or per position (batch, sequence), shaped to multiply `output`."""
+    if weight.dim() == 0:
+        return weight
     if weight.dim() == 2:
-        weight = _per_position(weight.transpose(0, axis), one)
-    return total + weight.to(one.dtype) * (one - base)
-
-
-def _per_position(weight: Tensor, output: Tensor) -> Tensor:
-    """Weights (batch, sequence), shaped to multiply `output`."""
-    if output.shape[:2] != weight.shape:
-        raise RouteError(
-            f"scalings for (batch, sequence) = {tuple(weight.shape)} do not fit a layer's output {tuple(output.shape)}"
-        )
-    return weight.reshape(*weight.shape, *[1] * (output.dim() - 2))
+        weight, axis = weight.transpose(0, axis), 0
+        if output.shape[:2] != weight.shape:
+            raise RouteError(
+                f"scalings for (batch, sequence) = {tuple(weight.shape)} do not fit a layer's output "
+                f"{tuple(output.shape)}"
+            )
+    return weight.reshape(*[1] * axis, *weight.shape, *[1] * (output.dim() - weight.dim() - axis))
