@@ -27,6 +27,8 @@ from orbit.adapter import (
     task_layers,
     tasks,
 )
+from orbit.core.events import Plugin
+from orbit.engine import Engine
 
 Make = Callable[..., nn.Module]
 
@@ -165,6 +167,41 @@ def test_only_tasks_that_ran_must_have_gradients(mlp: Make) -> None:
         check_gradients(model)  # nothing ran at all
 
 
+def test_rows_and_sums_ask_for_the_gradients_of_their_tasks() -> None:
+    """Each in the layers that carry it; what no row uses needs none."""
+    model, x = Bypassing(), torch.randn(3, 4)
+    inject(model, AdapterConfig(r=2, targets=("used",)), "a")
+    inject(model, AdapterConfig(r=2, targets=("used", "head")), "b")
+    inject(model, AdapterConfig(r=2, targets=("read",)), "c")
+    model(x, task=["a", None, "a"]).sum().backward()
+    check_gradients(model)
+    for options in ({"task": ["a", "b", None]}, {"tasks": {"a": 1.0, "b": -1.0}}):
+        model(x, **options).sum().backward()
+        with pytest.raises(GradientError, match=r"2 trainable .* head\.lora_A\.b\.weight, head\.lora_B"):
+            check_gradients(model)
+    model(x, task=["a", "c", None]).sum().backward()
+    with pytest.raises(GradientError, match=r"2 trainable .* read\.lora_A\.c"):
+        check_gradients(model)
+
+
+def test_a_call_that_no_backward_reaches_asks_for_nothing(mlp: Make) -> None:
+    """A micro-batch of weight 0 under a task that had no other in the window."""
+    model, x = mlp(), torch.randn(4, 6)
+    inject(model, AdapterConfig(r=2), "a")
+    inject(model, AdapterConfig(r=2), "b")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Checks(Plugin):
+        def on_before_optimizer_step(self, trainer: object) -> None:
+            check_gradients(model, may_be_empty=True)
+
+    engine = Engine(model, optimizer, plugins=[Checks()], gradient_accumulation_steps=2, device="cpu")
+    weights = {"b": 0.0, "a": 1.0}
+    for _, task in zip(engine.train([x, x]), weights, strict=True):
+        engine.update(model(x, task=task).sum(), weight=weights[task])
+    assert engine.global_step == 1
+
+
 @pytest.fixture
 def encoder() -> nn.TransformerEncoder:
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -177,9 +214,13 @@ def test_multihead_attention_is_not_adapted_in_part(encoder: nn.TransformerEncod
         TargetError, match=r"'layers.0.self_attn.out_proj' cannot be adapted: nn.MultiheadAttention"
     ):
         inject(encoder, AdapterConfig(targets=("out_proj",)))
-    report = inject(encoder, AdapterConfig(r=2, targets=("layers",)))
-    assert report.layers == tuple(f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2))
-    assert set(report.skipped) == {f"layers.{i}.self_attn.out_proj" for i in range(2)}
+    report = inject(encoder, AdapterConfig(r=2))
+    assert report.layers == tuple(f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2))[:-1]
+    assert {f"layers.{i}.self_attn.out_proj" for i in range(2)} <= set(report.skipped)
+    whole = inject(encoder, AdapterConfig(r=2, targets=("layers",)), "whole")
+    parts = ("self_attn.out_proj", "self_attn.in_proj_weight", "linear1", "linear2")
+    assert set(whole.layers) == {f"layers.{i}.{part}" for i in range(2) for part in parts}
+    assert not whole.skipped
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -319,6 +319,9 @@ def test_it_is_an_optimizer(model: nn.Module) -> None:
     for parameter in adapter_parameters(model).values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for part in optimizer._optimizers.values():
+        assert any(part.param_groups[0] is group for group in optimizer.param_groups)
     everything = list(adapter_parameters(model).values())
     assert set(map(id, optimizer.state)) == set(map(id, everything))
     assert optimizer.state[everything[0]]["step"] == 1

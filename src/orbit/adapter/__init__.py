@@ -1,5 +1,6 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
+from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
 from orbit.adapter.conv1d import Conv1DGraft
@@ -15,6 +16,7 @@ from orbit.adapter.errors import (
     TargetError,
     TaskError,
 )
+from orbit.adapter.eva import init_eva
 from orbit.adapter.files import load, save
 from orbit.adapter.functions import (
     freeze_backbone_only,
@@ -33,6 +35,7 @@ from orbit.adapter.inject import (
     check_gradients,
     inject,
     remove,
+    rename,
     set_trainable,
     task_config,
     task_layers,
@@ -41,6 +44,7 @@ from orbit.adapter.inject import (
 from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.modules import register_base_module_wrapper
 from orbit.adapter.optimizers import TaskOptimizers, per_task_loss
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
@@ -49,6 +53,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterError",
     "AdapterFileError",
+    "AttentionGraft",
     "ConfigError",
     "Conv1DGraft",
     "Conv1dGraft",
@@ -73,6 +78,7 @@ __all__ = [
     "check_gradients",
     "current_route",
     "freeze_backbone_only",
+    "init_eva",
     "inject",
     "inject_lora",
     "inject_lora_file",
@@ -83,9 +89,11 @@ __all__ = [
     "merged",
     "param_groups",
     "per_task_loss",
+    "register_base_module_wrapper",
     "register_forward",
     "register_kind",
     "remove",
+    "rename",
     "route",
     "save",
     "save_lora",
