@@ -27,6 +27,7 @@ from orbit.adapter.functions import (
     save_lora,
     unmerge_lora,
 )
+from orbit.adapter.groups import param_groups
 from orbit.adapter.inject import (
     InjectReport,
     adapter_parameters,
@@ -44,6 +45,7 @@ from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.merge import merge, merged, unmerge
 from orbit.adapter.modules import register_base_module_wrapper
+from orbit.adapter.optimizers import TaskOptimizers, per_task_loss
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
 
@@ -69,6 +71,7 @@ __all__ = [
     "Scaled",
     "TargetError",
     "TaskError",
+    "TaskOptimizers",
     "Together",
     "adapter_parameters",
     "base_state_dict",
@@ -84,6 +87,8 @@ __all__ = [
     "merge",
     "merge_lora",
     "merged",
+    "param_groups",
+    "per_task_loss",
     "register_base_module_wrapper",
     "register_forward",
     "register_kind",
