@@ -61,6 +61,11 @@ def wrapper_of(module: nn.Module) -> Callable[[Any], nn.Module] | None:
     return _WRAPPERS.get(_base_of(own_class(module)) or nn.Module)
 
 
+def mixin_of(module: nn.Module) -> type[Graft] | None:
+    """The mixin of the kind by which `module` is adapted; None if it has none, or a registered constructor."""
+    return None if wrapper_of(module) is not None else _KINDS.get(_base_of(own_class(module)) or nn.Module)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or the one that it had before it was adapted."""
     return type(module).__dict__.get("_orbit_original", type(module))
