@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,3 +261,21 @@ def test_settings_names_and_what_is_passed_on() -> None:
         LoRA.Model(nn.Linear(2, 2), alpha=float("nan"))
     with pytest.raises(TypeError):
         LoRA.Model(model=3)  # type: ignore[arg-type]
+
+
+def test_a_training_runs_checkpoint_holds_base_and_tasks(tmp_path: Path) -> None:
+    from orbit.engine import Engine
+
+    def engine() -> Engine:
+        model, _ = make()
+        model.add_task("a")
+        model.requires_grad_(False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return Engine(model, torch.optim.SGD(trained, 0.1), device="cpu")
+
+    first, second, x = engine(), engine(), torch.randn(2, 4)
+    fill(first.model, "a")
+    first.save(tmp_path / "run.pt")
+    second.load(tmp_path / "run.pt")
+    assert torch.equal(second.model(x, task="a"), first.model(x, task="a"))
+    assert not torch.equal(second.model(x, task="a"), second.model(x))

@@ -16,8 +16,8 @@ from `orbit.adapter.inject` in its habits: every layer is adapted, the last one 
 say so; no task is current unless a call names it.
 
 Inside another module its state is whole, base and tasks together, because that is what the other's checkpoint is
-for: `parent.state_dict()` holds `head.0.weight` and `head.0.lora_A.anime.weight`, and loads strictly. So do
-checkpoints that ask `full_state_dict()`.
+for: `parent.state_dict()` holds `head.0.weight` and `head.0.lora_A.anime.weight`, and loads strictly. So are the
+checkpoints of a training run, which take the state of `checkpoint_module`.
 """
 
 from __future__ import annotations
@@ -138,15 +138,16 @@ class Model(nn.Module):
             TaskError: no such task.
         """
         if args or kwargs.get("destination") is not None:  # a parent's state_dict, or one of torch's older calls
-            return self.full_state_dict(*args, **kwargs)
+            return self.model.state_dict(*args, **kwargs)
         if task is not None:
             prefix = kwargs.get("prefix", "")
             return {prefix + key: value for key, value in self._task_state(task, **kwargs).items()}
         return adapter.base_state_dict(self.model, **kwargs)
 
-    def full_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Base and tasks, as they are registered below the model."""
-        return self.model.state_dict(*args, **kwargs)
+    @property
+    def checkpoint_module(self) -> nn.Module:
+        """The module whose own `state_dict()` is base and tasks together, for checkpoints of a training run."""
+        return self.model
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, task: str | None = None
