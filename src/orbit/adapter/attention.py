@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from orbit.adapter.config import LayerConfig
 from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.graft import Graft, graft, ungraft
+from orbit.adapter.init import initialise
 from orbit.adapter.kinds import refusal, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.mixing import weighted
@@ -111,12 +112,16 @@ class AttentionGraft(WholeGraft, nn.MultiheadAttention):
         out = self.out_proj
         why = None if isinstance(out, LinearGraft) else refusal(out, None)
         if why is not None or not isinstance(out, nn.Linear):
-            raise GraftError(f"its out_proj, a {type(out).__name__}, cannot be adapted: {why or 'it is no Linear'}")
+            raise GraftError(
+                f"its out_proj, a {type(out).__name__}, cannot be adapted: {why or 'it is no Linear'}"
+            )
         held = isinstance(out, LinearGraft)
         if not held:
             graft(out, self._orbit_route)
         try:
-            return Whole({**inside, _OUT: out.new_slot(config)})  # type: ignore[operator]
+            slot = out.new_slot(config)  # type: ignore[operator]
+            initialise(out, slot, config.init)  # type: ignore[arg-type]
+            return Whole({**inside, _OUT: slot})
         finally:
             if not held:
                 ungraft(out)  # type: ignore[arg-type]

@@ -44,7 +44,9 @@ def resolve_parameters(
     for target in targets:
         hits = matches(target, places)
         if not hits:
-            close = nearest(target, (".".join(place.split(".")[-1 - target.count(".") :]) for place in places))
+            close = nearest(
+                target, (".".join(place.split(".")[-1 - target.count(".") :]) for place in places)
+            )
             raise TargetError(
                 f"parameters names {target!r}, which matched 0 of {len(places)} parameters"
                 + (f"; did you mean {close!r}?" if close else "")

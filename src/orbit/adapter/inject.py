@@ -25,7 +25,7 @@ from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class
 from orbit.adapter.owners import AnySlot, check_task_name
 from orbit.adapter.plan import names_in
 from orbit.adapter.reach import Planned, plan_injection
-from orbit.adapter.route import find_state, install, state_of, uninstall
+from orbit.adapter.route import current_route, find_state, install, state_of, uninstall
 from orbit.adapter.state import RouteState
 from orbit.adapter.whole import ParameterSite
 
@@ -181,6 +181,23 @@ def task_layers(model: nn.Module, name: str) -> dict[str, Graft]:
     """
     _state_with(model, name)
     return {path: layer for path, layer in _grafts(model).items() if layer.carries(name)}
+
+
+def one_task(model: nn.Module, name: str | None = None) -> str:
+    """`name`, else the model's only task, else its current one.
+
+    Raises:
+        TaskError: no name is given, there are several tasks or none, and no single one is current.
+    """
+    have = tasks(model)
+    if name is not None:
+        return name
+    if len(have) == 1:
+        return have[0]
+    current = current_route(model) if have else None
+    if not isinstance(current, str):
+        raise TaskError(f"say which task by name=: the model has {list(have)} and no single one is current")
+    return current
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:

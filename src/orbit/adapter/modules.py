@@ -158,7 +158,11 @@ _SHELLS: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _disown(module: nn.Module, modules: set[int], tensors: set[int]) -> None:
     """Keep the base's modules and tensors as plain attributes of `module` and what is below it."""
-    for registry, theirs in ((module._modules, modules), (module._parameters, tensors), (module._buffers, tensors)):
+    for registry, theirs in (
+        (module._modules, modules),
+        (module._parameters, tensors),
+        (module._buffers, tensors),
+    ):
         for name, value in list(registry.items()):  # type: ignore[attr-defined]
             if id(value) in theirs or isinstance(value, Shell):
                 if isinstance(module, (nn.Sequential, *_CONTAINERS)):

@@ -21,10 +21,11 @@ from torch import nn
 from orbit.adapter.config import AdapterConfig, LayerConfig
 from orbit.adapter.errors import ConfigError, TargetError
 from orbit.adapter.experts import resolve_parameters
-from orbit.adapter.graft import Graft
+from orbit.adapter.graft import Graft, original_class
+from orbit.adapter.init import initialise
 from orbit.adapter.kinds import mixin_of, wrapper_of
 from orbit.adapter.modules import resolve_saved, saved, wrapped
-from orbit.adapter.owners import AnySlot
+from orbit.adapter.owners import AnySlot, Slot
 from orbit.adapter.targets import at_or_below, resolve, tree
 from orbit.adapter.whole import WholeGraft
 
@@ -73,12 +74,18 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
         skipped[path] = "it lies within a module that is adapted as a whole"
     for path, module in copies.items():
         if any(other != path and at_or_below(path, [other]) for other in (*copies, *found)):
-            raise TargetError(f"save_modules names {path!r}, which lies within a module that is adapted as a whole")
+            raise TargetError(
+                f"save_modules names {path!r}, which lies within a module that is adapted as a whole"
+            )
         for other in [other for other in found if at_or_below(other, [path])]:
             if other in sites:
-                raise TargetError(f"{path!r} is trained whole, so parameters of {other!r} cannot be adapted too")
+                raise TargetError(
+                    f"{path!r} is trained whole, so parameters of {other!r} cannot be adapted too"
+                )
             del found[other]
-            skipped[other] = "it is trained whole" if other == path else f"it lies within {path}, trained whole"
+            skipped[other] = (
+                "it is trained whole" if other == path else f"it lies within {path}, trained whole"
+            )
         found[path] = Planned(module, _anything, saved)
         skipped.pop(path, None)
     for path, module in tree(model)[0].items():
@@ -110,7 +117,10 @@ def _anything(layer: Graft) -> None:
 
 
 def _low_rank(layer: Graft, config: LayerConfig) -> AnySlot:
-    return layer.new_slot(config)
+    slot = layer.new_slot(config)
+    if isinstance(slot, Slot):  # what is run as a whole sees to its own weights
+        initialise(layer, slot, config.init)
+    return slot
 
 
 def _at_parameters(layer: Graft, configs: Mapping[str, LayerConfig]) -> AnySlot:
@@ -119,7 +129,7 @@ def _at_parameters(layer: Graft, configs: Mapping[str, LayerConfig]) -> AnySlot:
 
 
 def _check_layer(layer: Graft, path: str, config: LayerConfig) -> None:
-    _check_rank(path, type(layer).__name__, layer.matrix_shape(), config.r)
+    _check_rank(path, original_class(layer).__name__, layer.matrix_shape(), config.r)
 
 
 def _check_rank(path: str, what: str, shape: tuple[int, int], r: int) -> None:

@@ -132,7 +132,9 @@ def tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | 
         if module not in seen and not isinstance(module, Tasks):
             seen.add(module)
             modules[name], parents[name] = module, parent
-            children = [(f"{name}.{key}" if name else key, child, module) for key, child in module.named_children()]
+            children = [
+                (f"{name}.{key}" if name else key, child, module) for key, child in module.named_children()
+            ]
             left.extend(reversed(children))
     return modules, parents
 

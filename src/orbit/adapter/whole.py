@@ -33,6 +33,7 @@ from orbit.adapter import dora
 from orbit.adapter.config import LayerConfig
 from orbit.adapter.errors import ConfigError, GraftError, MergeError
 from orbit.adapter.graft import Graft
+from orbit.adapter.init import initialise
 from orbit.adapter.kinds import own_class, register_whole_kind
 from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import mixed, weighted
@@ -136,7 +137,12 @@ class WholeGraft(Graft):
         Raises:
             ConfigError: dropout, or DoRA of experts. GraftError: a parameter that is no dense matrix.
         """
-        return Whole({name: ParameterSite(self, name).new_slot(config) for name, config in configs.items()})
+        slots = {}
+        for name, config in configs.items():
+            site = ParameterSite(self, name)
+            slots[name] = site.new_slot(config)
+            initialise(site, slots[name], config.init)
+        return Whole(slots)
 
     def put_task(self, task: str, slot: AnySlot) -> None:
         if not isinstance(slot, Whole):
@@ -185,13 +191,19 @@ class SequentialGraft(WholeGraft, nn.Sequential):
 class ParameterSite(Graft):
     """Holds the owners of one parameter of `host`, and stands for it wherever layers are listed."""
 
+    STARTS = True
+
     _orbit_host: WholeGraft
 
     def __init__(self, host: WholeGraft, name: str) -> None:
         super().__init__()
         # The host is kept out of the registered modules: it contains this one.
         self.__dict__.update(
-            _orbit_host=host, parameter=name, _orbit_route=host._orbit_route, _orbit_plan=None, _orbit_merged=None
+            _orbit_host=host,
+            parameter=name,
+            _orbit_route=host._orbit_route,
+            _orbit_plan=None,
+            _orbit_merged=None,
         )
 
     def home(self) -> tuple[nn.Module, str]:
@@ -274,7 +286,11 @@ def adapted_weight(layer: Graft, slot: Slot, *, rounded: bool = True) -> Tensor:
     kind = "cpu" if W.is_meta else W.device.type
     with torch.autocast(kind, enabled=False):
         A, B = layer.factors(slot)
-        delta = slot.coefficient.to(dtype) * (B.to(dtype) @ A.to(dtype))
+        BA = B.to(dtype) @ A.to(dtype)
+        if slot.start is not None:
+            A0, B0 = layer.factors(slot.start)
+            BA = BA - B0.to(dtype) @ A0.to(dtype)
+        delta = slot.coefficient.to(dtype) * BA
         if getattr(layer, "transposed", False):
             delta = delta.mT
         V = W.to(dtype) + delta
@@ -312,7 +328,9 @@ def _refuse_config(config: LayerConfig, name: str, W: Tensor) -> None:
             "no input to drop from; set dropout=0, or leave it out"
         )
     if config.dora and W.dim() == 3:
-        raise ConfigError(f"DoRA is not defined for the stacked weights of {name}; set dora=False, or leave it out")
+        raise ConfigError(
+            f"DoRA is not defined for the stacked weights of {name}; set dora=False, or leave it out"
+        )
 
 
 _NOTHING = object()
