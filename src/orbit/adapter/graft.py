@@ -449,7 +449,7 @@ def grafted_class(cls: type[nn.Module]) -> type[nn.Module]:
         try:
             bases = grafted_bases(cls)
         except GraftError:  # the layer as a whole
-            bases = (whole_kind(), cls)
+            bases = (whole_kind(cls), cls)
         _CLASSES[cls] = type(f"Grafted{cls.__name__}", bases, body)
     return _CLASSES[cls]
 
