@@ -1,5 +1,6 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
+from orbit.adapter.algebra import CombineReport, LayerCombination, combine
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import (
     AdapterError,
@@ -37,7 +38,7 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
-from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.merge import merge, merged, merged_state_dict, unmerge
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
 
@@ -45,10 +46,12 @@ __all__ = [
     "AdapterConfig",
     "AdapterError",
     "AdapterFileError",
+    "CombineReport",
     "ConfigError",
     "GradientError",
     "GraftError",
     "InjectReport",
+    "LayerCombination",
     "LinearGraft",
     "MergeError",
     "PerRow",
@@ -61,6 +64,7 @@ __all__ = [
     "adapter_parameters",
     "base_state_dict",
     "check_gradients",
+    "combine",
     "current_route",
     "freeze_backbone_only",
     "init_eva",
@@ -72,6 +76,7 @@ __all__ = [
     "merge",
     "merge_lora",
     "merged",
+    "merged_state_dict",
     "register_forward",
     "register_kind",
     "remove",
