@@ -4,7 +4,7 @@
 # .venv, installs the versions that constraints.txt pins, installs Orbit editable, and fetches what it needs.
 # Stamp files in .venv remember what is done, until pyproject.toml or constraints.txt changes.
 #
-#   make test ARGS="-k adapter -x"     passes arguments on (demo, test, bench, gpu, docs)
+#   make test ARGS="-k adapter -x"     passes arguments on (demo, test, bench, bench-adapters, gpu, docs)
 #   make test PYTHON=python3.12        picks the interpreter that .venv is made from
 
 PYTHON ?= python3
@@ -20,10 +20,10 @@ PINS    := pyproject.toml constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gpu docs
+.PHONY: help demo test check bench bench-adapters gpu docs
 
 help: ## print this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
 demo: $(VENV)/.dev $(VENV)/.smollm2 ## fine-tune a real 135M language model on real facts and show what it learned
 	$(BIN)/orbit demo $(ARGS)
@@ -39,6 +39,9 @@ check: $(VENV)/.dev ## formatting, lint and types
 
 bench: $(VENV)/.bench ## loop overhead per step, against a bare loop, Lightning, transformers and accelerate
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks $(ARGS)
+
+bench-adapters: $(VENV)/.bench ## adapters against PEFT: time, memory, mixed batches
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.adapters $(ARGS)
 
 gpu: $(VENV)/.dev ## the tests that need a CUDA device
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device here' % torch.__version__)"

@@ -73,12 +73,12 @@ def test_none_is_everything_but_the_head(llama: Make, mlp: Make) -> None:
 def test_unmatched_targets_say_what_is_near(llama: Make) -> None:
     model = llama()
     for target, said in [
-        ("q_porj", "target 'q_porj' matched 0 of 15 Linear layers; did you mean 'q_proj' (2)?"),
+        ("q_porj", "target 'q_porj' matched 0 of 16 Embedding/Linear layers; did you mean 'q_proj' (2)?"),
         (
             "self_attn.q_prj",
-            "target 'self_attn.q_prj' matched 0 of 15 Linear layers; did you mean 'self_attn.q_proj' (2)?",
+            "target 'self_attn.q_prj' matched 0 of 16 Embedding/Linear layers; did you mean 'self_attn.q_proj' (2)?",
         ),
-        ("xyzzy", "their names end in 'down_proj', 'gate_proj'"),
+        ("xyzzy", "their names end in 'down_proj', 'embed_tokens', 'gate_proj'"),
         ("norm", "it names 1 module(s) of class LlamaRMSNorm with none of them below"),
         ("re:[", "not a regular expression"),
     ]:

@@ -2,6 +2,9 @@
 
 from orbit.adapter.algebra import CombineReport, LayerCombination, combine
 from orbit.adapter.config import AdapterConfig
+from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
+from orbit.adapter.conv1d import Conv1DGraft
+from orbit.adapter.embedding import EmbeddingGraft
 from orbit.adapter.errors import (
     AdapterError,
     AdapterFileError,
@@ -48,6 +51,11 @@ __all__ = [
     "AdapterFileError",
     "CombineReport",
     "ConfigError",
+    "Conv1DGraft",
+    "Conv1dGraft",
+    "Conv2dGraft",
+    "Conv3dGraft",
+    "EmbeddingGraft",
     "GradientError",
     "GraftError",
     "InjectReport",

@@ -18,7 +18,8 @@ matrix is formed.
 
 Two things differ from PEFT's `add_weighted_adapter`. Its "linear", "ties", "dare_…" and "magnitude_prune" work on A and
 B apart, where (ΣA)·(ΣB) holds the products of one task's A with another's B; here, as in its "…_svd" forms, they work on
-ΔW. And it elects signs before it weighs the tasks, so that a subtracted task votes for what it is meant to remove.
+ΔW. And it elects signs before it weighs the tasks, so that a subtracted task votes for
+what it is meant to remove.
 
 Sources: Ilharco et al. 2023 for task arithmetic (arXiv 2212.04089), Yadav et al. 2023 for TIES (2306.01708), Yu et al.
 2023 for DARE (2311.03099).
@@ -370,7 +371,8 @@ def _add(model: nn.Module, name: str, made: Mapping[str, _Factors], layers: Mapp
     if set(report.layers) != set(ranks):
         remove(model, name)
         raise GraftError(
-            f"the layers of task {name!r} would be {sorted(report.layers)} and not {sorted(ranks)}: some lie below others"
+            f"the layers of task {name!r} would be {sorted(report.layers)} and not {sorted(ranks)}: "
+            "some lie below others"
         )
     for path, one in made.items():
         layers[path].set_factors(layers[path].low_rank_slot(name), one.A, one.B)

@@ -35,15 +35,16 @@ class AdapterConfig:
     Attributes:
         r: rank of ΔW = s·B·A.
         alpha: numerator of the scale s = alpha/r.
-        dropout: probability of dropping an input of the low-rank branch, in [0, 1).
+        dropout: probability of dropping an input of the low-rank branch, in [0, 1). Embeddings, whose inputs
+            are indices, do without.
         dora: learn a magnitude beside the direction (`adapter/dora.py`).
         rslora: s = alpha/√r instead of alpha/r.
         gated: learn one factor g of ΔW = g·s·B·A in every layer; it starts at 1.
         init: where A and B start: "kaiming", "gaussian", "orthogonal", "pissa" or "olora" (`adapter/init.py`).
         targets: which layers, as dotted suffixes ("q_proj", "mlp.up_proj"), globs ("layers.*.q_proj") or
             regular expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a
-            container means every adaptable layer below it. None: every linear layer but the head
-            (`adapter/targets.py`).
+            container means every adaptable layer below it. None: every linear layer but the head, and no
+            convolutions or embeddings (`adapter/targets.py`).
         exclude: layers to leave out, in the same grammar.
         rank_pattern, alpha_pattern: other values of r and alpha for layers whose name ends in a match of the
             key, a regular expression. The first key that matches counts, as in PEFT.

@@ -1,13 +1,31 @@
-"""LoRA's low-rank branch.
+"""The low-rank update of a linear layer, in the one form that every variant and every route takes.
 
-    W' = W + ΔW,    ΔW = s·B·A          y = x·W'ᵀ + b = base + h·Bᵀ,    h = s·x·Aᵀ
+    y = u + D∘(u − b) + (C∘(x·Aᵀ))·Bᵀ,      u = x·Wᵀ + b
 
-    x (…, in)   base (…, out), the layer's own output   A (r, in)   B (out, r)   h (…, r)
-    s = α/r, or α/√r for rsLoRA; a 0-d tensor
+    x (…, in)   W (out, in)   b (out,) or None   u, y (…, out)
+    A (R, in)   B (out, R)    the factors in use; those of several tasks are concatenated
+    C           the coefficient of each rank, broadcastable to (…, R):
+                  ()            s = α/r, or α/√r for rsLoRA; gated: g·s
+                  (R,)          a weighted sum of tasks
+                  (rows, 1, R)  one task per row: zero where the row is another task's
+                  (batch, seq, R)  scalings per token
+    D           None, or DoRA's c − 1 (`dora.py`), broadcastable to (…, out); B is then c∘B already
 
-Backward, with g = s·(dy·B):  d_base = dy   dx = g·A   dA = gᵀ·x   dB = dyᵀ·h. It keeps x, which its
-neighbours keep anyway, and h, which is small; never ΔW, nor a copy of x in the adapter's dtype. h is returned
-as a second output because that makes second derivatives exact.
+It is computed in two places that give the same: `fused` multiplies by W too, so that the update is added into
+the product where it lies, and its gradient into that of x; `low_rank` takes u from whoever computed it (a
+quantised, parametrized or hooked layer).
+
+Backward, with M = dyᵀ·p, p = x·Aᵀ, e = dy·B, g = C∘e and sums over the axes along which an input was broadcast:
+
+    du = dy + D∘dy     dx = du·W + g·A     dA = gᵀ·x     dB = dyᵀ·(C∘p)     dC = Σ e∘p     dD = Σ dy∘(u − b)
+    where C is the same for all rows:      dB = C∘M      dC = Σ B∘M
+
+Kept for it are x, which its neighbours keep anyway, p, which is small, and for D's gradient u, a tensor of its
+own (never y, which an activation may overwrite). p is rank-major, (R, tokens): long rows are what BLAS likes.
+p and u are outputs too, because that makes second derivatives exact.
+
+Everything is multiplied in the dtype of u: float32 adapters of a bf16 layer are rounded to bf16 for the
+product, which accumulates in float32, and get float32 gradients, as under autocast.
 
 Sources: Hu et al. 2021 (arXiv 2106.09685), Kalajdzievski 2023 for rsLoRA (arXiv 2312.03732). B = 0 at the
 start, so a fresh adapter changes nothing.
@@ -19,67 +37,156 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def low_rank(base: Tensor, x: Tensor, A: Tensor, B: Tensor, s: Tensor) -> Tensor:
-    """base + s·x·Aᵀ·Bᵀ in the dtype of `base`; shapes as in the module's legend.
+def fused(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
+) -> Tensor:
+    """The whole adapted layer, y (…, out); shapes as in the module's legend. W is dense.
 
-    Computes in the adapter's dtype (float32 adapters on a bf16 base work in float32, as in PEFT), or in
-    autocast's where autocast is on.
+    Multiplies in the dtype that torch gives u: that of x and W, or autocast's where autocast is on.
     """
     if torch.is_grad_enabled():
-        return LowRank.apply(base, x, A, B, s)[0]
-    return LowRank.forward(base, x, A, B, s)[0]
+        return LowRank.apply(None, x, W, b, A, B, C, D)[0]
+    return LowRank.forward(None, x, W, b, A, B, C, D)[0]
+
+
+def low_rank(
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, b: Tensor | None = None
+) -> Tensor:
+    """The update on top of base = u (…, out), the layer's own output; shapes as in the module's legend.
+
+    b is only needed with D. Multiplies in the dtype of base.
+    """
+    if torch.is_grad_enabled():
+        return LowRank.apply(base, x, None, b, A, B, C, D)[0]
+    return LowRank.forward(base, x, None, b, A, B, C, D)[0]
+
+
+class LowRank(torch.autograd.Function):
+    """y, p and u of the module's legend: (base, x, W, b, A, B, C, D), with base = u or W given, not both."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        base: Tensor | None,
+        x: Tensor,
+        W: Tensor | None,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if base is None:
+            assert W is not None
+            u = F.linear(x, W, b)
+        else:
+            u = base
+        dtype = u.dtype
+        p = A.to(dtype) @ rows(x).to(dtype).T
+        if C.dim() < 2:
+            q, up = p, (C * B).to(dtype)
+        else:
+            q, up = by_rank(C, x) * p, B.to(dtype)
+        y = u
+        if D is not None:
+            y = torch.addcmul(u, u if b is None else u - b.to(dtype), D.to(dtype))
+        if torch._C._are_functorch_transforms_active():  # which cannot write a batched tensor into another
+            y = torch.addmm(rows(y), q.T.to(dtype), up.T).view(y.shape)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format) if y is base else y.contiguous()
+            y.view(-1, y.shape[-1]).addmm_(q.T.to(dtype), up.T)
+            # F.linear may give a view, and autograd refuses in-place activations on a view that a Function made.
+            y = torch.ops.aten._unsafe_view.default(y, y.shape)
+        return y, p, u if base is None and D is not None else None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor | None, ...]) -> None:
+        base, x, W, b, A, B, C, D = inputs
+        _, p, u = output
+        if D is None or not ctx.needs_input_grad[7]:
+            u = b = None
+        elif base is not None:
+            u = base
+        ctx.save_for_backward(x, W, b, A, B, C, D, p, u)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dp: Tensor | None, du: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, W, b, A, B, C, D, p, u = ctx.saved_tensors
+        _, x_asks, W_asks, b_asks, A_asks, B_asks, C_asks, D_asks = ctx.needs_input_grad
+        dtype, same = p.dtype, C.dim() < 2
+        flat = rows(x).to(dtype)
+        dW = db = dA = dB = dC = dD = dx = None
+        g = dp
+        if dy is not None:
+            dys = rows(dy)
+            up = (C * B if same else B).to(dtype)
+            e = up.T @ dys.T
+            q = p
+            if not same:
+                each = by_rank(C, x)
+                q = (each * p).to(dtype)
+                if C_asks:
+                    dC = (e * p).T.view(*x.shape[:-1], p.shape[0]).sum_to_size(C.shape).to(C.dtype)
+                e = (each * e).to(dtype)
+            g = e if g is None else g + e
+            if B_asks or (C_asks and same):
+                M = (q @ dys).T.to(B.dtype)
+                dB = (C * M if same else M).to(B.dtype) if B_asks else None
+                if C_asks and same:
+                    dC = (B * M).sum(0).sum_to_size(C.shape).to(C.dtype)
+            through = dy if D is None else torch.addcmul(dy, dy, D.to(dtype))
+            if b_asks:  # y = (1 + D)∘(u − b) + b + …, and u has a b of its own where it is computed here
+                db = dy if W is not None else dy - through
+                db = rows(db if du is None else db + du).sum(0)
+            du = through if du is None else du + through
+            if D_asks:
+                centred = u if b is None else u - b.to(dtype)
+                if D.dim() == 1:
+                    dD = torch.linalg.vecdot(dys, rows(centred), dim=0).to(D.dtype)
+                else:
+                    dD = (dy * centred).sum_to_size(D.shape).to(D.dtype)
+        elif b_asks and du is not None:
+            db = rows(du).sum(0)
+        if du is not None and W is not None:
+            dus = rows(du)
+            if x_asks:
+                dx = dus @ W.to(dtype)
+            if W_asks:
+                dW = (dus.T @ flat).to(W.dtype)
+        if g is not None:
+            if x_asks and dx is not None and not torch._C._are_functorch_transforms_active():
+                dx = dx.addmm_(g.T, A.to(dtype))
+            elif x_asks:
+                dx = g.T @ A.to(dtype) if dx is None else torch.addmm(dx, g.T, A.to(dtype))
+            dA = (g @ flat).to(A.dtype) if A_asks else None
+        dx = None if dx is None else dx.view(x.shape).to(x.dtype)
+        return du if W is None else None, dx, dW, db, dA, dB, dC, dD
 
 
 def compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
-    """The dtype in which the branch multiplies: autocast's where it applies, else the adapter's."""
+    """The dtype in which other kinds multiply: autocast's where it applies, else the adapter's."""
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return A.dtype
 
 
-class LowRank(torch.autograd.Function):
-    """The branch with the backward of the module's legend."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(base: Tensor, x: Tensor, A: Tensor, B: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(x, A)
-        h = s * (x.to(dtype) @ A.to(dtype).T)
-        y = (base + h @ B.to(dtype).T).to(base.dtype)
-        return y, h
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, x, A, B, s = inputs
-        ctx.save_for_backward(x, A, B, s, output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, A, B, s, h = ctx.saved_tensors
-        dtype = h.dtype
-        dB = None
-        if dy is not None:
-            dy_c = dy.to(dtype)
-            dh = dy_c @ B.to(dtype) if dh is None else dh + dy_c @ B.to(dtype)
-            if ctx.needs_input_grad[3]:
-                dB = (rows(dy_c).T @ rows(h)).to(B.dtype)
-        if dh is None:
-            return None, None, None, None, None
-        g = s * dh
-        dx = (g @ A.to(dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
-        dA = (rows(g).T @ rows(x).to(dtype)).to(A.dtype) if ctx.needs_input_grad[2] else None
-        return dy, dx, dA, dB, None
-
-
 def rows(t: Tensor) -> Tensor:
     """(…, d) seen as (rows, d)."""
     return t.reshape(-1, t.shape[-1])
+
+
+def by_rank(C: Tensor, x: Tensor) -> Tensor:
+    """C, broadcastable to (…, R), for every row of x: (R, rows)."""
+    return C.expand(*x.shape[:-1], C.shape[-1]).reshape(-1, C.shape[-1]).T
 
 
 def fresh_factors(

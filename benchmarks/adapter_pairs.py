@@ -1,0 +1,148 @@
+"""The models that `adapters.py` times: one Llama with random weights, adapted by us and by PEFT.
+
+Both start from the same base and the same factors (ours are copied into PEFT's, B and m moved off their
+starting values, so that no product is with zeros) and must report the same losses before anything is timed.
+PEFT runs as its users run it: `get_peft_model`, all linear layers, its default float32 adapters on a bf16 base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orbit.adapter import AdapterConfig, adapter_parameters, inject
+
+RANK, ALPHA = 16, 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model and of a training batch."""
+
+    hidden: int = 512
+    layers: int = 8
+    vocabulary: int = 8192
+    intermediate: int = 1376
+    heads: int = 8
+    batch: int = 4
+    length: int = 256
+
+    def model(self, dtype: torch.dtype, device: str) -> nn.Module:
+        """The frozen base, always the same one."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            max_position_embeddings=max(512, self.length),
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config).to(device, dtype).requires_grad_(False).train()
+
+    def tokens(self, device: str, rows: int | None = None, length: int | None = None) -> Tensor:
+        noise = torch.Generator().manual_seed(1)
+        size = (rows or self.batch, length or self.length)
+        return torch.randint(self.vocabulary, size, generator=noise).to(device)
+
+
+class Training:
+    """A model, its optimizer, and one step of it as a call that returns the loss."""
+
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], tokens: Tensor) -> None:
+        self.model, self.tokens = model, tokens
+        self.optimizer = torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)
+
+    def loss(self) -> Tensor:
+        loss: Tensor = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        return loss
+
+    def __call__(self) -> Tensor:
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+class Frozen:
+    """Forward and backward of the base alone: nothing trains, and the embeddings' output asks for a gradient."""
+
+    def __init__(self, base: nn.Module, tokens: Tensor) -> None:
+        self.model, self.tokens = copy.deepcopy(base), tokens
+        self.model.enable_input_require_grads()  # type: ignore[operator]
+
+    def __call__(self) -> Tensor:
+        loss: Tensor = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        loss.backward()
+        return loss.detach()
+
+
+def ours(base: nn.Module, tasks: Sequence[str] = ("default",), **kind: Any) -> nn.Module:
+    """A copy of the base with our adapters, whose values are as if they had been trained."""
+    model = copy.deepcopy(base)
+    for task in tasks:
+        inject(model, AdapterConfig(r=RANK, alpha=ALPHA, **kind), task)
+    noise = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            if "lora_A" not in name:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=noise).to(parameter))
+    return model
+
+
+def pefts(
+    base: nn.Module, mine: nn.Module, tasks: Sequence[str] = ("default",), *, dora: bool = False
+) -> nn.Module:
+    """A copy of the base with PEFT's adapters, whose values are ours."""
+    import peft
+
+    def config() -> Any:
+        return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=dora)
+
+    model = peft.get_peft_model(copy.deepcopy(base), config(), tasks[0])
+    for task in tasks[1:]:
+        model.add_adapter(task, config())
+    state = {
+        "base_model.model." + name.replace("lora_magnitude.", "lora_magnitude_vector."): parameter
+        for name, parameter in adapter_parameters(mine).items()
+    }
+    left = [name for name in model.load_state_dict(state, strict=False).missing_keys if "lora_" in name]
+    assert not left, f"PEFT has adapters that ours has not: {left[:3]}"
+    result: nn.Module = model
+    return result
+
+
+def check_same(mine: Tensor, theirs: Tensor, what: str) -> None:
+    """AssertionError unless two results agree to the precision of their dtype."""
+    rtol = 3e-2 if mine.dtype == torch.bfloat16 else 1e-3
+    mine, theirs = mine.detach().float(), theirs.detach().float()
+    error = ((mine - theirs).norm() / theirs.norm()).item()
+    assert error < rtol, (
+        f"{what}: ours and PEFT's differ by {error:.1e} of their size, at most {rtol} is allowed"
+    )
+
+
+def training_pair(base: nn.Module, tokens: Tensor, *, dora: bool = False) -> tuple[Training, Training]:
+    """Ours and PEFT's, after two steps of each whose losses were the same."""
+    mine = ours(base, dora=dora)
+    theirs = pefts(base, mine, dora=dora)
+    pair = (
+        Training(mine, adapter_parameters(mine).values(), tokens),
+        Training(theirs, [p for p in theirs.parameters() if p.requires_grad], tokens),
+    )
+    counts = [sum(p.numel() for p in t.optimizer.param_groups[0]["params"]) for t in pair]
+    assert counts[0] == counts[1], f"ours trains {counts[0]} numbers and PEFT {counts[1]}"
+    for step in range(2):
+        check_same(pair[0](), pair[1](), f"{'DoRA' if dora else 'LoRA'} loss of step {step}")
+    return pair
