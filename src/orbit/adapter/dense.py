@@ -9,7 +9,7 @@ In this view every kind has the same update ΔW = g·s·B·A, the same row norms
 A kind says how to go to the matrix and back (`as_matrix`, `as_weight`), which axis of its output is `out`
 (`along_out`), and what its branch computes:
 
-    y  = u                       u = base + ΔW x                                  (`branch`)
+    y  = u                       u = base + ΔW x                                  (`branch`, `_moved`)
     y  = b + c∘(u − b)           c = m/‖W + ΔW‖ row by row, for DoRA              (`dora.py`)
 
 Dropout applies to the input of the branch. With DoRA it applies to the base within the update too, as in PEFT:
@@ -30,7 +30,7 @@ from orbit.adapter import dora
 from orbit.adapter.config import LayerConfig
 from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
-from orbit.adapter.lora import compute_dtype, fresh_factors
+from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import weighted
 from orbit.adapter.offload import execution_device, weights_at_hand
 from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
@@ -75,14 +75,15 @@ class DenseGraft(Graft):
         return base + (self._magnified(self._moved(dropped, x, slot), slot) - dropped)
 
     def _moved(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
-        """`branch`, less the start's if there is one: by the same operations, so that they start as exactly equal."""
-        if slot.start is None:
+        """base + ΔW x. With a start, δ and δ₀ are made by the same operations, so that δ − δ₀ starts as exactly 0."""
+        start = slot.start
+        if start is None:
             return self.branch(base, x, slot)
-        zero = torch.zeros_like(base, dtype=compute_dtype(x, slot.down.weight))
-        return (base + (self.branch(zero, x, slot) - self.branch(zero, x, slot.start))).to(base.dtype)
+        zero = torch.zeros_like(base, dtype=dora.wide(base.dtype))
+        return (base + (self.branch(zero, x, slot) - self.branch(zero, x, start))).to(base.dtype)
 
     def branch(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
-        """u = base + ΔW x, in the dtype of `base`, for a slot without a start."""
+        """u = base + ΔW x, in the dtype of `base`."""
         raise NotImplementedError
 
     def along_out(self, v: Tensor) -> Tensor:
@@ -115,11 +116,6 @@ class DenseGraft(Graft):
         """‖W + s·B·A‖ row by row, (out,), without gradient."""
         A, B = (factor.detach() for factor in self.update(slot))
         return dora.row_norm(self._squared_rows(A.device), self._times_weight(A), A, B, slot.coefficient)
-
-    def renorm(self, slot: Slot) -> None:
-        assert slot.magnitude is not None
-        with torch.no_grad(), weights_at_hand(self):
-            slot.magnitude.weight.copy_(self.row_norm(slot))
 
     def _times_weight(self, A: Tensor) -> Tensor:
         """W·Aᵀ (out, r)."""
@@ -180,6 +176,11 @@ class DenseGraft(Graft):
             return slot
         with weights_at_hand(self):
             return slot._replace(magnitude=Magnitude(self.row_norm(slot).to(dtype)))
+
+    def renorm(self, slot: Slot) -> None:
+        assert slot.magnitude is not None
+        with torch.no_grad(), weights_at_hand(self):
+            slot.magnitude.weight.copy_(self.row_norm(slot))
 
     def fresh(self, r: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a new task: A random, B = 0."""

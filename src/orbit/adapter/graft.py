@@ -41,16 +41,16 @@ class Graft(nn.Module):
 
     Attributes:
         BANKS: the names of the containers of owners, in the order of Slot's fields.
-        STARTS: does `one` take the start of a slot into account?
         LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
         FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
             (`kinds.grafted_bases`).
+        STARTS: does `one` take the start of a slot into account?
     """
 
     BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate")
     LINEAR: ClassVar[bool] = False
-    STARTS: ClassVar[bool] = False
     FORWARDS: ClassVar[tuple[str, ...]] = ("forward",)
+    STARTS: ClassVar[bool] = False
 
     _orbit_route: RouteState
     _orbit_plan: Plan

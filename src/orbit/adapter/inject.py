@@ -293,8 +293,9 @@ def _grafted_slots(layers: dict[str, nn.Module], state: RouteState, config: Adap
             _check_rank(path, layer, config)  # type: ignore[arg-type]
         for path, layer in layers.items():
             here = config.at(path)
-            slots[path] = layer.new_slot(here)  # type: ignore[operator]
-            initialise(layer, slots[path], here.init)  # type: ignore[arg-type]
+            slot = layer.new_slot(here)  # type: ignore[operator]
+            initialise(layer, slot, here.init)  # type: ignore[arg-type]
+            slots[path] = slot
     except BaseException as error:
         for layer in new:
             ungraft(layer)
