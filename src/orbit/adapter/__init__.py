@@ -4,6 +4,7 @@ from orbit.adapter.algebra import CombineReport, LayerCombination, combine
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
 from orbit.adapter.conv1d import Conv1DGraft
+from orbit.adapter.diagnose import Diagnosis, Finding, LayerDiagnosis, LoRADiagnoser
 from orbit.adapter.embedding import EmbeddingGraft
 from orbit.adapter.errors import (
     AdapterError,
@@ -55,12 +56,16 @@ __all__ = [
     "Conv1dGraft",
     "Conv2dGraft",
     "Conv3dGraft",
+    "Diagnosis",
     "EmbeddingGraft",
+    "Finding",
     "GradientError",
     "GraftError",
     "InjectReport",
     "LayerCombination",
+    "LayerDiagnosis",
     "LinearGraft",
+    "LoRADiagnoser",
     "MergeError",
     "PerRow",
     "Route",

@@ -16,10 +16,10 @@ All but cat are written as B·A of rank r by the truncated SVD B = U·√S, A = 
 the report says what it left out. For cat and svd it is taken of the factors (QR, then a small SVD), and no dense
 matrix is formed.
 
-Two things differ from PEFT's `add_weighted_adapter`. Its "linear", "ties", "dare_…" and "magnitude_prune" work on A and
-B apart, where (ΣA)·(ΣB) holds the products of one task's A with another's B; here, as in its "…_svd" forms, they work on
-ΔW. And it elects signs before it weighs the tasks, so that a subtracted task votes for
-what it is meant to remove.
+Two things differ from PEFT's `add_weighted_adapter`. Its "linear", "ties", "dare_…" and "magnitude_prune" work on A
+and B apart, where (ΣB)·(ΣA) holds the products of one task's B with another's A; here, as in its "…_svd" forms, they
+work on ΔW (and there is no "linear"). And it elects signs before it weighs the tasks, so that a subtracted task votes
+for what it is meant to remove.
 
 Sources: Ilharco et al. 2023 for task arithmetic (arXiv 2212.04089), Yadav et al. 2023 for TIES (2306.01708), Yu et al.
 2023 for DARE (2311.03099).
