@@ -220,13 +220,16 @@ def test_on_disk_it_is_a_lora_of_twice_the_rank(
 ) -> None:
     model, x = mlp_of(init, **options).eval(), torch.randn(3, 6)
     fill(model)
-    save(model, tmp_path / "a")
+    save(model, tmp_path / "a", peft=True)
+    save(model, tmp_path / "exact")
     torch.manual_seed(7)
     base = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8, bias=False), nn.Linear(8, 3))
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
-    load(base, tmp_path / "a")
+    load(base, tmp_path / "a", "plain")
     torch.testing.assert_close(base.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+    load(base, tmp_path / "exact", "exact")
+    assert torch.equal(base.eval()(x, task="exact"), model(x))
 
 
 def test_an_unknown_init_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""An adapter's settings, and their translation from and to PEFT's `adapter_config.json`."""
+"""An adapter's settings. `peft_config.py` translates them from and to PEFT's `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -144,114 +144,6 @@ class AdapterConfig:
             alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
         )
 
-    def to_peft(self, target_modules: Sequence[str] | str | None = None) -> dict[str, Any]:
-        """The fields of PEFT's `LoraConfig`.
-
-        Args:
-            target_modules: the layers as PEFT is to find them; by default this config's own targets.
-
-        Raises:
-            ConfigError: if a glob, or a regular expression among several targets, would have to be written:
-                PEFT knows neither. (`save` passes the adapted layers' names instead.)
-        """
-        return {
-            "peft_type": "LORA",
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "use_dora": self.dora,
-            "use_rslora": self.rslora,
-            "target_modules": _peft_targets(self.targets) if target_modules is None else target_modules,
-            "exclude_modules": _peft_targets(self.exclude)
-            if target_modules is None and self.exclude
-            else None,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-            "modules_to_save": None,
-            "inference_mode": True,
-        }
-
-    @classmethod
-    def from_peft(cls, fields: Mapping[str, Any], layers: Sequence[str] | None = None) -> AdapterConfig:
-        """The config that PEFT's fields describe.
-
-        Args:
-            fields: the content of an `adapter_config.json`.
-            layers: full names of the adapted layers, if known; they then replace PEFT's targets.
-
-        Raises:
-            ConfigError: naming the field, if one of them cannot be honoured.
-        """
-        if fields.get("peft_type") != "LORA":
-            raise ConfigError(f"peft_type is {fields.get('peft_type')!r}; only 'LORA' can be loaded")
-        for key, value in fields.items():
-            if key not in _HONOURED and not (value in _IGNORABLE.get(key, ()) or _empty(value)):
-                raise ConfigError(f"{key}={value!r} cannot be honoured here")
-        if layers is None and not _empty(fields.get("layers_to_transform")):
-            raise ConfigError(
-                f"layers_to_transform={fields['layers_to_transform']!r} is only resolved with the weights"
-            )
-        try:
-            config = cls(
-                r=fields.get("r", 8),
-                alpha=fields.get("lora_alpha", 8),
-                dropout=fields.get("lora_dropout", 0.0),
-                dora=fields.get("use_dora", False),
-                rslora=fields.get("use_rslora", False),
-                targets=_own_targets(fields.get("target_modules")),
-                exclude=_own_targets(fields.get("exclude_modules")) or (),
-                rank_pattern=fields.get("rank_pattern") or {},
-                alpha_pattern=fields.get("alpha_pattern") or {},
-            )
-        except (TypeError, AttributeError) as error:
-            raise ConfigError(f"adapter_config.json is malformed: {error}") from None
-        if layers is None:
-            return config
-        return replace(config, targets=tuple(layer or "re:" for layer in layers), exclude=())
-
-
-_HONOURED = {
-    *(
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_dora",
-        "use_rslora",
-        "target_modules",
-        "exclude_modules",
-    ),
-    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
-    # These describe the file or PEFT's own run, and say nothing about ΔW.
-    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
-    *(
-        "megatron_core",
-        "ephemeral_gpu_offload",
-        "eva_config",
-        "loftq_config",
-        "runtime_config",
-        "qalora_group_size",
-    ),
-}
-# Values of other fields that leave the meaning of the saved tensors alone. The remaining ways of initialising
-# (PiSSA, OLoRA, CorDA, LoftQ) change the base weights, so that their files do not fit the original model.
-_IGNORABLE: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-}
-
-
-def _empty(value: Any) -> bool:
-    return (
-        value is None
-        or value is False
-        or value == ""
-        or (isinstance(value, (list, dict, tuple)) and not value)
-    )
-
 
 def _names(label: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
@@ -271,24 +163,3 @@ def _lookup(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
 @functools.lru_cache(maxsize=256)
 def _layer_pattern(key: str) -> Pattern:
     return Pattern(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern")
-
-
-def _own_targets(value: Any) -> tuple[str, ...] | None:
-    if _empty(value):
-        return None
-    if isinstance(value, str):
-        return None if value.lower() == "all-linear" else (f"re:{value}",)
-    return tuple(sorted(name or "re:" for name in value))  # "": the model itself is the layer
-
-
-def _peft_targets(targets: tuple[str, ...] | None) -> list[str] | str:
-    if targets is None:
-        return "all-linear"
-    if len(targets) == 1 and targets[0].startswith("re:"):
-        return targets[0][3:]
-    for target in targets:
-        if target.startswith("re:") or any(mark in target for mark in "*?["):
-            raise ConfigError(
-                f"PEFT has no way to write the target {target!r} beside others; pass target_modules="
-            )
-    return list(targets)

@@ -316,8 +316,8 @@ def _check_rank(path: str, layer: Graft, config: AdapterConfig) -> None:
             else ""
         )
         raise ConfigError(
-            f"layer {path!r} has a weight of {in_size} -> {out_size} ({type(layer).__name__}), so no update of it has "
-            f"a rank above {limit}, and r is {r}; lower it{here}"
+            f"layer {path!r} has a weight of {in_size} -> {out_size} ({original_class(layer).__name__}), so no "
+            f"update of it has a rank above {limit}, and r is {r}; lower it{here}"
         )
 
 
