@@ -33,9 +33,11 @@ from orbit.adapter import (
     tasks,
     unmerge,
 )
+from tests.laws.peft_oracle import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+DENSE_KINDS = [kind for kind in KINDS if "xperts" not in kind and "Multihead" not in kind]
 Fill = Callable[..., None]
 WEIGHTS = {"a": 1.0, "b": -0.5, "c": 2.0}
 
@@ -392,3 +394,23 @@ def test_save_pretrained_writes_a_merged_model(
         merged_state_dict(tied)
     state = merged_state_dict(tied, untie=True)
     assert not torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "ties"])
+@pytest.mark.parametrize("kind", DENSE_KINDS)
+def test_every_kind_is_combined_by_its_matrix(kind: str, method: str, fill: Fill) -> None:
+    model, batch = KINDS[kind].make(), KINDS[kind].batch()
+    for seed, task in enumerate("ab"):
+        inject(model, AdapterConfig(r=2, targets=("layer",), init="kaiming" if seed else "pissa"), task)
+        fill(model, task, seed)
+    layer, options = model.layer, {"cat": {}, "svd": {"r": 6}, "ties": {"r": 6, "density": 0.5}}
+    parts = [1.5 * layer.delta(layer.slots()["a"]), -layer.delta(layer.slots()["b"])]
+    report = combine(model, {"a": 1.5, "b": -1.0}, "mix", method, **options[method])
+    expected = dense_method("ties", parts, 0.5, torch.Generator()) if method == "ties" else sum(parts)
+    torch.testing.assert_close(layer.delta(layer.slots()["mix"]), expected, rtol=1e-4, atol=1e-5)
+    assert report.error < 1e-5
+    plain = KINDS[kind].make()
+    plain.layer.weight.data.copy_(layer.as_weight(layer.matrix() + expected))
+    torch.testing.assert_close(model(*batch, task="mix"), plain(*batch), rtol=1e-4, atol=1e-5)
+    plain.load_state_dict(merged_state_dict(model, "mix"))
+    torch.testing.assert_close(model(*batch, task="mix"), plain(*batch), rtol=1e-4, atol=1e-5)

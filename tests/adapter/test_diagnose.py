@@ -25,7 +25,9 @@ from orbit.adapter import (
     unmerge,
 )
 from orbit.core.extras import MissingExtraError
+from tests.laws.peft_oracle import KINDS
 
+DENSE_KINDS = [kind for kind in KINDS if "xperts" not in kind and "Multihead" not in kind]
 Fill = Callable[..., None]
 
 
@@ -185,3 +187,14 @@ def test_the_documented_path() -> None:
     from orbit import utils
 
     assert utils.LoRADiagnoser is LoRADiagnoser
+
+
+@pytest.mark.parametrize("kind", DENSE_KINDS)
+def test_every_kind_is_judged_by_its_matrix(kind: str, fill: Fill) -> None:
+    model = KINDS[kind].make()
+    inject(model, AdapterConfig(r=2, targets=("layer",)))
+    fill(model)
+    (found,) = LoRADiagnoser(model).report()
+    delta = model.layer.delta(model.layer.slots()["default"])
+    assert found.spectrum == pytest.approx(torch.linalg.svdvals(delta)[:2].tolist(), rel=1e-4)
+    assert found.ratio == pytest.approx(float(delta.norm() / model.layer.weight.detach().norm()), rel=1e-4)
