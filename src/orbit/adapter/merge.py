@@ -110,13 +110,9 @@ def merged_state_dict(model: nn.Module, name: str | None = None, *, untie: bool 
     if before is None:
         merge(model, name, untie=untie)
     try:
-        task = merged(model)
-        for path, layer in model.named_modules(remove_duplicate=False):  # a layer used twice has two names
-            if isinstance(layer, Graft) and layer._orbit_merged == task:
-                for key, parameter in layer._parameters.items():
-                    full = f"{path}.{key}" if path else key
-                    if parameter is not None and full in state:
-                        state[full] = parameter.detach()
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            if key in state:
+                state[key] = parameter.detach()
     finally:
         if before is None:
             unmerge(model)
