@@ -1,6 +1,7 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
 from orbit.adapter.algebra import CombineReport, LayerCombination, combine
+from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
 from orbit.adapter.conv1d import Conv1DGraft
@@ -35,6 +36,7 @@ from orbit.adapter.inject import (
     check_gradients,
     inject,
     remove,
+    rename,
     set_trainable,
     task_config,
     task_layers,
@@ -43,6 +45,7 @@ from orbit.adapter.inject import (
 from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.merge import merge, merged, merged_state_dict, unmerge
+from orbit.adapter.modules import register_base_module_wrapper
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
 
@@ -50,6 +53,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterError",
     "AdapterFileError",
+    "AttentionGraft",
     "CombineReport",
     "ConfigError",
     "Conv1DGraft",
@@ -90,9 +94,11 @@ __all__ = [
     "merge_lora",
     "merged",
     "merged_state_dict",
+    "register_base_module_wrapper",
     "register_forward",
     "register_kind",
     "remove",
+    "rename",
     "route",
     "save",
     "save_lora",
