@@ -414,3 +414,59 @@ def test_every_kind_is_combined_by_its_matrix(kind: str, method: str, fill: Fill
     torch.testing.assert_close(model(*batch, task="mix"), plain(*batch), rtol=1e-4, atol=1e-5)
     plain.load_state_dict(merged_state_dict(model, "mix"))
     torch.testing.assert_close(model(*batch, task="mix"), plain(*batch), rtol=1e-4, atol=1e-5)
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "MultiheadAttention": {"targets": ("layer",)},
+    "Experts": {"targets": (), "parameters": ("layer.up", "layer.down")},
+    "Experts stored (in, out)": {"targets": (), "parameters": ("layer.up", "layer.down")},
+}
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "dare"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_modules_adapted_as_a_whole_are_combined_weight_by_weight(
+    kind: str, method: str, fill: Fill, tmp_path: Path
+) -> None:
+    model, batch = KINDS[kind].make().eval(), KINDS[kind].batch()
+    for seed, task in enumerate("ab"):
+        inject(model, AdapterConfig(r=1 + seed, init="pissa" if seed else "kaiming", **WHOLE[kind]), task)
+        fill(model, task, seed)
+    options = {"cat": {}, "svd": {"r": 9}, "dare": {"r": 9, "density": 1.0}}[method]
+    report = combine(model, {"a": 1.5, "b": -1.0}, "mix", method, **options)
+    layers = task_layers(model, "mix")
+    assert set(report.layers) == set(layers) == set(task_layers(model, "a"))
+    for layer in layers.values():
+        slots = layer.slots()
+        torch.testing.assert_close(
+            layer.delta(slots["mix"]),
+            1.5 * layer.delta(slots["a"]) - layer.delta(slots["b"]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    plain = KINDS[kind].make().eval()
+    plain.load_state_dict(merged_state_dict(model, "mix"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(*batch, task="mix"), plain(*batch), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(*batch, tasks={"a": 1.5, "b": -1.0}), plain(*batch), rtol=1e-4, atol=1e-5
+        )
+    short = combine(model, {"a": 1.0, "b": 1.0}, "short", "svd", r=1)
+    assert 0 < short.error < 1
+    for path, layer in task_layers(model, "short").items():
+        slots = layer.slots()
+        dense = layer.delta(slots["a"]) + layer.delta(slots["b"])
+        missed = float((layer.delta(slots["short"]) - dense).norm() / dense.norm())
+        assert short.layers[path].error == pytest.approx(missed, abs=1e-4)
+
+
+def test_a_module_of_its_own_is_refused_and_its_merged_state_stands_in(fill: Fill) -> None:
+    model, x = bare().eval(), torch.randn(5, 12)
+    inject(model, AdapterConfig(r=2, targets=("0",), save_modules=("3",)), "a")
+    fill(model)
+    with pytest.raises(TaskError, match="task 'a' is a module of its own at layer '3'"):
+        combine(model, {"a": 1.0}, "b")
+    plain = bare().eval()
+    plain.load_state_dict(merged_state_dict(model, "a"))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x, task="a"), rtol=1e-4, atol=1e-5)

@@ -198,3 +198,25 @@ def test_every_kind_is_judged_by_its_matrix(kind: str, fill: Fill) -> None:
     delta = model.layer.delta(model.layer.slots()["default"])
     assert found.spectrum == pytest.approx(torch.linalg.svdvals(delta)[:2].tolist(), rel=1e-4)
     assert found.ratio == pytest.approx(float(delta.norm() / model.layer.weight.detach().norm()), rel=1e-4)
+
+
+def test_experts_and_projections_are_judged_one_by_one(fill: Fill) -> None:
+    model = KINDS["Experts"].make()
+    inject(model, AdapterConfig(r=2, targets=(), parameters=("layer.up", "layer.down")))
+    fill(model)
+    layer, weight = model.layer.sites()["up"], model.layer.up.detach()
+    delta = layer.delta(layer.slots()["default"])
+    look = LoRADiagnoser(model)
+    seen = {found.layer: found for found in look.report()}
+    assert len(seen) == 2 * len(weight)
+    for index in range(len(weight)):
+        found = seen[f"layer.up[{index}]"]
+        assert found.spectrum == pytest.approx(torch.linalg.svdvals(delta[index])[:2].tolist(), rel=1e-4)
+        assert found.ratio == pytest.approx(float(delta[index].norm() / weight[index].norm()), rel=1e-4)
+    with torch.no_grad():
+        model.layer.up.mul_(2)
+    assert look.report().layers[0].ratio == pytest.approx(seen["layer.up[0]"].ratio / 2, rel=1e-4)
+    attends = KINDS["MultiheadAttention"].make()
+    inject(attends, AdapterConfig(r=2, targets=("layer",)))
+    names = {found.layer for found in LoRADiagnoser(attends).report()}
+    assert names == {"layer.in_proj_weight", "layer.out_proj"}

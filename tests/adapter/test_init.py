@@ -400,3 +400,30 @@ def test_eva_refuses_layers_without_rows() -> None:
     inject(model, AdapterConfig(r=2, targets=("layer",)))
     with pytest.raises(GraftError, match=r"layer 'layer' \(.*Embedding\) does not multiply the rows"):
         init_eva(model, [KINDS["Embedding"].batch()])
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", ["MultiheadAttention", "Experts", "Experts stored (in, out)"])
+def test_modules_adapted_as_a_whole_start_unchanged(kind: str, init: str, fill: Fill) -> None:
+    model, batch = KINDS[kind].make().requires_grad_(False), KINDS[kind].batch()
+    before = model(*batch)
+    places = (
+        {"targets": ("layer",)}
+        if "Multi" in kind
+        else {"targets": (), "parameters": ("layer.up", "layer.down")}
+    )
+    inject(model, AdapterConfig(r=2, init=init, **places))
+    assert torch.equal(model(*batch), before)
+    for layer in task_layers(model, "default").values():
+        slot = layer.slots()["default"]
+        assert not layer.delta(slot).count_nonzero()
+        A, B = (factor.detach() for factor in layer.factors(slot))
+        if init == "orthogonal":
+            torch.testing.assert_close(
+                A @ A.mT, torch.eye(2).expand(*A.shape[:-2], 2, 2), rtol=1e-5, atol=1e-5
+            )
+        if init == "pissa":
+            left = torch.linalg.matrix_norm(layer.matrix() - slot.up.scale * B @ A)
+            torch.testing.assert_close(left, torch.linalg.svdvals(layer.matrix())[..., 2:].norm(dim=-1))
+    fill(model)
+    assert not torch.equal(model(*batch), before)

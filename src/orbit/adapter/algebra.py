@@ -30,21 +30,24 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orbit.adapter import dora
+from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import ConfigError, GraftError, MergeError, RouteError, TaskError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import inject, remove, set_trainable, task_layers, tasks, unwrapped
+from orbit.adapter.matrices import SUMS, Factors, norm_of_product, svd, svd_of_product, truncated
 from orbit.adapter.offload import weights_at_hand
 from orbit.adapter.owners import Slot, check_task_name
 from orbit.adapter.route import state_of
+from orbit.adapter.whole import ParameterSite
 
 METHODS = ("cat", "svd", "ties", "dare", "dare_ties", "magnitude_prune")
 _SPARSE = ("ties", "dare", "dare_ties", "magnitude_prune")
@@ -93,15 +96,6 @@ class CombineReport:
         worst = self.layers[path].error
         most = f" (at most {worst:.2g}, at {path!r})" if worst else ""
         return f"{said}relative error {self.error:.2g}{most}"
-
-
-class _Factors(NamedTuple):
-    """A new update B·A (without a scale), and what it misses of Δ."""
-
-    A: Tensor
-    B: Tensor
-    missed: float
-    norm: float
 
 
 def combine(
@@ -199,7 +193,7 @@ _Carried = list[tuple[float, str, Slot]]  # weight, task and owners, of the task
 
 
 def _slots(model: nn.Module, weights: Mapping[str, float], name: str) -> dict[str, tuple[Graft, _Carried]]:
-    """The union of the tasks' layers, in the model's order, with what each carries."""
+    """The union of the tasks' layers, with what each carries."""
     check_task_name(name)
     if name in tasks(model):
         raise TaskError(f"there is a task {name!r} already; remove it first or choose another name")
@@ -212,10 +206,10 @@ def _slots(model: nn.Module, weights: Mapping[str, float], name: str) -> dict[st
     if state.busy:
         raise RouteError(f"task {name!r} cannot be added while a call or a `with route` is running")
     found: dict[str, tuple[Graft, _Carried]] = {}
-    for path in [path for path, _ in model.named_modules() if path in layers]:
+    for path, layer in layers.items():
         carried: _Carried = []
         for task, weight in weights.items():
-            slot = layers[path].slots().get(task)
+            slot = layer.slots().get(task)
             if slot is None:
                 continue
             if not isinstance(slot, Slot):
@@ -223,7 +217,7 @@ def _slots(model: nn.Module, weights: Mapping[str, float], name: str) -> dict[st
                     f"task {task!r} is a module of its own at layer {path!r}, no low-rank update that could be added"
                 )
             carried.append((float(weight), task, slot))
-        found[path] = layers[path], carried
+        found[path] = layer, carried
     return found
 
 
@@ -232,7 +226,7 @@ def _slots(model: nn.Module, weights: Mapping[str, float], name: str) -> dict[st
 
 def _combined(
     layer: Graft, carried: _Carried, method: str, r: int | None, density: float | None, rng: torch.Generator
-) -> _Factors:
+) -> Factors:
     with torch.no_grad():
         factors = []
         for weight, task, slot in carried:
@@ -251,12 +245,12 @@ def _combined(
             A, B = torch.cat([A for A, _ in factors], -2), torch.cat([B for _, B in factors], -1)
             rank = A.shape[-2] if method == "cat" else r or max(A.shape[-2] for A, _ in factors)
             if method == "cat" and rank <= min(A.shape[-1], B.shape[-2]):
-                return _Factors(A, B, 0.0, _norm_of_product(A, B))
-            return _truncated(*_svd_of_product(A, B), rank)
+                return Factors(A, B, 0.0, norm_of_product(A, B))
+            return truncated(*svd_of_product(A, B), rank)
         deltas = [weight * _dense(layer, slot) for weight, _, slot in carried]
         assert method == "svd" or density is not None
-        Delta = _METHODS[method](deltas, 1.0 if density is None else density, rng)
-        return _truncated(*_svd(Delta), r or max(A.shape[-2] for A, _ in factors))
+        Delta = SUMS[method](deltas, 1.0 if density is None else density, rng)
+        return truncated(*svd(Delta), r or max(A.shape[-2] for A, _ in factors))
 
 
 def _dense(layer: Graft, slot: Slot) -> Tensor:
@@ -271,80 +265,6 @@ def _dense(layer: Graft, slot: Slot) -> Tensor:
     return dora.ratio(m, V.norm(dim=-1))[..., None] * V - W
 
 
-def _sum(deltas: Sequence[Tensor], density: float, rng: torch.Generator) -> Tensor:
-    return torch.stack(list(deltas)).sum(0)
-
-
-def _magnitude_prune(deltas: Sequence[Tensor], density: float, rng: torch.Generator) -> Tensor:
-    return _sum([_trim(delta, density) for delta in deltas], density, rng)
-
-
-def _dare(deltas: Sequence[Tensor], density: float, rng: torch.Generator) -> Tensor:
-    return _sum([_drop(delta, density, rng) for delta in deltas], density, rng)
-
-
-def _ties(deltas: Sequence[Tensor], density: float, rng: torch.Generator) -> Tensor:
-    return _elect([_trim(delta, density) for delta in deltas])
-
-
-def _dare_ties(deltas: Sequence[Tensor], density: float, rng: torch.Generator) -> Tensor:
-    return _elect([_drop(delta, density, rng) for delta in deltas])
-
-
-_METHODS: dict[str, Callable[[Sequence[Tensor], float, torch.Generator], Tensor]] = {
-    "svd": _sum,
-    "magnitude_prune": _magnitude_prune,
-    "dare": _dare,
-    "ties": _ties,
-    "dare_ties": _dare_ties,
-}
-
-
-def _trim(delta: Tensor, density: float) -> Tensor:
-    """Its ⌊density·n⌋ entries of largest magnitude, and at least one."""
-    flat = delta.flatten()
-    kept = flat.abs().topk(max(1, int(density * flat.numel()))).indices
-    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(delta)
-
-
-def _drop(delta: Tensor, density: float, rng: torch.Generator) -> Tensor:
-    mask = torch.bernoulli(torch.full(delta.shape, density), generator=rng)  # on the CPU: the same everywhere
-    return delta * mask.to(delta) / density
-
-
-def _elect(deltas: Sequence[Tensor]) -> Tensor:
-    stacked = torch.stack(list(deltas))
-    sign = torch.where(stacked.sum(0) >= 0, 1.0, -1.0).to(stacked)
-    agrees = stacked.sign() == sign
-    return (stacked * agrees).sum(0) / agrees.sum(0).clamp_min(1)
-
-
-# -- factors -------------------------------------------------------------------------------------------------
-
-
-def _svd(Delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.linalg.svd(Delta, full_matrices=False)
-
-
-def _svd_of_product(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vᵀ of B·A without forming it: B = Q_b·R_b, Aᵀ = Q_a·R_a, and the SVD of R_b·R_aᵀ (r, r)."""
-    Qb, Rb = torch.linalg.qr(B)
-    Qa, Ra = torch.linalg.qr(A.mT)
-    U, S, Vt = _svd(Rb @ Ra.mT)
-    return Qb @ U, S, Vt @ Qa.mT
-
-
-def _truncated(U: Tensor, S: Tensor, Vt: Tensor, r: int) -> _Factors:
-    root = S[..., :r].sqrt()
-    A, B = root[..., :, None] * Vt[..., :r, :], U[..., :, :r] * root[..., None, :]
-    return _Factors(A, B, float(S[..., r:].norm()), float(S.norm()))
-
-
-def _norm_of_product(A: Tensor, B: Tensor) -> float:
-    """‖B·A‖ = √(Σ (BᵀB)∘(A·Aᵀ)), Frobenius, without forming it."""
-    return float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())
-
-
 def _share(missed: float, norm: float) -> float:
     return missed / norm if norm else 0.0
 
@@ -352,15 +272,21 @@ def _share(missed: float, norm: float) -> float:
 # -- the new task --------------------------------------------------------------------------------------------
 
 
-def _add(model: nn.Module, name: str, made: Mapping[str, _Factors], layers: Mapping[str, Graft]) -> None:
+def _add(model: nn.Module, name: str, made: Mapping[str, Factors], layers: Mapping[str, Graft]) -> None:
     """Inject the task with these factors and s = 1, and put the route back."""
-    ranks = {path: one.A.shape[-2] for path, one in made.items()}
+    within = _attentions(model)
+    names = {path: within.get(id(layers[path]), path) for path in made}  # as a config knows them
+    ranks: dict[str, int] = {}
+    for path, one in made.items():
+        ranks[names[path]] = max(ranks.get(names[path], 0), one.A.shape[-2])
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
+    alone = {path for path in made if names[path] == path and isinstance(layers[path], ParameterSite)}
     config = AdapterConfig(
         r=usual,
         alpha=float(usual),
-        targets=tuple(f"re:{re.escape(path)}" for path in ranks),
+        targets=tuple(f"re:{re.escape(path)}" for path in ranks if path not in alone),
+        parameters=tuple(f"re:{re.escape(path)}" for path in ranks if path in alone),
         rank_pattern=pattern,
         alpha_pattern={key: float(rank) for key, rank in pattern.items()},
     )
@@ -368,11 +294,24 @@ def _add(model: nn.Module, name: str, made: Mapping[str, _Factors], layers: Mapp
     before = state.default
     report = inject(model, config, name, freeze_base=False)
     state.set_default(before)
-    if set(report.layers) != set(ranks):
+    if set(report.layers) != set(made):
         remove(model, name)
         raise GraftError(
-            f"the layers of task {name!r} would be {sorted(report.layers)} and not {sorted(ranks)}: "
-            "some lie below others"
+            f"the layers of task {name!r} would be {sorted(report.layers)} and not {sorted(made)}: "
+            "some lie within others"
         )
     for path, one in made.items():
-        layers[path].set_factors(layers[path].low_rank_slot(name), one.A, one.B)
+        slot = layers[path].low_rank_slot(name)
+        short = slot.up.r - one.A.shape[-2]  # where the projections of an attention differ in rank
+        A, B = F.pad(one.A, (0, 0, 0, short)), F.pad(one.B, (0, short))
+        layers[path].set_factors(slot, A, B)
+
+
+def _attentions(model: nn.Module) -> dict[int, str]:
+    """Of each layer that an attention is adapted through, by id: the attention's name, which is the target."""
+    return {
+        id(site): path
+        for path, attention in model.named_modules()
+        if isinstance(attention, AttentionGraft)
+        for site in attention.sites().values()
+    }

@@ -273,8 +273,9 @@ class LoRADiagnoser:
 
     def _weight_norm(self, layer: Graft) -> Tensor:
         """‖W‖ (…), kept while W is the same tensor and unchanged."""
-        banks = layer.banks()
-        own = [p for key, p in layer.named_parameters() if key.partition(".")[0] not in banks]
+        home, key = layer.home()
+        parameter = home._parameters.get(key)  # None: parametrized, and computed from other parameters
+        own = list(home.parameters()) if parameter is None else [parameter]
         mark = tuple((id(p), 0 if p.is_inference() else p._version, p.dtype) for p in own)
         seen, norm = self._norms.get(layer, (None, None))
         if norm is None or seen != mark:

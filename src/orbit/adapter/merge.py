@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from orbit.adapter.errors import MergeError, RouteError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import base_state_dict, task_layers, tasks, unwrapped
+from orbit.adapter.owners import AnySlot, ModuleSlot
 from orbit.adapter.route import find_state, state_of
 
 
@@ -113,10 +114,26 @@ def merged_state_dict(model: nn.Module, name: str | None = None, *, untie: bool 
         for key, parameter in model.named_parameters(remove_duplicate=False):
             if key in state:
                 state[key] = parameter.detach()
+        for path, layer in model.named_modules(remove_duplicate=False):
+            if isinstance(layer, Graft) and layer._orbit_merged is not None:
+                _put_stand_in(state, path, layer.slots().get(layer._orbit_merged))
     finally:
         if before is None:
             unmerge(model)
     return state
+
+
+def _put_stand_in(state: dict[str, Tensor], path: str, slot: AnySlot | None) -> None:
+    """Write the tensors of the module that stands in for a layer in the place of the layer's own."""
+    if isinstance(slot, ModuleSlot):
+        own = {f"{path}.{key}" if path else key: value for key, value in slot.module.state_dict().items()}
+        for key in own:
+            if key not in state:
+                raise MergeError(
+                    f"layer {path!r} is a {type(slot.module).__name__} under this task, and the base model has no "
+                    f"place for its {key}; save the task by itself"
+                )
+        state.update(own)
 
 
 def _sharers(model: nn.Module, layer: Graft) -> list[str]:
