@@ -1,9 +1,11 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
+from orbit.adapter.algebra import CombineReport, LayerCombination, combine
 from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
 from orbit.adapter.conv1d import Conv1DGraft
+from orbit.adapter.diagnose import Diagnosis, Finding, LayerDiagnosis, LoRADiagnoser
 from orbit.adapter.embedding import EmbeddingGraft
 from orbit.adapter.errors import (
     AdapterError,
@@ -44,7 +46,7 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
-from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.merge import merge, merged, merged_state_dict, unmerge
 from orbit.adapter.modules import register_base_module_wrapper
 from orbit.adapter.optimizers import TaskOptimizers, per_task_loss
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
@@ -55,16 +57,22 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "AttentionGraft",
+    "CombineReport",
     "ConfigError",
     "Conv1DGraft",
     "Conv1dGraft",
     "Conv2dGraft",
     "Conv3dGraft",
+    "Diagnosis",
     "EmbeddingGraft",
+    "Finding",
     "GradientError",
     "GraftError",
     "InjectReport",
+    "LayerCombination",
+    "LayerDiagnosis",
     "LinearGraft",
+    "LoRADiagnoser",
     "MergeError",
     "PerRow",
     "Route",
@@ -78,6 +86,7 @@ __all__ = [
     "adapter_parameters",
     "base_state_dict",
     "check_gradients",
+    "combine",
     "current_route",
     "freeze_backbone_only",
     "init_eva",
@@ -89,6 +98,7 @@ __all__ = [
     "merge",
     "merge_lora",
     "merged",
+    "merged_state_dict",
     "param_groups",
     "per_task_loss",
     "register_base_module_wrapper",
