@@ -34,6 +34,9 @@ TasksArgument: TypeAlias = "Sequence[str] | Mapping[str, float] | None"
 class route:
     """`with route(model, task):` the model uses `task` inside the block.
 
+    It is also the way to generate: transformers' `generate` takes no keywords that the model's forward does not name.
+    Rows then mean prompts, and the beams or samples of a prompt follow its task.
+
     Args:
         task: a task's name; None, the base model; or a list with one of these per row of the batch.
         tasks: instead of `task`, a list of tasks to add up, or a dict of their weights.

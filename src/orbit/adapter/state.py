@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import unserializable_hook
 
 from orbit.adapter.batch import Batch, batch_of, order_of
 from orbit.adapter.config import AdapterConfig
@@ -373,13 +374,14 @@ class RouteState:
     # -- the hooks on a call's outputs -----------------------------------------------------------------------
 
     def _watch(self, model: nn.Module, outputs: list[Tensor]) -> None:
-        names = names_in(self.current) if model.training else ()
-        if names:
-            for output in outputs:
-                output.register_hook(functools.partial(self._reached, names))
+        hooks: list[Callable[[Tensor], None]] = []
+        if model.training and self.current is not None:
+            hooks.append(functools.partial(self._reached, names_in(self.current)))
         if outputs and has_compiled_parts(model):
+            hooks.append(functools.partial(self._begin_backward, self.current))
+        for hook in hooks:
             for output in outputs:
-                output.register_hook(functools.partial(self._begin_backward, self.current))
+                output.register_hook(unserializable_hook(hook))  # outputs may be saved, without a warning
 
     def _reached(self, names: tuple[str, ...], grad: Tensor) -> None:
         self.routed.update(names)
