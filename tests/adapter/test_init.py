@@ -220,7 +220,7 @@ def test_on_disk_it_is_a_lora_of_twice_the_rank(
 ) -> None:
     model, x = mlp_of(init, **options).eval(), torch.randn(3, 6)
     fill(model)
-    save(model, tmp_path / "a")
+    save(model, tmp_path / "a", peft=True)
     torch.manual_seed(7)
     base = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8, bias=False), nn.Linear(8, 3))
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()

@@ -13,6 +13,7 @@ from orbit.adapter.errors import (
     GraftError,
     MergeError,
     RouteError,
+    StateError,
     TargetError,
     TaskError,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Route",
     "RouteError",
     "Scaled",
+    "StateError",
     "TargetError",
     "TaskError",
     "TaskOptimizers",
