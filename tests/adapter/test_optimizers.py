@@ -408,6 +408,25 @@ def test_lora_plus_groups(mlp: Make, fill: Fill) -> None:
         param_groups(model, lr=1e-3, b_ratio=0)
 
 
+def test_lora_plus_groups_of_every_kind() -> None:
+    """Embeddings, convolutions and attention have Bs too."""
+    model = nn.ModuleDict(
+        {
+            "emb": nn.Embedding(9, 8),
+            "conv": nn.Conv1d(8, 8, 3),
+            "att": nn.MultiheadAttention(8, 2),
+            "fc": nn.Linear(8, 8),
+        }
+    )
+    inject(model, AdapterConfig(r=2, targets=("emb", "conv", "att", "fc")))
+    names = {id(p): name for name, p in model.named_parameters()}
+    slow, fast = ({names[id(p)] for p in group["params"]} for group in param_groups(model, lr=1e-3))
+    assert {name.split(".")[0] for name in fast} == {"emb", "conv", "att", "fc"}
+    assert all("B" in name for name in fast)
+    assert all("A" in name for name in slow)
+    assert len(slow) == len(fast)
+
+
 def test_lora_plus_steps_as_it_is_defined(mlp: Make, fill: Fill) -> None:
     model = mlp()
     inject(model, AdapterConfig(r=2))
@@ -453,7 +472,9 @@ def test_a_scheduler_over_all_and_a_scaler(mlp: Make) -> None:
     model = mlp()
     for task in "ab":
         inject(model, AdapterConfig(r=2), task)
-    optimizer = TaskOptimizers({t: SGD(adapter_parameters(model, t).values(), lr=0.1) for t in "ab"}, clip=10.0)
+    optimizer = TaskOptimizers(
+        {t: SGD(adapter_parameters(model, t).values(), lr=0.1) for t in "ab"}, clip=10.0
+    )
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
