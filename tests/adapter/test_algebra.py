@@ -252,6 +252,8 @@ def test_names_that_end_alike_are_told_apart(fill: Fill) -> None:
     fill(model)
     report = combine(model, {"a": 1.0, "b": 1.0}, "sum")
     assert {path: layer.rank for path, layer in report.layers.items()} == {"q": 1, "x.q": 2}
+    report = combine(model, {"b": 1.0, "a": 1.0}, "other way round")
+    assert {path: layer.rank for path, layer in report.layers.items()} == {"x.q": 2, "q": 1}
     combine(model, {"a": 1.0}, "first")
     assert set(task_layers(model, "first")) == {"q"}
 
