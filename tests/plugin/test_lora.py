@@ -53,7 +53,7 @@ def test_building_injects_and_freezes() -> None:
 
 
 def test_another_frozen_task_stays_frozen() -> None:
-    model = inject_lora(net(), name="old")
+    model = inject_lora(net(), r=2, name="old")
     for parameter in adapter_parameters(model, "old").values():
         parameter.requires_grad_(False)
     LoRA(r=2, name="new").on_build_model(SimpleNamespace(model=model))

@@ -15,6 +15,7 @@ from orbit.adapter.errors import (
     GraftError,
     MergeError,
     RouteError,
+    StateError,
     TargetError,
     TaskError,
 )
@@ -29,6 +30,7 @@ from orbit.adapter.functions import (
     save_lora,
     unmerge_lora,
 )
+from orbit.adapter.groups import param_groups
 from orbit.adapter.inject import (
     InjectReport,
     adapter_parameters,
@@ -46,6 +48,7 @@ from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.merge import merge, merged, merged_state_dict, unmerge
 from orbit.adapter.modules import register_base_module_wrapper
+from orbit.adapter.optimizers import TaskOptimizers, per_task_loss
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
 
@@ -75,8 +78,10 @@ __all__ = [
     "Route",
     "RouteError",
     "Scaled",
+    "StateError",
     "TargetError",
     "TaskError",
+    "TaskOptimizers",
     "Together",
     "adapter_parameters",
     "base_state_dict",
@@ -94,6 +99,8 @@ __all__ = [
     "merge_lora",
     "merged",
     "merged_state_dict",
+    "param_groups",
+    "per_task_loss",
     "register_base_module_wrapper",
     "register_forward",
     "register_kind",

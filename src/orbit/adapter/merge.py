@@ -3,7 +3,8 @@
     W' = W + s·B·A        or, for DoRA,        W' = m∘(W + s·B·A)/‖W + s·B·A‖
 
 Subtracting s·B·A again would leave rounding behind (in bf16 0.02 after a hundred rounds), so the Parameter W
-is set aside untouched and put back. While a task is merged the model's `state_dict()` is still that of the
+is set aside untouched and put back. A module that stands in for a layer (`modules.py`) has no W': while its task
+is merged it stands in for good. While a task is merged the model's `state_dict()` is still that of the
 unmerged model, no route can be taken, and a training forward raises.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from orbit.adapter.errors import MergeError, RouteError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import base_state_dict, task_layers, tasks, unwrapped
-from orbit.adapter.owners import AnySlot, ModuleSlot
+from orbit.adapter.owners import AnySlot, ModuleSlot, Slot
 from orbit.adapter.route import find_state, state_of
 
 
@@ -46,7 +47,7 @@ def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> 
         raise RouteError(f"task {name!r} cannot be merged while a call or a `with route` is running")
     if not untie:
         for path, layer in layers.items():
-            shared = _sharers(model, layer)
+            shared = _sharers(model, layer) if isinstance(layer.slots()[name], Slot) else []
             if shared:
                 raise MergeError(
                     f"{path}.weight shares its storage with {', '.join(shared)}, which would change too; "
@@ -138,7 +139,8 @@ def _put_stand_in(state: dict[str, Tensor], path: str, slot: AnySlot | None) -> 
 
 def _sharers(model: nn.Module, layer: Graft) -> list[str]:
     """Names of the other parameters that lie in the storage of the layer's weight."""
-    weight = layer._parameters.get("weight")
+    home, own_name = layer.home()
+    weight = home._parameters.get(own_name)
     if weight is None or not _is_plain(weight):
         return []
     own = weight.untyped_storage().data_ptr()
@@ -148,7 +150,7 @@ def _sharers(model: nn.Module, layer: Graft) -> list[str]:
         for key, parameter in module._parameters.items()
         if parameter is not None
         and _is_plain(parameter)
-        and not (module is layer and key == "weight")
+        and not (module is home and key == own_name)
         and own != 0
         and parameter.untyped_storage().data_ptr() == own
     ]

@@ -6,7 +6,8 @@
 A constructor is given a shell of the layer: an object of a subclass of the layer's class that shares the layer's
 `__dict__`, so that calling it is the layer's own forward, without adapters and without the hooks, which the layer
 itself runs. The module may keep it, or modules and parameters below it: they are moved out of what is registered,
-so that the module's parameters and `state_dict()` are the task's alone. Nothing below such a layer is adapted.
+so that the module's parameters and `state_dict()` are the task's alone. (Keep modules rather than parameters:
+`load_state_dict(assign=True)` replaces the latter.) Nothing below such a layer is adapted.
 
 That a new task changes nothing is here the constructor's promise: it should start as the layer itself.
 
