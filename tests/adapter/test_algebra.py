@@ -252,6 +252,10 @@ def test_names_that_end_alike_are_told_apart(fill: Fill) -> None:
     fill(model)
     report = combine(model, {"a": 1.0, "b": 1.0}, "sum")
     assert {path: layer.rank for path, layer in report.layers.items()} == {"q": 1, "x.q": 2}
+    report = combine(model, {"b": 1.0, "a": 1.0}, "other way round")
+    assert {path: layer.rank for path, layer in report.layers.items()} == {"x.q": 2, "q": 1}
+    slots = {path: layer.slots()["other way round"] for path, layer in task_layers(model, "a").items()}
+    assert slots["q"].up.r == 1
     combine(model, {"a": 1.0}, "first")
     assert set(task_layers(model, "first")) == {"q"}
 

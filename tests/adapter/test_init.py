@@ -427,3 +427,14 @@ def test_modules_adapted_as_a_whole_start_unchanged(kind: str, init: str, fill: 
             torch.testing.assert_close(left, torch.linalg.svdvals(layer.matrix())[..., 2:].norm(dim=-1))
     fill(model)
     assert not torch.equal(model(*batch), before)
+
+
+def test_eva_knows_transformers_conv1d() -> None:
+    model, (x,) = KINDS["Conv1D"].make(), KINDS["Conv1D"].batch()
+    inject(model, AdapterConfig(r=2, targets=("layer",)))
+    seen: list[Tensor] = []
+    with model.layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].detach())):
+        init_eva(model, [x])
+    A = model.layer.low_rank_slot("default").down.weight
+    V = torch.linalg.svd(seen[0].flatten(0, 1)).Vh[:2]
+    torch.testing.assert_close(A.T @ A, V.T @ V, rtol=1e-4, atol=1e-4)

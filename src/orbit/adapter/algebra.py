@@ -303,6 +303,7 @@ def _add(model: nn.Module, name: str, made: Mapping[str, Factors], layers: Mappi
     for path, one in made.items():
         slot = layers[path].low_rank_slot(name)
         short = slot.up.r - one.A.shape[-2]  # where the projections of an attention differ in rank
+        assert short >= 0
         A, B = F.pad(one.A, (0, 0, 0, short)), F.pad(one.B, (0, short))
         layers[path].set_factors(slot, A, B)
 
