@@ -48,9 +48,7 @@ def fused(
 
     Multiplies in the dtype that torch gives u: that of x and W, or autocast's where autocast is on.
     """
-    if torch.is_grad_enabled():
-        return LowRank.apply(None, x, W, b, A, B, C, D)[0]
-    return LowRank.forward(None, x, W, b, A, B, C, D)[0]
+    return _update(None, x, W, b, A, B, C, D)
 
 
 def low_rank(
@@ -60,9 +58,7 @@ def low_rank(
 
     b is only needed with D. Multiplies in the dtype of base.
     """
-    if torch.is_grad_enabled():
-        return LowRank.apply(base, x, None, b, A, B, C, D)[0]
-    return LowRank.forward(base, x, None, b, A, B, C, D)[0]
+    return _update(base, x, None, b, A, B, C, D)
 
 
 class LowRank(torch.autograd.Function):
@@ -142,7 +138,11 @@ class LowRank(torch.autograd.Function):
                 dB = (C * M if same else M).to(B.dtype) if B_asks else None
                 if C_asks and same:
                     dC = (B * M).sum(0).sum_to_size(C.shape).to(C.dtype)
-            through = dy if D is None else torch.addcmul(dy, dy, D.to(dtype))
+            through = dy
+            if D is not None and W is not None and du is None and D.dim() == 1 and not W_asks:
+                W = torch.addcmul(W, W, D[:, None].to(W.dtype))  # dy·(W + D∘W): W is smaller than dy, mostly
+            elif D is not None:
+                through = torch.addcmul(dy, dy, D.to(dtype))
             if b_asks:  # y = (1 + D)∘(u − b) + b + …, and u has a b of its own where it is computed here
                 db = dy if W is not None else dy - through
                 db = rows(db if du is None else db + du).sum(0)
@@ -169,6 +169,18 @@ class LowRank(torch.autograd.Function):
             dA = (g @ flat).to(A.dtype) if A_asks else None
         dx = None if dx is None else dx.view(x.shape).to(x.dtype)
         return du if W is None else None, dx, dW, db, dA, dB, dC, dD
+
+
+def _update(*inputs: Tensor | None) -> Tensor:
+    if not torch.is_grad_enabled():
+        return LowRank.forward(*inputs)[0]  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return LowRank.apply(*inputs)[0]
+    return _apply(*inputs)[0]
+
+
+# `Function.apply` without its look at the signature of `forward`, which takes longer than all the rest of it.
+_apply = super(torch.autograd.Function, LowRank).apply  # type: ignore[misc]
 
 
 def rows(t: Tensor) -> Tensor:
