@@ -61,9 +61,9 @@ def test_the_whole_round(
 
 
 def test_defaults_and_two_names_of_alpha(mlp: Make) -> None:
-    assert task_config(inject_lora(mlp()), "default") == AdapterConfig(r=8, alpha=16)
-    assert task_config(inject_lora(mlp(), alpha=3), "default").alpha == 3
-    assert task_config(inject_lora(mlp(), lora_alpha=3, alpha=3), "default").alpha == 3
+    assert task_config(inject_lora(nn.Linear(9, 9)), "default") == AdapterConfig(r=8, alpha=16)
+    assert task_config(inject_lora(mlp(), r=2, alpha=3), "default").alpha == 3
+    assert task_config(inject_lora(mlp(), r=2, lora_alpha=3, alpha=3), "default").alpha == 3
     with pytest.raises(ConfigError, match="alpha=3 and lora_alpha=4"):
         inject_lora(mlp(), lora_alpha=4, alpha=3)
     with pytest.raises(TypeError, match="gate"):
@@ -71,12 +71,12 @@ def test_defaults_and_two_names_of_alpha(mlp: Make) -> None:
 
 
 def test_exclude_and_single_names(mlp: Make) -> None:
-    model = inject_lora(mlp(), target_names="re:.*", exclude_names="0")
+    model = inject_lora(mlp(), r=3, target_names="re:.*", exclude_names="0")
     assert {name.split(".")[0] for name in adapter_parameters(model)} == {"2", "3"}
 
 
 def test_which_task_is_meant(mlp: Make, tmp_path: Path) -> None:
-    model = inject_lora(mlp(), name="only")
+    model = inject_lora(mlp(), r=3, name="only")
     save_lora(model, tmp_path / "a")
     inject_lora(model, name="second", r=2)
     save_lora(model, tmp_path / "b")  # the current one

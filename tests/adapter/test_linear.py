@@ -20,9 +20,9 @@ def twins(
 ) -> tuple[nn.Module, nn.Module]:
     """The same model with the same adapter, ours and PEFT's."""
     mine, theirs = make(), make()
-    inject(mine, AdapterConfig(r=4, alpha=6, dropout=dropout, targets=tuple(targets), **kind))
+    inject(mine, AdapterConfig(r=3, alpha=6, dropout=dropout, targets=tuple(targets), **kind))
     config = peft.LoraConfig(
-        r=4,
+        r=3,
         lora_alpha=6,
         lora_dropout=dropout,
         target_modules=targets,

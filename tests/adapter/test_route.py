@@ -85,7 +85,9 @@ def test_routes_are_released_when_something_raises(two: nn.Module) -> None:
         two(torch.randn(4, 6), task="c")
     with pytest.raises(RouteError, match="a task's name, None for"):
         two(torch.randn(4, 6), task=["a", 3])
-    with pytest.raises(RouteError, match="one task for each of 3 rows, and an adapted layer was given 4"):
+    with pytest.raises(
+        RouteError, match="one task for each of 3 rows, and Sequential was called with a batch of 4"
+    ):
         two(torch.randn(4, 6), task=["a", None, "b"])
     assert not find_state(two)._holds
     assert current_route(two) == "b"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 from torch import nn
 
-from orbit.adapter import AdapterConfig, TargetError, inject
+from orbit.adapter import AdapterConfig, ConfigError, TargetError, inject
 from orbit.adapter.targets import matches, resolve
 
 Make = Callable[..., nn.Module]
@@ -71,12 +73,12 @@ def test_none_is_everything_but_the_head(llama: Make, mlp: Make) -> None:
 def test_unmatched_targets_say_what_is_near(llama: Make) -> None:
     model = llama()
     for target, said in [
-        ("q_porj", "target 'q_porj' matched 0 of 15 Linear layers; did you mean 'q_proj' (2)?"),
+        ("q_porj", "target 'q_porj' matched 0 of 16 Embedding/Linear layers; did you mean 'q_proj' (2)?"),
         (
             "self_attn.q_prj",
-            "target 'self_attn.q_prj' matched 0 of 15 Linear layers; did you mean 'self_attn.q_proj' (2)?",
+            "target 'self_attn.q_prj' matched 0 of 16 Embedding/Linear layers; did you mean 'self_attn.q_proj' (2)?",
         ),
-        ("xyzzy", "their names end in 'down_proj', 'gate_proj'"),
+        ("xyzzy", "their names end in 'down_proj', 'embed_tokens', 'gate_proj'"),
         ("norm", "it names 1 module(s) of class LlamaRMSNorm with none of them below"),
         ("re:[", "not a regular expression"),
     ]:
@@ -88,6 +90,17 @@ def test_unmatched_targets_say_what_is_near(llama: Make) -> None:
         inject(model, AdapterConfig(targets=("mlp",), exclude=("layers",)))
     assert not any("lora" in name for name in model.state_dict())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_pattern_that_takes_exponential_time_is_given_up(mlp: Make) -> None:
+    model = nn.Sequential(OrderedDict({"a" * 50 + "b": mlp()}))
+    start = time.monotonic()
+    with pytest.raises(TargetError, match=r"matching '\(a\|a\)\*' takes over 1 s"):
+        inject(model, AdapterConfig(targets=("re:(a|a)*",)))
+    with pytest.raises(ConfigError, match=r"rank_pattern or alpha_pattern: matching .* takes over 1 s"):
+        inject(model, AdapterConfig(targets=("re:.*0",), rank_pattern={r"(a|a)*\W+": 2}))
+    assert time.monotonic() - start < 4
+    assert not any("lora" in name for name in model.state_dict())
 
 
 def test_shared_layers_are_one_layer() -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from orbit.adapter import ConfigError, GradientError, TargetError, adapter_parameters, inject_lora, tasks
+from orbit.adapter import (
+    ConfigError,
+    GradientError,
+    TargetError,
+    adapter_parameters,
+    inject_lora,
+    load,
+    tasks,
+)
 from orbit.engine import Engine
 from orbit.plugin.lora import LoRA
 
@@ -127,3 +136,24 @@ def test_layers_in_reach_that_cannot_be_adapted_are_said_aloud(caplog: pytest.Lo
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "1 layer adapted" in caplog.text
     assert "left out: body.attention.out_proj" in caplog.text
+
+
+def test_the_adapter_is_written_at_every_epochs_end(tmp_path: Path) -> None:
+    model = net()
+    plugin = LoRA(r=2, dora=True, path=tmp_path / "mine")
+    engine = Engine(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.05),
+        criterion=nn.MSELoss(),
+        plugins=[plugin],
+    )
+    for _ in engine.train(data(), num_epochs=2):
+        if engine.is_epoch_end:
+            written = (tmp_path / "mine").exists()
+            assert written == (engine.epoch == 1)
+        engine.auto_update()
+    fresh = net()
+    load(fresh, tmp_path / "mine")
+    outputs = [m.eval()(data()[0][0]) for m in (model, fresh)]
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], net()(data()[0][0]))

@@ -1,6 +1,9 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
 from orbit.adapter.config import AdapterConfig
+from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
+from orbit.adapter.conv1d import Conv1DGraft
+from orbit.adapter.embedding import EmbeddingGraft
 from orbit.adapter.errors import (
     AdapterError,
     AdapterFileError,
@@ -45,6 +48,11 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "ConfigError",
+    "Conv1DGraft",
+    "Conv1dGraft",
+    "Conv2dGraft",
+    "Conv3dGraft",
+    "EmbeddingGraft",
     "GradientError",
     "GraftError",
     "InjectReport",

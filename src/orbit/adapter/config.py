@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orbit.adapter.errors import ConfigError
+from orbit.adapter.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,15 @@ class AdapterConfig:
     Attributes:
         r: rank of ΔW = s·B·A.
         alpha: numerator of the scale s = alpha/r.
-        dropout: probability of dropping an input of the low-rank branch, in [0, 1).
+        dropout: probability of dropping an input of the low-rank branch, in [0, 1). Embeddings, whose inputs
+            are indices, do without.
         dora: learn a magnitude beside the direction (`adapter/dora.py`).
         rslora: s = alpha/√r instead of alpha/r.
         gated: learn one factor g of ΔW = g·s·B·A in every layer; it starts at 1.
         targets: which layers, as dotted suffixes ("q_proj", "mlp.up_proj"), globs ("layers.*.q_proj") or
             regular expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a
-            container means every adaptable layer below it. None: every linear layer but the head
-            (`adapter/targets.py`).
+            container means every adaptable layer below it. None: every linear layer but the head, and no
+            convolutions or embeddings (`adapter/targets.py`).
         exclude: layers to leave out, in the same grammar.
         rank_pattern, alpha_pattern: other values of r and alpha for layers whose name ends in a match of the
             key, a regular expression. The first key that matches counts, as in PEFT.
@@ -90,10 +92,7 @@ class AdapterConfig:
                 raise ConfigError("targets is empty: name some layers, or leave it None for all but the head")
         object.__setattr__(self, "exclude", _names("exclude", self.exclude or ()))
         for key in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ConfigError(f"pattern {key!r} is not a regular expression: {error}") from None
+            _layer_pattern(key)
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
 
@@ -235,9 +234,14 @@ def _names(label: str, value: Any) -> tuple[str, ...]:
 
 def _lookup(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", layer):
+        if _layer_pattern(key).fullmatch(layer):
             return value
     return default
+
+
+@functools.lru_cache(maxsize=256)
+def _layer_pattern(key: str) -> Pattern:
+    return Pattern(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern")
 
 
 def _own_targets(value: Any) -> tuple[str, ...] | None:

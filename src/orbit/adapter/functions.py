@@ -34,6 +34,7 @@ def inject_lora(
     *,
     alpha: float | None = None,
     rslora: bool = False,
+    gated: bool = False,
     name: str = "default",
     verbose: bool = False,
 ) -> nn.Module:
@@ -49,6 +50,7 @@ def inject_lora(
             head.
         exclude_names: layers to leave out.
         rslora: scale alpha/√r.
+        gated: learn one factor of the update in every layer.
         name: the task's name.
         verbose: print what was adapted.
 
@@ -61,6 +63,7 @@ def inject_lora(
         dropout=lora_dropout,
         dora=dora,
         rslora=rslora,
+        gated=gated,
         targets=None if target_names is None else as_names(target_names),
         exclude=as_names(exclude_names),
     )

@@ -40,9 +40,14 @@ class Graft(nn.Module):
 
     Attributes:
         BANKS: the names of the containers of owners, in the order of Slot's fields.
+        LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
+        FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
+            (`kinds.grafted_bases`).
     """
 
     BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate")
+    LINEAR: ClassVar[bool] = False
+    FORWARDS: ClassVar[tuple[str, ...]] = ("forward",)
 
     _orbit_route: RouteState
     _orbit_plan: Plan
@@ -72,6 +77,18 @@ class Graft(nn.Module):
         """The output under several tasks; a kind with a faster way than `mixing.mixed` overrides it."""
         return mixed(self, mix, args, kwargs)
 
+    def fitted(self, mix: Mix, input: Tensor, axis: int = 0) -> Mix:
+        """A mix of one task per row for the rows of this input, which has its batch on `axis`.
+
+        Raises:
+            RouteError: these are not the rows of the running call.
+        """
+        if input.is_floating_point() and input.dim() < 2:
+            raise RouteError("one task per row needs a batch, and an adapted layer was given a single vector")
+        if not torch.compiler.is_compiling():
+            self._orbit_route.check_rows(input.shape, axis)
+        return mix.fitted(input.shape[axis])
+
     def current_plan(self) -> Plan:
         """What this forward uses."""
         plan = self._orbit_plan
@@ -99,6 +116,10 @@ class Graft(nn.Module):
 
     def merged_weight(self, slot: Slot) -> Tensor:
         """The weight with the task's update folded in, in the weight's dtype."""
+        raise NotImplementedError
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of `matrix`, told from the layer's settings: no task's rank may exceed either."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:

@@ -12,6 +12,7 @@ task 'math': 1 layer adapted, 24 of 82 parameters train; left out: 2 (the head)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
-from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
+from orbit.adapter.errors import ConfigError, GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
 from orbit.adapter.owners import Slot, check_task_name
 from orbit.adapter.plan import names_in
@@ -271,6 +272,8 @@ def _grafted_slots(layers: dict[str, nn.Module], state: RouteState, config: Adap
             if not isinstance(layer, Graft):
                 graft(layer, state)
                 new.append(layer)  # type: ignore[arg-type]
+            _check_rank(path, layer, config)  # type: ignore[arg-type]
+        for path, layer in layers.items():
             slots[path] = layer.new_slot(config.at(path))  # type: ignore[operator]
     except BaseException as error:
         for layer in new:
@@ -279,6 +282,22 @@ def _grafted_slots(layers: dict[str, nn.Module], state: RouteState, config: Adap
             raise GraftError(f"layer {path!r} cannot be adapted: {error}") from None
         raise
     return slots
+
+
+def _check_rank(path: str, layer: Graft, config: AdapterConfig) -> None:
+    """Refuse a rank beyond which B·A gains nothing, before anything of that size is allocated."""
+    r, (out_size, in_size) = config.rank_of(path), layer.matrix_shape()
+    limit = min(in_size, out_size)
+    if r > limit:
+        here = (
+            f", here alone by rank_pattern={{{re.escape(path)!r}: {limit}}}, or exclude the layer"
+            if path
+            else ""
+        )
+        raise ConfigError(
+            f"layer {path!r} has a weight of {in_size} -> {out_size} ({type(layer).__name__}), so no update of it has "
+            f"a rank above {limit}, and r is {r}; lower it{here}"
+        )
 
 
 def _close_fast_paths(model: nn.Module) -> None:

@@ -1,12 +1,14 @@
 """Which layers can be adapted, and where the adapter's forward goes in their class.
 
-A kind is a class of torch and the mixin that adapts it. A layer of a subclass is grafted by its forward:
+A kind is a class of torch and the mixin that adapts it: Linear, Conv1d/2d/3d, Embedding, and transformers'
+Conv1D, which is known by its path alone until a model has one. A layer of a subclass is grafted by its forward:
 
     nn.Linear's own          class Grafted(LinearGraft, Sub)     the branch sees what the layer sees
     calls super().forward    class Grafted(Sub, LinearGraft)     the branch sees what the subclass passes on
-    neither                  refused, unless the class is known to compute x·Wᵀ + b in a way of its own
+    neither                  refused, unless the class is known to compute its kind's map in a way of its own
 
-A known class is one whose branch may stand in front: quantised linears, and a few rewritten ones.
+A known class is one whose branch may stand in front: quantised linears, and a few rewritten ones. "Its kind's
+map" is x·Wᵀ + b, the convolution, the row of W; always linear in W, or an update of W would mean something else.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
 
 _KINDS: dict[type[nn.Module], type[Graft]] = {}
+_KINDS_BY_PATH: dict[str, type[Graft]] = {}  # of packages that may not be installed, and are not imported
 
-# Forwards of their own that still map x to x·Wᵀ + b.
+# Forwards of their own that still compute their kind's map.
 _IN_FRONT = {
     "bitsandbytes.nn.modules.Linear4bit",
     "bitsandbytes.nn.modules.Linear8bitLt",
@@ -32,19 +35,33 @@ _IN_FRONT = {
 }
 
 
-def register_kind(base: type[nn.Module], mixin: type[Graft]) -> None:
-    """Adapt layers of class `base` and its subclasses with `mixin`."""
-    _KINDS[base] = mixin
+def register_kind(base: type[nn.Module] | str, mixin: type[Graft]) -> None:
+    """Adapt layers of class `base` and its subclasses with `mixin`.
+
+    Args:
+        base: the class; or its path ("package.module.Class"), if its package should not be imported for this.
+        mixin: derives from Graft and from `base`; from Graft alone, if `base` is a path.
+    """
+    if isinstance(base, str):
+        _KINDS_BY_PATH[base] = mixin
+    else:
+        _KINDS[base] = mixin
 
 
 def register_forward(cls: type[nn.Module]) -> None:
-    """Declare that the forward of `cls`, though its own, computes what its kind's does (x·Wᵀ + b)."""
+    """Declare that the forward of `cls`, though its own, computes what its kind's does (x·Wᵀ + b, say)."""
     _IN_FRONT.add(_path(cls))
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch by which `module` would be adapted, or None."""
     return _base_of(type(module))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Is `module` of a kind that maps (…, in) to (…, out)?"""
+    base = kind_of(module)
+    return base is not None and _KINDS[base].LINEAR
 
 
 def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
@@ -59,13 +76,14 @@ def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
     mixin = _KINDS[base]
     between = False
     for ancestor in cls.__mro__[: cls.__mro__.index(base)]:
-        if "forward" not in ancestor.__dict__:
+        own = [name for name in mixin.FORWARDS if name in ancestor.__dict__]
+        if not own:
             continue
         if _path(ancestor) in _IN_FRONT and not between:
             return (mixin, cls)
-        if not _calls_super(ancestor.__dict__["forward"]):
+        if own != ["forward"] or not _calls_super(ancestor.__dict__["forward"]):
             raise GraftError(
-                f"{_path(cls)} has a forward of its own ({_path(ancestor)}.forward) that does not call "
+                f"{_path(cls)} has a forward of its own ({_path(ancestor)}.{own[-1]}) that does not call "
                 f"super().forward, so it cannot be seen where the adapter belongs; if it computes what "
                 f"{base.__name__} does, declare it: orbit.adapter.register_forward({ancestor.__name__})"
             )
@@ -110,7 +128,14 @@ def _taken_names(layer: nn.Module) -> set[str]:
 
 def _base_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The registered class that is nearest among the ancestors of `cls`."""
-    return next((ancestor for ancestor in cls.__mro__ if ancestor in _KINDS), None)
+    for ancestor in cls.__mro__:
+        if ancestor in _KINDS:
+            return ancestor
+        mixin = _KINDS_BY_PATH.get(_path(ancestor))
+        if mixin is not None:  # the first layer of this class: now it can be derived from
+            _KINDS[ancestor] = type(mixin.__name__, (mixin, ancestor), {"__module__": mixin.__module__})
+            return ancestor
+    return None
 
 
 def _calls_super(forward: object) -> bool:
@@ -123,4 +148,4 @@ def _path(cls: type) -> str:
 
 
 def _names() -> str:
-    return ", ".join(base.__name__ for base in _KINDS)
+    return ", ".join(dict.fromkeys(base.__name__ for base in _KINDS))

@@ -183,6 +183,14 @@ def _update(*inputs: Tensor | None) -> Tensor:
 _apply = super(torch.autograd.Function, LowRank).apply  # type: ignore[misc]
 
 
+def compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype in which other kinds multiply: autocast's where it applies, else the adapter's."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return A.dtype
+
+
 def rows(t: Tensor) -> Tensor:
     """(…, d) seen as (rows, d)."""
     return t.reshape(-1, t.shape[-1])

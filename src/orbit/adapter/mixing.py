@@ -4,6 +4,8 @@
 
 A number per task: each y_t is computed on the whole batch. One task per row: the rows are sorted by task, each
 task computes its own rows and no others, and they are put back in order; so the layer's own product is done once.
+In a compiled graph, whose shapes may not depend on who got how many rows, each y_t is computed on the whole
+batch there too, and every row takes its own.
 What is batched is found by the first axis of the first tensor argument: every tensor among the arguments and
 outputs whose first axis has that length is taken apart with it.
 
@@ -12,6 +14,7 @@ Kinds whose y_t − base is a short product (`linear.py`) do better.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,21 +39,33 @@ def mixed(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any],
             (batch, sequence, …).
     """
     if mix.rows is not None:
-        return _per_row(layer, mix, args, kwargs, axis)
+        first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        mix = layer.fitted(mix, first, axis)
+        if not torch.compiler.is_compiling():
+            return _per_row(layer, mix, args, kwargs, axis, first.shape[axis])
     base = layer.base(*args, **kwargs)
+    return weighted(base, (layer.adapted(slot, *args, **kwargs) for slot in mix.slots), mix, axis)
+
+
+def weighted(base: Any, each: Iterable[Any], mix: Mix, axis: int = 0) -> Any:
+    """base + Σ_t w_t·(y_t − base) over the outputs y_t of the mix's tasks.
+
+    Raises:
+        RouteError: weights per position, where an output is not (batch, sequence, …).
+    """
     total = base
-    for index, slot in enumerate(mix.slots):
+    for index, one in enumerate(each):
         weight = mix.weights[..., index]
-        one = layer.adapted(slot, *args, **kwargs)
-        total = tree_map(
-            lambda t, y, b, w=weight: t + _broadcast(w, y) * (y - b) if _floats(y) else t, total, one, base
-        )
+        if mix.rows is not None:
+            total = tree_map(lambda t, y, w=weight: _chosen(w, y, t, axis), total, one)
+        else:
+            total = tree_map(lambda t, y, b, w=weight: _added(w, y, b, t, axis), total, one, base)
     return total
 
 
-def _per_row(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Any:
-    batch = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)).shape[axis]
-    mix = mix.fitted(batch)
+def _per_row(
+    layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, batch: int
+) -> Any:
     assert mix.rows is not None
 
     def take(value: Any, rows: Tensor) -> Any:
@@ -74,16 +89,29 @@ def _per_row(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, An
     )
 
 
-def _floats(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _chosen(weight: Tensor, one: Any, other: Any, axis: int) -> Any:
+    """Rows of weight 1 from `one`, the rest from `other`."""
+    if not isinstance(one, Tensor):
+        return other
+    return torch.where(_along(weight, one, axis) > 0, one, other)
 
 
-def _broadcast(weight: Tensor, output: Tensor) -> Tensor:
-    """A number, or (batch, sequence), shaped to multiply `output`."""
+def _added(weight: Tensor, one: Any, base: Any, total: Any, axis: int) -> Any:
+    """total + w·(one − base) of floating tensors."""
+    if not isinstance(one, Tensor) or not one.is_floating_point():
+        return total
+    return total + _along(weight, one, axis).to(one.dtype) * (one - base)
+
+
+def _along(weight: Tensor, output: Tensor, axis: int) -> Tensor:
+    """A weight (), per row (batch,) or per position (batch, sequence), shaped to multiply `output`."""
     if weight.dim() == 0:
-        return weight.to(output.dtype)
-    if output.shape[: weight.dim()] != weight.shape:
-        raise RouteError(
-            f"scalings for (batch, sequence) = {tuple(weight.shape)} do not fit a layer's output {tuple(output.shape)}"
-        )
-    return weight.to(output.dtype).reshape(*weight.shape, *[1] * (output.dim() - weight.dim()))
+        return weight
+    if weight.dim() == 2:
+        weight, axis = weight.transpose(0, axis), 0
+        if output.shape[:2] != weight.shape:
+            raise RouteError(
+                f"scalings for (batch, sequence) = {tuple(weight.shape)} do not fit a layer's output "
+                f"{tuple(output.shape)}"
+            )
+    return weight.reshape(*[1] * axis, *weight.shape, *[1] * (output.dim() - weight.dim() - axis))

@@ -45,6 +45,9 @@ class PerRow:
     tasks: tuple[str | None, ...]
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PerRow, (self.tasks,)
+
 
 @dataclass(frozen=True)
 class Together:
@@ -52,6 +55,9 @@ class Together:
 
     weights: tuple[tuple[str, float], ...]
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Together, (self.weights,)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -191,10 +197,11 @@ def plan_of(route: Route, layer: Graft) -> Plan:
         return Mix(owners, weights if len(columns) == len(route.tasks) else weights[..., columns])
     key = (mine, device)
     if key not in route.cache:
-        if isinstance(route, PerRow):
-            route.cache[key] = _row_weights(route, mine, device)
-        else:
-            route.cache[key] = _sum_weights(route, mine, device)
+        with torch.inference_mode(False):  # they may be kept until a training step, which saves them
+            if isinstance(route, PerRow):
+                route.cache[key] = _row_weights(route, mine, device)
+            else:
+                route.cache[key] = _sum_weights(route, mine, device)
     return Mix(owners, *route.cache[key])
 
 
@@ -206,10 +213,8 @@ def _sum_weights(route: Together, mine: tuple[str, ...], device: torch.device) -
 def _row_weights(
     route: PerRow, mine: tuple[str, ...], device: torch.device
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    one_hot = torch.tensor([[float(task == name) for name in mine] for task in route.tasks])
+    one_hot = torch.tensor([[float(task == name) for name in mine] for task in route.tasks], device=device)
     rows: dict[str | None, list[int]] = {name: [] for name in (*mine, None)}
     for row, task in enumerate(route.tasks):
         rows[task if task in mine else None].append(row)
-    return one_hot.to(device), tuple(
-        torch.tensor(found, dtype=torch.long, device=device) for found in rows.values()
-    )
+    return one_hot, tuple(torch.tensor(found, dtype=torch.long, device=device) for found in rows.values())

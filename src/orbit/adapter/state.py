@@ -18,21 +18,23 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from orbit.adapter.batch import Batch, batch_of, order_of
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import RouteError, TaskError
-from orbit.adapter.plan import Plan, Route, as_route, describe, names_in, plan_of
+from orbit.adapter.plan import PerRow, Plan, Route, as_route, describe, names_in, plan_of
 from orbit.adapter.replay import History, in_backward
 
 if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
 
 
+_Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -59,6 +61,7 @@ class _Hold(NamedTuple):
     before: Route
     replaying: bool  # entered inside a backward pass, where nothing is switched
     root: weakref.ref[nn.Module] | None  # of a call: the model called
+    batch: Batch | None = None  # of a call under one task per row
 
 
 class RouteState:
@@ -86,6 +89,7 @@ class RouteState:
         self.routed: set[str] = set()
         self.calls = 0  # running calls with task=, read by compiled graphs
         self._layers: dict[int, weakref.ref[Graft]] = {}
+        self._orders: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._lost: list[str] = []  # layers that died with their tasks
         self._holds: list[_Hold] = []
         self.owner: int | None = None  # the thread whose call or block chose the current task
@@ -120,6 +124,7 @@ class RouteState:
                 state._lost.append(what)
 
         self._layers[key] = weakref.ref(layer, gone)
+        self._orders.clear()
         self._point(layer)
 
     def detach(self, layer: Graft) -> None:
@@ -168,8 +173,18 @@ class RouteState:
         for layer in self.layers():
             self._point(layer)
 
-    def enter(self, route: Route, *, changes: bool = True, root: nn.Module | None = None) -> None:
-        """Start a call or a block; `leave` ends it. Without `changes` it takes the route as it is."""
+    def enter(
+        self,
+        route: Route,
+        *,
+        changes: bool = True,
+        root: nn.Module | None = None,
+        inputs: _Inputs | None = None,
+    ) -> None:
+        """Start a call (of `root` with `inputs`) or a block; `leave` ends it.
+
+        Without `changes` it takes the route as it is.
+        """
         self._refuse_loss()
         if changes:
             self._check(route)
@@ -178,8 +193,11 @@ class RouteState:
             self._settle(root)
             if not replaying:
                 self._refuse_others(me, route, changes)
+            batch = None
+            if root is not None and inputs is not None and not replaying:
+                batch = self._batch(route if changes else self.current, changes, root, inputs)
             ref = None if root is None else weakref.ref(root)
-            self._holds.append(_Hold(me, changes, route, self.current, replaying, ref))
+            self._holds.append(_Hold(me, changes, route, self.current, replaying, ref, batch))
             if replaying:
                 return
             if changes:
@@ -203,6 +221,29 @@ class RouteState:
                     if hold.changes and not hold.replaying:
                         self._switch(hold.before)
                     return
+
+    def _batch(self, route: Route, changes: bool, root: nn.Module, inputs: _Inputs) -> Batch | None:
+        if not isinstance(route, PerRow):
+            return None
+        outer = None if changes else self._running_batch()
+        if outer is not None:
+            return outer
+        if root not in self._orders:
+            self._orders[root] = order_of(root)
+        return batch_of(root, *inputs, len(route.tasks), self._orders[root])
+
+    def _running_batch(self) -> Batch | None:
+        me = threading.get_ident()
+        return next((hold.batch for hold in reversed(self._holds) if hold.thread == me), None)
+
+    def check_rows(self, shape: torch.Size, axis: int) -> None:
+        """RouteError unless a layer's input has the rows of the running call, as far as its shape can tell.
+
+        A replay is not looked at: its forward was.
+        """
+        batch = None if in_backward() else self._running_batch()
+        if batch is not None:
+            batch.check(shape, axis)
 
     def plan_in_backward(self, layer: Graft) -> Plan:
         """What a layer uses when it runs inside a backward pass: the route of its forward."""
@@ -298,12 +339,12 @@ class RouteState:
     @_outside_graphs
     def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {key: kwargs[key] for key in _ARGUMENTS - own_arguments(type(model)) if key in kwargs}
-        self._guarded_enter(given, model)
+        self._guarded_enter(given, model, (args, {k: v for k, v in kwargs.items() if k not in given}))
         return (args, {key: value for key, value in kwargs.items() if key not in given}) if given else None
 
-    def _guarded_enter(self, given: dict[str, Any], model: nn.Module) -> None:
+    def _guarded_enter(self, given: dict[str, Any], model: nn.Module, inputs: _Inputs) -> None:
         try:
-            self.enter(as_route(**given), changes=bool(given), root=model)
+            self.enter(as_route(**given), changes=bool(given), root=model, inputs=inputs)
         except BaseException:
             # torch runs the post-hook even if this hook raised: give it a hold of its own to take away.
             with self._lock:

@@ -3,19 +3,20 @@
     "q_proj", "mlp.up_proj"      a dotted suffix of the layer's name
     "layers.*.q_proj"            a glob, of the whole name or of a dotted suffix
     "re:.*[qv]_proj"             a regular expression for the whole name
-    None                         every adaptable layer but the head
+    None                         every linear layer but the head; or the model itself, if it is a layer
 
-A match that is a container means every adaptable layer below it. Nothing is found by substring.
+A match that is a container means every adaptable layer below it. Nothing is found by substring. A name, without
+wildcards, that means a layer which cannot be adapted is an error. Linear are nn.Linear and transformers' Conv1D;
+convolutions and embeddings are adapted where a target names them or a container of theirs.
 
 The head, for transformers' models, is what `get_output_embeddings()` returns and every layer outside of
-`base_model` (a classifier); for other models it is the last adaptable layer in the order of registration,
+`base_model` (a classifier); for other models it is the last linear layer in the order of registration,
 unless that is the only one. Name it as a target to adapt it.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -23,8 +24,9 @@ import torch
 from torch import nn
 
 from orbit.adapter.errors import TargetError
-from orbit.adapter.kinds import kind_of, refusal
+from orbit.adapter.kinds import is_linear, kind_of, refusal
 from orbit.adapter.owners import Owner, Tasks
+from orbit.adapter.patterns import Pattern
 
 
 def resolve(
@@ -44,8 +46,9 @@ def resolve(
     layers = {name: module for name, module in modules.items() if kind_of(module) is not None}
     skipped: dict[str, str] = {}
     if targets is None:
-        chosen = set(layers)
-        for name in _head(model, layers):
+        linear = {name: layer for name, layer in layers.items() if is_linear(layer) or not name}
+        chosen = set(linear)
+        for name in _head(model, linear):
             chosen.discard(name)
             skipped[name] = "the head"
         by_name: set[str] = set()
@@ -56,6 +59,12 @@ def resolve(
             reached = [name for name in layers if _at_or_below(name, hits)]
             if not reached:
                 raise TargetError(_nothing(target, hits, modules, layers))
+            for hit in () if _is_pattern(target) else hits:
+                if hit not in layers and _is_leaf(modules[hit]):
+                    raise TargetError(
+                        f"target {target!r} names {hit!r}, a {type(modules[hit]).__name__}, which is none of the "
+                        "kinds that can be adapted; name the others more fully, or by a glob, which leaves it out"
+                    )
             chosen.update(reached)
             if not _is_pattern(target):
                 by_name.update(hit for hit in hits if hit in layers)
@@ -78,8 +87,12 @@ def resolve(
             skipped[name] = "it is a scripted module"
     if not chosen:
         reasons = "".join(f"\n  {name}: {why}" for name, why in list(skipped.items())[:5])
+        others = (
+            sorted({type(x).__name__ for x in layers.values() if not is_linear(x)}) if targets is None else []
+        )
+        hint = f"; to adapt its {', '.join(others)} layers, name them as targets" if others else ""
         raise TargetError(
-            f"no layer is left to adapt in {type(model).__name__}{':' + reasons if reasons else ''}"
+            f"no layer is left to adapt in {type(model).__name__}{hint}{':' + reasons if reasons else ''}"
         )
     return {name: layer for name, layer in layers.items() if name in chosen}, skipped
 
@@ -91,10 +104,7 @@ def matches(target: str, names: Iterable[str]) -> list[str]:
     ['a.q_proj']
     """
     if target.startswith("re:"):
-        try:
-            pattern = re.compile(target[3:])
-        except re.error as error:
-            raise TargetError(f"target {target!r} is not a regular expression: {error}") from None
+        pattern = Pattern(target[3:], "targets", TargetError)
         return [name for name in names if pattern.fullmatch(name)]
     if _is_pattern(target):
         return [name for name in names if fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")]
@@ -120,6 +130,11 @@ def _tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module |
             modules[name] = module
             parents[name] = modules.get(name.rpartition(".")[0]) if name else None
     return modules, parents
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """A layer with parameters of its own and nothing below it."""
+    return not module._modules and any(p is not None for p in module._parameters.values())
 
 
 def _at_or_below(name: str, roots: Sequence[str]) -> bool:

@@ -6,12 +6,15 @@ The work is done by `orbit.adapter`; this only decides when.
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import ConfigError
+from orbit.adapter.files import save
 from orbit.adapter.functions import Names, as_names, named_parameters_of, one_alpha
 from orbit.adapter.inject import (
     InjectReport,
@@ -25,6 +28,7 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.targets import resolve
 from orbit.core.events import Plugin
+from orbit.core.runtime import is_main_process
 
 _logger = logging.getLogger(__name__)
 
@@ -40,9 +44,13 @@ class LoRA(Plugin):
         dropout, lora_dropout: two names of the branch's dropout, 0 by default.
         dora: DoRA instead of LoRA.
         rslora: scale alpha/√r.
+        gated: learn one factor of the update in every layer.
         exclude_names: layers to leave out.
         unlock_head_keywords: modules to train whole beside the adapter (see `freeze_backbone_only`).
         name: the task's name.
+        path: a folder (or a `.safetensors` file) to which the adapter is written, in PEFT's format, at every
+            epoch's end and when training ends; a relative one lies in the trainer's workspace, if it has one.
+            None writes nothing: the adapter is in the run's checkpoints in any case.
 
     Raises:
         ConfigError: two names of one setting disagree, or a value is out of range. When training starts:
@@ -68,7 +76,9 @@ class LoRA(Plugin):
         exclude_names: Names = None,
         unlock_head_keywords: Names = None,
         name: str = "default",
+        path: str | os.PathLike[str] | None = None,
         *,
+        gated: bool = False,
         lora_alpha: float | None = None,
         lora_dropout: float | None = None,
     ) -> None:
@@ -83,11 +93,13 @@ class LoRA(Plugin):
             dropout=0.0 if given is None else given,
             dora=dora,
             rslora=rslora,
+            gated=gated,
             targets=None if target_names is None else as_names(target_names),
             exclude=as_names(exclude_names),
         )
         self.unlock_head_keywords = as_names(unlock_head_keywords)
         self.name = name
+        self.path = None if path is None else Path(path)
         self.report: InjectReport | None = None
 
     def on_build_model(self, trainer: Any) -> None:
@@ -112,7 +124,9 @@ class LoRA(Plugin):
             (own.rank_of(path), own.alpha_of(path)) == (have.rank_of(path), have.alpha_of(path))
             for path in layers
         )
-        if not same or (own.dropout, own.dora, own.rslora) != (have.dropout, have.dora, have.rslora):
+        if not same or any(
+            getattr(own, field) != getattr(have, field) for field in ("dropout", "dora", "rslora", "gated")
+        ):
             raise ConfigError(
                 f"the model has a task {self.name!r} with {have}, and this plugin asks for {own}; "
                 "give the plugin another name=, or remove the task first"
@@ -121,6 +135,20 @@ class LoRA(Plugin):
     def on_before_optimizer_step(self, trainer: Any) -> None:
         """An adapter that was used and got no gradient would silently never train: say so."""
         check_gradients(_model(trainer), may_be_empty=True)
+
+    def on_after_epoch(self, trainer: Any) -> None:
+        """Write the adapter."""
+        self._write(trainer)
+
+    def on_after_train(self, trainer: Any) -> None:
+        """Write the adapter as training left it."""
+        self._write(trainer)
+
+    def _write(self, trainer: Any) -> None:
+        if self.path is None or not is_main_process():
+            return
+        workspace = getattr(trainer, "workspace", None)
+        save(_model(trainer), self.path if workspace is None else workspace / self.path, self.name)
 
 
 def _model(trainer: Any) -> nn.Module:

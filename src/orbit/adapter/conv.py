@@ -1,0 +1,107 @@
+"""Adapted convolutions: `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and their subclasses.
+
+    y = W' ⋆ x + b,    W' = W + ΔW,    ΔW = s·B·A  in the matrix view, (out, in/g·∏k)
+    groups = 1:   y = base + B ⋆₁ (A ⋆ x)·s      A ⋆ is the layer's own convolution, B ⋆₁ one of kernel 1
+    groups > 1:   y = base + ΔW ⋆ x              one A for all groups
+
+x (N, in, …)   y (N, out, …), both also without N   W (out, in/g, *k)   A (r, in/g, *k)   B (out, r, 1, …)   m (out,)
+
+A has the layer's stride, padding, dilation and padding mode, so that ΔW is exactly an update of W. (PEFT's A
+ignores the last two. With groups it sees all channels, which no update of W does.)
+
+A grouped convolution maps in/g to out/g channels, and these are as few as the ranks: there ΔW, no larger than
+W, is the cheaper way. It is a second product beside the base's, for W + ΔW would round ΔW away in half precision.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orbit.adapter.dense import DenseGraft
+from orbit.adapter.errors import RouteError
+from orbit.adapter.kinds import register_kind
+from orbit.adapter.lora import compute_dtype
+from orbit.adapter.owners import Slot
+from orbit.adapter.plan import Mix
+
+_POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvGraft(DenseGraft):
+    """What the three mixins share; torch's classes share a base too, but not their forward."""
+
+    FORWARDS: ClassVar[tuple[str, ...]] = ("forward", "_conv_forward")
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int
+    _conv_forward: Any
+
+    def branch(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
+        dtype = compute_dtype(x, slot.down.weight)
+        x, A, B = x.to(dtype), slot.down.weight.to(dtype), slot.up.weight.to(dtype)
+        sB = slot.coefficient.to(dtype) * B
+        if self.groups == 1:
+            update = _POINTWISE[len(self.kernel_size)](self._conv_forward(x, A, None), sB)
+        else:
+            update = self._conv_forward(x, self.as_weight(sB.flatten(1) @ A.flatten(1)), None)
+        return (base + update).to(base.dtype)
+
+    def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Several tasks, for batches alone: an image has no positions of a sequence.
+
+        Raises:
+            RouteError: rows or scalings for an input without a batch axis; scalings of more than one position.
+        """
+        batched = input.dim() == len(self.kernel_size) + 2
+        if mix.weights.dim() > 1 and not batched:
+            raise RouteError(
+                f"a {type(self).__name__} was given {tuple(input.shape)}, an input without a batch axis, and the "
+                "route says what each row of a batch uses; give it a batch, or use one task"
+            )
+        if mix.weights.dim() == 3 and mix.weights.shape[1] != 1:
+            raise RouteError(
+                f"scalings for {mix.weights.shape[1]} positions of a sequence do not fit a convolution, which has "
+                "none; leave its layers out of the route, or scale whole rows: (batch, 1, layers, tasks)"
+            )
+        if mix.weights.dim() == 3:
+            mix = mix._replace(weights=mix.weights[:, 0])
+        return super().mixed(mix, input, *args, **kwargs)
+
+    def along_out(self, v: Tensor) -> Tensor:
+        return v.reshape(-1, *[1] * len(self.kernel_size))
+
+    @staticmethod
+    def as_matrix(W: Tensor) -> Tensor:
+        return W.reshape(W.shape[0], -1)
+
+    def as_weight(self, M: Tensor) -> Tensor:
+        return M.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.out_channels, self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        ones = [1] * len(self.kernel_size)
+        return (r, self.in_channels // self.groups, *self.kernel_size), (self.out_channels, r, *ones)
+
+
+class Conv1dGraft(ConvGraft, nn.Conv1d):
+    """The mixin for `nn.Conv1d`."""
+
+
+class Conv2dGraft(ConvGraft, nn.Conv2d):
+    """The mixin for `nn.Conv2d`."""
+
+
+class Conv3dGraft(ConvGraft, nn.Conv3d):
+    """The mixin for `nn.Conv3d`."""
+
+
+for _base, _mixin in ((nn.Conv1d, Conv1dGraft), (nn.Conv2d, Conv2dGraft), (nn.Conv3d, Conv3dGraft)):
+    register_kind(_base, _mixin)
