@@ -27,6 +27,7 @@ from orbit.adapter import (
     tasks,
 )
 from orbit.adapter.files import CONFIG, WEIGHTS
+from orbit.adapter.peft_config import from_peft, to_peft
 
 # peft asks transformers a question that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -116,8 +117,6 @@ def test_layers_to_transform(llama: Make, tokens: Tensor, tmp_path: Path) -> Non
     model = llama()
     assert load(model, tmp_path).layers == ("model.layers.1.self_attn.q_proj",)
     torch.testing.assert_close(logits(model, tokens), logits(theirs, tokens), rtol=0, atol=1e-5)
-    with pytest.raises(ConfigError, match="layers_to_transform"):
-        AdapterConfig.from_peft(json.loads((tmp_path / CONFIG).read_text()))
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
@@ -220,7 +219,7 @@ def edit(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
         ),
         (
             lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(5, 32)}),
-            r"has shape \(5, 32\), but rank 4 .* \(4, 32\)",
+            r"has shape \(5, 32\), and the layer with this config has \(4, 32\)",
         ),
         (lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(32, 4, 1)}), r"has shape \(32, 4, 1\)"),
         (lambda t: t.clear(), "holds no tensors"),
@@ -242,16 +241,32 @@ def test_files_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("fields", "said", "kind"),
     [
-        ({"r": 10**9}, "but rank 1000000000 on a layer", AdapterFileError),
+        ({"r": 10**8}, "no update of it has a rank above 32, and r is 100000000", ConfigError),
+        ({"r": 33}, "no update of it has a rank above 32, and r is 33", ConfigError),
+        ({"lora_alpha": float("nan")}, "alpha must be a finite number", ConfigError),
+        ({"rank_pattern": {r"([\w.]|[\w.])*\W\W": 2}}, "takes over 1 s", ConfigError),
         ({"r": -1}, "r must be a whole number", ConfigError),
         ({"r": "4"}, "r must be a whole number", ConfigError),
         ({"lora_alpha": None}, "alpha must be a finite number", ConfigError),
-        ({"use_dora": False}, "lora_magnitude_vector is unexpected: use_dora is false", AdapterFileError),
+        (
+            {"use_dora": False},
+            "lora_magnitude_vector is unexpected: a task with this config",
+            AdapterFileError,
+        ),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'", ConfigError),
         ({"bias": "all"}, "bias='all' cannot be honoured", ConfigError),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*cannot be honoured", ConfigError),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True cannot be honoured", ConfigError),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' cannot be honoured", ConfigError),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights='pissa_niter_4' changed the base",
+            ConfigError,
+        ),
+        (
+            {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}},
+            "names a class",
+            AdapterFileError,
+        ),
+        ({"peft_type": "ORBIT"}, "malformed", ConfigError),
         ({"from_the_future": 1}, "from_the_future=1 cannot be honoured", ConfigError),
         ({"rank_pattern": [1]}, "malformed", ConfigError),
         ({"target_modules": "("}, r"'\(' is not a regular expression", ConfigError),
@@ -364,13 +379,57 @@ def test_wrapped_models_save_plain_names(llama: Make, tokens: Tensor, saved: Pat
 
 def test_config_round_trip_with_peft() -> None:
     for config in [
-        AdapterConfig(r=3, alpha=5, dropout=0.1, dora=True, targets=("k", "q"), exclude=("head",)),
-        AdapterConfig(r=3, rslora=True, targets=("re:.*q",), rank_pattern={"q": 4}, alpha_pattern={"k": 2.0}),
-        AdapterConfig(),
+        AdapterConfig(r=3, alpha=5, dropout=0.1, dora=True, targets=("k", "q")),
+        AdapterConfig(r=3, rslora=True, targets=("q",), rank_pattern={"q": 4}, alpha_pattern={"k": 2.0}),
     ]:
-        fields = config.to_peft()
+        fields = to_peft(config, list(config.targets))
         theirs = peft.LoraConfig(**{k: v for k, v in fields.items() if k != "peft_type"})
-        assert AdapterConfig.from_peft(fields) == config
+        assert from_peft(theirs.to_dict(), config.targets) == config
         assert theirs.r == config.r
-    with pytest.raises(ConfigError, match="no way to write"):
-        AdapterConfig(targets=("a.*", "b")).to_peft()
+    own = AdapterConfig(gated=True, init="olora", targets=("q",))
+    assert from_peft(to_peft(own, ["q"], own=True), ["q"]) == own
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gated": True}, {"init": "pissa"}, {"init": "olora", "gated": True, "dora": True}]
+)
+def test_what_peft_has_no_place_for_is_kept_exactly_or_folded(
+    settings: dict[str, Any], llama: Make, fill: Callable[..., None], tokens: Tensor, tmp_path: Path
+) -> None:
+    model, other, folded = llama(), llama(), llama()
+    inject(model, AdapterConfig(r=4, targets=("q_proj", "up_proj"), **settings))
+    fill(model)
+    mine = logits(model, tokens)
+    load(other, save(model, tmp_path / "exact"))
+    assert torch.equal(logits(other, tokens), mine)
+    assert other.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(Exception, match="ORBIT"):
+        peft.PeftModel.from_pretrained(llama(), tmp_path / "exact")
+    path = save(model, tmp_path / "folded", peft=True)
+    load(folded, path)
+    torch.testing.assert_close(logits(folded, tokens), mine, rtol=0, atol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(llama(), path)
+    torch.testing.assert_close(logits(theirs, tokens), mine, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_file_of_peft_that_means_its_own_start(
+    init: str, llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    """PEFT writes A and B alone, and repeats the init on the base when it loads them; so do we."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=init)
+    theirs = peft.get_peft_model(llama(), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.eval().save_pretrained(tmp_path)
+    model = llama()
+    load(model, tmp_path)
+    torch.testing.assert_close(logits(model, tokens), logits(theirs, tokens), rtol=0, atol=1e-5)
+
+
+def test_a_deeply_nested_config_is_refused(llama: Make, saved: Path) -> None:
+    for text in ("[" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, (saved / CONFIG).read_text()[:-20]):
+        (saved / CONFIG).write_text(text)
+        refuses(llama, saved, "nested too deeply|not JSON")

@@ -94,12 +94,12 @@ def test_unmatched_targets_say_what_is_near(llama: Make) -> None:
 
 def test_a_pattern_that_takes_exponential_time_is_given_up(mlp: Make) -> None:
     model = nn.Sequential(OrderedDict({"a" * 50 + "b": mlp()}))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(TargetError, match=r"matching '\(a\|a\)\*' takes over 1 s"):
         inject(model, AdapterConfig(targets=("re:(a|a)*",)))
     with pytest.raises(ConfigError, match=r"rank_pattern or alpha_pattern: matching .* takes over 1 s"):
         inject(model, AdapterConfig(targets=("re:.*0",), rank_pattern={r"(a|a)*\W+": 2}))
-    assert time.monotonic() - start < 4
+    assert time.process_time() - start < 4
     assert not any("lora" in name for name in model.state_dict())
 
 

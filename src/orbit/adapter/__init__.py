@@ -15,6 +15,7 @@ from orbit.adapter.errors import (
     TargetError,
     TaskError,
 )
+from orbit.adapter.eva import init_eva
 from orbit.adapter.files import load, save
 from orbit.adapter.functions import (
     freeze_backbone_only,
@@ -70,6 +71,7 @@ __all__ = [
     "check_gradients",
     "current_route",
     "freeze_backbone_only",
+    "init_eva",
     "inject",
     "inject_lora",
     "inject_lora_file",

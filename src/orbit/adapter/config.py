@@ -1,4 +1,4 @@
-"""An adapter's settings, and their translation from and to PEFT's `adapter_config.json`."""
+"""An adapter's settings. `peft_config.py` translates them from and to PEFT's `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 from orbit.adapter.errors import ConfigError
 from orbit.adapter.patterns import Pattern
 
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+STARTS_FROM_WEIGHT = ("pissa", "olora")
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -22,6 +25,7 @@ class LayerConfig:
     dora: bool = False
     rslora: bool = False
     gated: bool = False
+    init: str = "kaiming"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class AdapterConfig:
         dora: learn a magnitude beside the direction (`adapter/dora.py`).
         rslora: s = alpha/√r instead of alpha/r.
         gated: learn one factor g of ΔW = g·s·B·A in every layer; it starts at 1.
+        init: where A and B start: "kaiming", "gaussian", "orthogonal", "pissa" or "olora" (`adapter/init.py`).
         targets: which layers, as dotted suffixes ("q_proj", "mlp.up_proj"), globs ("layers.*.q_proj") or
             regular expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a
             container means every adaptable layer below it. None: every linear layer but the head, and no
@@ -54,6 +59,7 @@ class AdapterConfig:
     dora: bool = False
     rslora: bool = False
     gated: bool = False
+    init: str = "kaiming"
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -86,6 +92,11 @@ class AdapterConfig:
         for label in ("dora", "rslora", "gated"):
             if not isinstance(getattr(self, label), bool):
                 raise ConfigError(f"{label} must be True or False, got {getattr(self, label)!r}")
+        if self.init not in INITS:
+            raise ConfigError(
+                f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}; for 'eva', which needs "
+                "data, inject first and call init_eva(model, batches)"
+            )
         if self.targets is not None:
             object.__setattr__(self, "targets", _names("targets", self.targets))
             if not self.targets:
@@ -105,6 +116,7 @@ class AdapterConfig:
             dora=self.dora,
             rslora=self.rslora,
             gated=self.gated,
+            init=self.init,
         )
 
     def rank_of(self, layer: str) -> int:
@@ -115,113 +127,22 @@ class AdapterConfig:
         """alpha for the layer of this dotted name."""
         return _lookup(self.alpha_pattern, layer, self.alpha)
 
-    def to_peft(self, target_modules: Sequence[str] | str | None = None) -> dict[str, Any]:
-        """The fields of PEFT's `LoraConfig`.
+    def as_plain(self) -> AdapterConfig:
+        """This config with ΔW = s·(B·A − B₀·A₀) written as s'·[B, −B₀]·[A; A₀], of twice the rank and s' = s.
 
-        Args:
-            target_modules: the layers as PEFT is to find them; by default this config's own targets.
-
-        Raises:
-            ConfigError: if a glob, or a regular expression among several targets, would have to be written:
-                PEFT knows neither. (`save` passes the adapted layers' names instead.)
+        Itself, if its init has no start. `Graft.update` gives the factors.
         """
-        return {
-            "peft_type": "LORA",
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "use_dora": self.dora,
-            "use_rslora": self.rslora,
-            "target_modules": _peft_targets(self.targets) if target_modules is None else target_modules,
-            "exclude_modules": _peft_targets(self.exclude)
-            if target_modules is None and self.exclude
-            else None,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-            "modules_to_save": None,
-            "inference_mode": True,
-        }
-
-    @classmethod
-    def from_peft(cls, fields: Mapping[str, Any], layers: Sequence[str] | None = None) -> AdapterConfig:
-        """The config that PEFT's fields describe.
-
-        Args:
-            fields: the content of an `adapter_config.json`.
-            layers: full names of the adapted layers, if known; they then replace PEFT's targets.
-
-        Raises:
-            ConfigError: naming the field, if one of them cannot be honoured.
-        """
-        if fields.get("peft_type") != "LORA":
-            raise ConfigError(f"peft_type is {fields.get('peft_type')!r}; only 'LORA' can be loaded")
-        for key, value in fields.items():
-            if key not in _HONOURED and not (value in _IGNORABLE.get(key, ()) or _empty(value)):
-                raise ConfigError(f"{key}={value!r} cannot be honoured here")
-        if layers is None and not _empty(fields.get("layers_to_transform")):
-            raise ConfigError(
-                f"layers_to_transform={fields['layers_to_transform']!r} is only resolved with the weights"
-            )
-        try:
-            config = cls(
-                r=fields.get("r", 8),
-                alpha=fields.get("lora_alpha", 8),
-                dropout=fields.get("lora_dropout", 0.0),
-                dora=fields.get("use_dora", False),
-                rslora=fields.get("use_rslora", False),
-                targets=_own_targets(fields.get("target_modules")),
-                exclude=_own_targets(fields.get("exclude_modules")) or (),
-                rank_pattern=fields.get("rank_pattern") or {},
-                alpha_pattern=fields.get("alpha_pattern") or {},
-            )
-        except (TypeError, AttributeError) as error:
-            raise ConfigError(f"adapter_config.json is malformed: {error}") from None
-        if layers is None:
-            return config
-        return replace(config, targets=tuple(layer or "re:" for layer in layers), exclude=())
-
-
-_HONOURED = {
-    *(
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_dora",
-        "use_rslora",
-        "target_modules",
-        "exclude_modules",
-    ),
-    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
-    # These describe the file or PEFT's own run, and say nothing about ΔW.
-    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
-    *(
-        "megatron_core",
-        "ephemeral_gpu_offload",
-        "eva_config",
-        "loftq_config",
-        "runtime_config",
-        "qalora_group_size",
-    ),
-}
-# Values of other fields that leave the meaning of the saved tensors alone. The remaining ways of initialising
-# (PiSSA, OLoRA, CorDA, LoftQ) change the base weights, so that their files do not fit the original model.
-_IGNORABLE: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-}
-
-
-def _empty(value: Any) -> bool:
-    return (
-        value is None
-        or value is False
-        or value == ""
-        or (isinstance(value, (list, dict, tuple)) and not value)
-    )
+        if self.init not in STARTS_FROM_WEIGHT:
+            return self
+        factor = math.sqrt(2) if self.rslora else 2
+        return replace(
+            self,
+            init="kaiming",
+            r=2 * self.r,
+            alpha=factor * self.alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+        )
 
 
 def _names(label: str, value: Any) -> tuple[str, ...]:
@@ -242,24 +163,3 @@ def _lookup(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
 @functools.lru_cache(maxsize=256)
 def _layer_pattern(key: str) -> Pattern:
     return Pattern(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern")
-
-
-def _own_targets(value: Any) -> tuple[str, ...] | None:
-    if _empty(value):
-        return None
-    if isinstance(value, str):
-        return None if value.lower() == "all-linear" else (f"re:{value}",)
-    return tuple(sorted(name or "re:" for name in value))  # "": the model itself is the layer
-
-
-def _peft_targets(targets: tuple[str, ...] | None) -> list[str] | str:
-    if targets is None:
-        return "all-linear"
-    if len(targets) == 1 and targets[0].startswith("re:"):
-        return targets[0][3:]
-    for target in targets:
-        if target.startswith("re:") or any(mark in target for mark in "*?["):
-            raise ConfigError(
-                f"PEFT has no way to write the target {target!r} beside others; pass target_modules="
-            )
-    return list(targets)

@@ -73,6 +73,17 @@ class ConvGraft(DenseGraft):
             mix = mix._replace(weights=mix.weights[:, 0])
         return super().mixed(mix, input, *args, **kwargs)
 
+    def file_view(self, bank: str, tensor: Tensor) -> Tensor:
+        return self.along_out(tensor)[None] if bank == "lora_magnitude" else tensor
+
+    def only_ours(self, task: str) -> bool:
+        return self.groups > 1 or super().only_ours(task)
+
+    def not_for_peft(self, task: str) -> str | None:
+        if self.groups > 1:
+            return f"it has groups={self.groups}, and PEFT's A sees all channels, which no update of its weight does"
+        return super().not_for_peft(task)
+
     def along_out(self, v: Tensor) -> Tensor:
         return v.reshape(-1, *[1] * len(self.kernel_size))
 

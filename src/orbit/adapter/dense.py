@@ -9,7 +9,7 @@ In this view every kind has the same update ΔW = g·s·B·A, the same row norms
 A kind says how to go to the matrix and back (`as_matrix`, `as_weight`), which axis of its output is `out`
 (`along_out`), and what its branch computes:
 
-    y  = u                       u = base + ΔW x                                  (`branch`)
+    y  = u                       u = base + ΔW x                                  (`branch`, `_moved`)
     y  = b + c∘(u − b)           c = m/‖W + ΔW‖ row by row, for DoRA              (`dora.py`)
 
 Dropout applies to the input of the branch. With DoRA it applies to the base within the update too, as in PEFT:
@@ -40,6 +40,8 @@ from orbit.adapter.plan import Mix
 class DenseGraft(Graft):
     """The part of a kind that follows from its weight being a matrix. Kinds derive from it and torch's class."""
 
+    STARTS = True
+
     weight: Tensor
     bias: Any  # Tensor or None
 
@@ -66,11 +68,19 @@ class DenseGraft(Graft):
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
         if slot.magnitude is None:
-            return self.branch(base, x, slot)
+            return self._moved(base, x, slot)
         if not p:
-            return self._magnified(self.branch(base, x, slot), slot)
+            return self._magnified(self._moved(base, x, slot), slot)
         dropped = self.base(x, *args, **kwargs)
-        return base + (self._magnified(self.branch(dropped, x, slot), slot) - dropped)
+        return base + (self._magnified(self._moved(dropped, x, slot), slot) - dropped)
+
+    def _moved(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
+        """base + ΔW x. With a start, δ and δ₀ are made by the same operations, so that δ − δ₀ starts as exactly 0."""
+        start = slot.start
+        if start is None:
+            return self.branch(base, x, slot)
+        zero = torch.zeros_like(base, dtype=dora.wide(base.dtype))
+        return (base + (self.branch(zero, x, slot) - self.branch(zero, x, start))).to(base.dtype)
 
     def branch(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
         """u = base + ΔW x, in the dtype of `base`."""
@@ -104,7 +114,7 @@ class DenseGraft(Graft):
 
     def row_norm(self, slot: Slot) -> Tensor:
         """‖W + s·B·A‖ row by row, (out,), without gradient."""
-        A, B = (factor.detach() for factor in self.factors(slot))
+        A, B = (factor.detach() for factor in self.update(slot))
         return dora.row_norm(self._squared_rows(A.device), self._times_weight(A), A, B, slot.coefficient)
 
     def _times_weight(self, A: Tensor) -> Tensor:
@@ -167,6 +177,11 @@ class DenseGraft(Graft):
         with weights_at_hand(self):
             return slot._replace(magnitude=Magnitude(self.row_norm(slot).to(dtype)))
 
+    def renorm(self, slot: Slot) -> None:
+        assert slot.magnitude is not None
+        with torch.no_grad(), weights_at_hand(self):
+            slot.magnitude.weight.copy_(self.row_norm(slot))
+
     def fresh(self, r: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a new task: A random, B = 0."""
         out_size, in_size = self.matrix_shape()
@@ -195,8 +210,7 @@ class DenseGraft(Graft):
             )
         with torch.no_grad():
             dtype = dora.wide(W.dtype)
-            A, B = (factor.to(dtype) for factor in self.factors(slot))
-            V = self.as_matrix(W).to(dtype) + slot.coefficient.to(dtype) * (B @ A)
+            V = self.as_matrix(W).to(dtype) + self.delta(slot).to(dtype)
             if slot.magnitude is not None:
                 V = dora.ratio(slot.magnitude.weight.to(dtype), self.row_norm(slot))[:, None] * V
             return self.as_weight(V).to(W.dtype).contiguous()

@@ -20,6 +20,7 @@ update lies inside of that. A head that is tied to the embedding reads W, and st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,13 @@ from orbit.adapter.plan import Mix
 
 class EmbeddingGraft(DenseGraft, nn.Embedding):
     """The mixin for `nn.Embedding`."""
+
+    STARTS = False
+    FILE_NAMES: ClassVar[Mapping[str, str]] = {
+        "lora_embedding_A.weight": "lora_embedding_A",
+        "lora_embedding_B.weight": "lora_embedding_B",
+        "lora_magnitude.weight": "lora_magnitude_vector",
+    }
 
     BANKS: ClassVar[tuple[str, ...]] = (
         "lora_embedding_A",

@@ -4,11 +4,14 @@
     base_model.model.<layer>.lora_B.weight              (out, r)
     base_model.model.<layer>.lora_magnitude_vector      (out,)     DoRA only
 
-PEFT and vLLM load what is written here, and the reverse. A path that ends in `.safetensors` means one file,
-with the config in its metadata. Nothing but safetensors and JSON is read: no pickle.
+PEFT and vLLM load what is written here, and the reverse; `docs/formats.md` has the whole table. What PEFT has no
+place for (a gate, the start of PiSSA) is written beside it under our own names, with `peft_type: ORBIT`, which PEFT
+refuses instead of misreading; `save(..., peft=True)` writes it as PEFT can hold it, or says why it cannot. A path
+that ends in `.safetensors` means one file, with the config in its metadata. Nothing but safetensors and JSON is
+read: no pickle, and no module that a file names is imported.
 
-Writing is atomic: a new folder appears complete or not at all; in an existing one each file is replaced
-whole. Loading is strict and checks everything before it touches the model.
+Writing is atomic: a new folder appears complete or not at all; in an existing one each file is replaced whole.
+Loading is strict: every key of the file must be one that the task has, and the reverse, or the model stays as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +33,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
-from orbit.adapter.errors import AdapterFileError, ConfigError
+from orbit.adapter.errors import AdapterFileError
 from orbit.adapter.inject import (
     InjectReport,
     inject,
+    remove,
     set_trainable,
     task_config,
     task_layers,
@@ -41,42 +46,54 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.kinds import kind_of
 from orbit.adapter.owners import Owner, Tasks
+from orbit.adapter.patterns import Pattern
+from orbit.adapter.peft_config import from_peft, to_peft
+from orbit.adapter.route import find_state
 from orbit.adapter.targets import nearest
 from orbit.core.files import sync_folder, write_synced
+from orbit.core.rng import preserved
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
-_KEY = re.compile(
-    r"base_model\.model\.(?:(?P<layer>.+)\.)?(?P<end>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
-)
+_KEY = re.compile(r"base_model\.model\.(?:(?P<layer>.+?)\.)?(?P<end>lora_\w+(?:\.\w+)*)")
 _COPY = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Path:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, peft: bool = False
+) -> Path:
     """Write a task to `path`: a folder in PEFT's format, or one file if it ends in `.safetensors`.
 
+    Args:
+        peft: write only what PEFT reads: a gate is folded into B, a start that was kept beside the base doubles
+            the rank. Without it such tasks are written exactly, for `load`.
+
     Raises:
-        TaskError: no such task. OSError: from the file system; then the former content is still there.
+        TaskError: no such task. AdapterFileError: `peft=True` for a task that PEFT's format cannot hold. OSError:
+        from the file system; then the former content is still there.
     """
     model = _root(model)
     path = Path(path)
     layers = {_clean(raw): layer for raw, layer in task_layers(model, name).items()}
-    tensors = {
-        _key(layer_name, bank): owner.weight.detach().cpu().contiguous()  # type: ignore[operator]
-        for layer_name, layer in layers.items()
-        for bank, owner in layer.owners(name).items()
-    }
-    fields = task_config(model, name).to_peft(_target_modules(model, set(layers)))
+    tensors: dict[str, Tensor] = {}
+    config = task_config(model, name)
+    for layer_name, layer in layers.items():
+        why = layer.not_for_peft(name)
+        if peft and why is not None:
+            raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {layer_name!r}: {why}")
+        found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
+        tensors.update({_key(layer_name, end): t.detach().cpu().contiguous() for end, t in found.items()})
+    own = not peft and any(layer.only_ours(name) for layer in layers.values())
+    fields = to_peft(config.as_plain() if peft else config, _target_modules(model, set(layers)), own=own)
     fields["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     fields["task_type"] = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
-    config = json.dumps(fields, indent=2, sort_keys=True)
+    text = json.dumps(fields, indent=2, sort_keys=True)
     if path.suffix == ".safetensors":
-        content = to_bytes(tensors, {"format": "pt", "adapter_config": config})
+        content = to_bytes(tensors, {"format": "pt", "adapter_config": text})
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace_files(path.parent, {path.name: content})
     else:
-        _write_folder(path, {WEIGHTS: to_bytes(tensors, {"format": "pt"}), CONFIG: config.encode()})
+        _write_folder(path, {WEIGHTS: to_bytes(tensors, {"format": "pt"}), CONFIG: text.encode()})
     return path
 
 
@@ -101,36 +118,25 @@ def load(
     """
     model = _root(model)
     fields, tensors = read(path)
-    layers = {
-        _clean(raw): (raw, module) for raw, module in model.named_modules() if kind_of(module) is not None
-    }
-    found = _by_layer(path, _without_copies(tensors, {name: module for name, (_, module) in layers.items()}))
-    for layer_name in found:
-        if layer_name not in layers:
-            close = nearest(layer_name, layers)
-            hint = f"; the nearest layer is {close!r}" if close else ""
-            key = _key(layer_name, next(iter(found[layer_name])))
-            raise AdapterFileError(
-                f"{path}: {key} belongs to no adaptable layer of {type(model).__name__}{hint}"
-            )
-    config = AdapterConfig.from_peft(fields, layers=[layers[layer_name][0] for layer_name in found])
-    _check_coverage(path, fields, set(found), set(layers))
-    for layer_name, banks in found.items():
-        module = layers[layer_name][1]
-        _check_layer(path, layer_name, banks, config, module.in_features, module.out_features)
-
-    report = None
+    _check_auto_mapping(path, fields, model)
+    modules = {_clean(raw): (raw, module) for raw, module in model.named_modules()}
+    tensors = _without_copies(tensors, {clean: module for clean, (_, module) in modules.items()})
+    if not tensors:
+        raise AdapterFileError(f"{path} holds no tensors")
+    adaptable = {clean for clean, (_, module) in modules.items() if kind_of(module) is not None}
+    found = _layers_in(path, tensors, adaptable, model)
+    config = from_peft(fields, [modules[layer][0] for layer in found])
+    _check_coverage(path, fields, set(found), adaptable)
     if name in tasks(model):
-        _check_same(path, model, name, config, {layers[layer_name][0] for layer_name in found})
-    else:
+        _check_same(path, model, name, config, {modules[layer][0] for layer in found})
+        _fill(path, model, name, tensors)
+        return None
+    with _undone_on_error(model, name), preserved():  # what `inject` draws at random is overwritten at once
         report = inject(model, config, name)
         if not trainable:
             set_trainable(model, name, False)
             report = replace(report, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
-    with torch.no_grad():
-        for raw, layer in task_layers(model, name).items():
-            for bank, owner in layer.owners(name).items():
-                owner.weight.copy_(found[_clean(raw)][bank])  # type: ignore[operator]
+        _fill(path, model, name, tensors)
     return report
 
 
@@ -156,10 +162,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         if path.suffix == ".safetensors" and "adapter_config" in metadata:
             text = metadata["adapter_config"]
         else:
-            text = (weights.parent / CONFIG).read_text()
+            text = (weights.parent / CONFIG).read_text(encoding="utf-8")
         fields = json.loads(text)
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {CONFIG} beside {weights}, nor one in its metadata") from None
+    except RecursionError:
+        raise AdapterFileError(f"the {CONFIG} of {weights} is nested too deeply to be a config") from None
     except ValueError as error:
         raise AdapterFileError(f"the {CONFIG} of {weights} is not JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -170,35 +178,105 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     return fields, tensors
 
 
-# -- checking ------------------------------------------------------------------------------------------------
+# -- filling and checking ------------------------------------------------------------------------------------
 
 
-def _without_copies(tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors into the task, if they are exactly those that it has."""
+    own = {
+        _key(_clean(raw), end): tensor
+        for raw, layer in task_layers(model, name).items()
+        for end, tensor in layer.file_tensors(name).items()
+    }
+    theirs = {_plain_key(key): (key, tensor) for key, tensor in tensors.items()}
+    for key, tensor in own.items():
+        if key not in theirs:
+            if (
+                ".start." in key
+            ):  # PEFT does not write it: `inject` has computed it from the weight, as PEFT would
+                continue
+            raise AdapterFileError(f"{path}: {key} is missing")
+        have = theirs[key][1]
+        if have.shape != tensor.shape:
+            raise AdapterFileError(
+                f"{path}: {key} has shape {tuple(have.shape)}, and the layer with this config has {tuple(tensor.shape)}"
+            )
+    for key, (written, _) in theirs.items():
+        if key not in own:
+            raise AdapterFileError(
+                f"{path}: {written} is unexpected: a task with this config has no such tensor"
+            )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key in theirs:
+                tensor.copy_(theirs[key][1])
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
+    """If the block raises, the model is what it was before: without the task, with its route and what trained."""
+    state = find_state(model)
+    route = None if state is None else state.default
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if name in tasks(model):
+            remove(model, name)
+        for parameter, before in trained:
+            parameter.requires_grad_(before)
+        if state is not None:
+            state.set_default(route)
+        raise
+
+
+def _check_auto_mapping(path: Any, fields: Mapping[str, Any], model: nn.Module) -> None:
+    """PEFT would import the class that this field names. Here nothing is, and it must be the model's."""
+    mapping = fields.get("auto_mapping")
+    if not mapping:
+        return
+    wanted = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
+    if wanted not in {cls.__name__ for cls in type(model).__mro__}:
+        raise AdapterFileError(
+            f"{path}: auto_mapping={mapping!r} names a class to import, and the model is a {type(model).__name__}; "
+            "nothing is imported for a file: load it into the model it was made for, or delete the field"
+        )
+
+
+def _without_copies(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Without the weights of an adapted head, which PEFT saves beside its adapter, where the model has the same."""
 
     def is_copy(key: str, tensor: Tensor) -> bool:
         match = _COPY.fullmatch(key)
-        layer = layers.get(match["layer"]) if match else None
-        weight = None if layer is None else getattr(layer, "weight", None)
-        return isinstance(weight, Tensor) and torch.equal(tensor.to(weight), weight)
+        weight = getattr(modules.get(match["layer"]), "weight", None) if match else None
+        return (
+            isinstance(weight, Tensor)
+            and weight.shape == tensor.shape
+            and torch.equal(tensor.to(weight), weight)
+        )
 
     return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
 
 
-def _by_layer(path: Any, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+def _layers_in(path: Any, tensors: Mapping[str, Tensor], adaptable: set[str], model: nn.Module) -> list[str]:
+    """The layers that the keys name, in the file's order."""
+    found: dict[str, None] = {}
+    for key in tensors:
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterFileError(
-                f"{path}: {key} is unexpected: neither lora_A, lora_B nor lora_magnitude_vector of a layer "
-                "(a weight that differs from the base model's, or of a kind of adapter that cannot be loaded)"
+                f"{path}: {key} is unexpected: no tensor of an adapter (a weight that differs from the base model's, "
+                "or of a kind of adapter that cannot be loaded)"
             )
-        bank = next(bank for bank, end in _KEYS.items() if match["end"].startswith(end))
-        found.setdefault(match["layer"] or "", {})[bank] = tensor
-    if not found:
-        raise AdapterFileError(f"{path} holds no tensors")
-    return found
+        layer = match["layer"] or ""
+        if layer not in adaptable:
+            close = nearest(layer, adaptable)
+            hint = f"; the nearest layer is {close!r}" if close else ""
+            raise AdapterFileError(
+                f"{path}: {key} belongs to no adaptable layer of {type(model).__name__}{hint}"
+            )
+        found[layer] = None
+    return list(found)
 
 
 def _check_coverage(path: Any, fields: Mapping[str, Any], found: set[str], layers: set[str]) -> None:
@@ -211,37 +289,12 @@ def _check_coverage(path: Any, fields: Mapping[str, Any], found: set[str], layer
     }
     for name in sorted(meant - found):
         raise AdapterFileError(
-            f"{path}: {_key(name, 'lora_A')} is missing; target_modules={targets!r} names the layer"
+            f"{path}: {_key(name, 'lora_A.weight')} is missing; target_modules={targets!r} names the layer"
         )
     for name in sorted(found - meant):
         raise AdapterFileError(
-            f"{path}: {_key(name, 'lora_A')} is unexpected; target_modules={targets!r} omits it"
+            f"{path}: {_key(name, 'lora_A.weight')} is unexpected; target_modules={targets!r} omits it"
         )
-
-
-def _check_layer(
-    path: Any,
-    name: str,
-    banks: Mapping[str, Tensor],
-    config: AdapterConfig,
-    in_features: int,
-    out_features: int,
-) -> None:
-    r = config.rank_of(name)
-    wanted: dict[str, tuple[int, ...]] = {"lora_A": (r, in_features), "lora_B": (out_features, r)}
-    if config.dora:
-        wanted["lora_magnitude"] = (out_features,)
-    for bank, shape in wanted.items():
-        if bank not in banks:
-            raise AdapterFileError(f"{path}: {_key(name, bank)} is missing")
-        if tuple(banks[bank].shape) != shape:
-            raise AdapterFileError(
-                f"{path}: {_key(name, bank)} has shape {tuple(banks[bank].shape)}, but rank {r} on a layer "
-                f"{in_features} -> {out_features} asks for {shape}"
-            )
-    for bank in banks:
-        if bank not in wanted:
-            raise AdapterFileError(f"{path}: {_key(name, bank)} is unexpected: use_dora is false")
 
 
 def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig, layers: set[str]) -> None:
@@ -251,7 +304,7 @@ def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig, l
         side = "the model" if raw in have else "the file"
         raise AdapterFileError(f"{path}: only {side} adapts layer {raw!r}; load under another name")
     for label, theirs, ours in [
-        *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora")),
+        *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated")),
         *((f"rank of {raw}", config.rank_of(raw), own.rank_of(raw)) for raw in have),
         *((f"alpha of {raw}", config.alpha_of(raw), own.alpha_of(raw)) for raw in have),
     ]:
@@ -274,8 +327,13 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _key(layer: str, bank: str) -> str:
-    return ".".join(part for part in ("base_model.model", layer, _KEYS[bank]) if part)
+def _key(layer: str, end: str) -> str:
+    return ".".join(part for part in ("base_model.model", layer, end) if part)
+
+
+def _plain_key(key: str) -> str:
+    """PEFT writes a magnitude's key without `.weight`, and reads it with."""
+    return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
 
 
 def _target_modules(model: nn.Module, layers: set[str]) -> list[str] | str:
@@ -289,10 +347,7 @@ def _target_modules(model: nn.Module, layers: set[str]) -> list[str] | str:
 
 def _peft_match(targets: Any, name: str) -> bool:
     if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            raise ConfigError(f"{targets!r} is not a regular expression: {error}") from None
+        return Pattern(targets, "target_modules or exclude_modules").fullmatch(name)
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

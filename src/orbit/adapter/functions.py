@@ -15,9 +15,8 @@ from torch import nn
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import ConfigError, TargetError, TaskError
 from orbit.adapter.files import load, save
-from orbit.adapter.inject import adapter_parameters, freeze, inject, set_trainable, tasks
+from orbit.adapter.inject import adapter_parameters, freeze, inject, one_task, set_trainable, tasks
 from orbit.adapter.merge import merge, unmerge
-from orbit.adapter.route import current_route
 from orbit.adapter.targets import nearest
 
 Names = str | Sequence[str] | None
@@ -94,7 +93,7 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], name: str | None =
     Raises:
         TaskError: no such task, or several and none current.
     """
-    return save(model, path, _the_task(model, name))
+    return save(model, path, one_task(model, name))
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
@@ -102,7 +101,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str], name: str | None =
 
     A model without tasks gets one, frozen. Raises AdapterFileError: see `load`.
     """
-    load(model, path, "default" if name is None and not tasks(model) else _the_task(model, name))
+    load(model, path, "default" if name is None and not tasks(model) else one_task(model, name))
     return model
 
 
@@ -176,16 +175,3 @@ def as_names(names: Names) -> tuple[str, ...]:
     if names is None:
         return ()
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _the_task(model: nn.Module, name: str | None) -> str:
-    """`name`, else the model's only task, else its current one."""
-    have = tasks(model)
-    if name is not None:
-        return name
-    if len(have) == 1:
-        return have[0]
-    current = current_route(model) if have else None
-    if not isinstance(current, str):
-        raise TaskError(f"say which task by name=: the model has {list(have)} and no single one is current")
-    return current

@@ -15,13 +15,14 @@ task's tensors mean for it (`linear.py`). State on the layer, all of it in `__di
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from orbit.adapter.config import LayerConfig
+from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases
 from orbit.adapter.mixing import mixed
@@ -40,14 +41,18 @@ class Graft(nn.Module):
 
     Attributes:
         BANKS: the names of the containers of owners, in the order of Slot's fields.
+        FILE_NAMES: what PEFT's files call a tensor, where that is not its name here.
         LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
         FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
             (`kinds.grafted_bases`).
+        STARTS: does `one` take the start of a slot into account?
     """
 
     BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate")
+    FILE_NAMES: ClassVar[Mapping[str, str]] = {"lora_magnitude.weight": "lora_magnitude_vector"}
     LINEAR: ClassVar[bool] = False
     FORWARDS: ClassVar[tuple[str, ...]] = ("forward",)
+    STARTS: ClassVar[bool] = False
 
     _orbit_route: RouteState
     _orbit_plan: Plan
@@ -136,6 +141,65 @@ class Graft(nn.Module):
     def set_factors(self, slot: Slot, A: Tensor, B: Tensor) -> None:
         """Write the factors back, in the shapes that `factors` gives."""
         raise NotImplementedError
+
+    def renorm(self, slot: Slot) -> None:
+        """Set the magnitude of a fresh DoRA slot to the norms of W + ΔW, so that it changes nothing."""
+        raise NotImplementedError
+
+    def update(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        """The factors of ΔW = g·s·B·A with a start as extra ranks: [A; A₀] (…, R, in), [B, −B₀] (…, out, R)."""
+        A, B = self.factors(slot)
+        if slot.start is None:
+            return A, B
+        A0, B0 = self.factors(slot.start)
+        return torch.cat([A, A0], -2), torch.cat([B, -B0], -1)
+
+    def delta(self, slot: Slot) -> Tensor:
+        """ΔW = g·s·(B·A − B₀·A₀) as a matrix (…, out, in), in at least float32 and without gradient."""
+        with torch.no_grad():
+            A, B = self.factors(slot)
+            dtype = wide(A.dtype)
+            BA = B.to(dtype) @ A.to(dtype)
+            if slot.start is not None:
+                A0, B0 = self.factors(slot.start)
+                BA = BA - B0.to(dtype) @ A0.to(dtype)
+            return slot.coefficient.to(dtype) * BA
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def file_tensors(self, task: str) -> dict[str, Tensor]:
+        """A task's tensors, as views in the shapes that PEFT's files have, by the ends of their keys there."""
+        return {
+            self.FILE_NAMES.get(f"{bank}.{name}", f"{bank}.{name}"): self.file_view(bank, tensor)
+            for bank, owner in self.owners(task).items()
+            for name, tensor in owner.state_dict(keep_vars=True).items()
+        }
+
+    def file_view(self, bank: str, tensor: Tensor) -> Tensor:
+        """A tensor of this container in the shape that PEFT's files have."""
+        return tensor
+
+    def only_ours(self, task: str) -> bool:
+        """Does the task hold tensors that PEFT would drop or misread?"""
+        slot = self.slots()[task]
+        return not isinstance(slot, Slot) or slot.gate is not None or slot.start is not None
+
+    def not_for_peft(self, task: str) -> str | None:
+        """Why `peft_tensors` would not mean to PEFT what the task computes, or None."""
+        return None
+
+    def peft_tensors(self, task: str) -> dict[str, Tensor]:
+        """`file_tensors` as PEFT can hold them: the gate folded into B, a start as extra ranks."""
+        slot = self.low_rank_slot(task)
+        found = self.file_tensors(task)
+        ends = {bank: self.FILE_NAMES.get(f"{bank}.weight", f"{bank}.weight") for bank in self.BANKS}
+        down, up, _, gate = self.BANKS
+        if slot.start is not None:
+            found[ends[down]] = torch.cat([slot.down.weight, slot.start.down.weight], 0)
+            found[ends[up]] = torch.cat([slot.up.weight, -slot.start.up.weight], 1)
+        if slot.gate is not None:
+            found[ends[up]] = found[ends[up]] * slot.gate.weight
+        return {end: t for end, t in found.items() if ".start." not in end and not end.startswith(gate)}
 
     # -- tasks -----------------------------------------------------------------------------------------------
 

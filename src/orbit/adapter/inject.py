@@ -22,9 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import ConfigError, GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
+from orbit.adapter.init import initialise
 from orbit.adapter.owners import Slot, check_task_name
 from orbit.adapter.plan import names_in
-from orbit.adapter.route import find_state, install, state_of, uninstall
+from orbit.adapter.route import current_route, find_state, install, state_of, uninstall
 from orbit.adapter.state import RouteState
 from orbit.adapter.targets import resolve
 
@@ -158,6 +159,23 @@ def task_layers(model: nn.Module, name: str) -> dict[str, Graft]:
     return {path: layer for path, layer in _grafts(model).items() if name in layer.slots()}
 
 
+def one_task(model: nn.Module, name: str | None = None) -> str:
+    """`name`, else the model's only task, else its current one.
+
+    Raises:
+        TaskError: no name is given, there are several tasks or none, and no single one is current.
+    """
+    have = tasks(model)
+    if name is not None:
+        return name
+    if len(have) == 1:
+        return have[0]
+    current = current_route(model) if have else None
+    if not isinstance(current, str):
+        raise TaskError(f"say which task by name=: the model has {list(have)} and no single one is current")
+    return current
+
+
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
     """The parameters of a task (None: of all tasks), by their names in `model.named_parameters()`.
 
@@ -274,7 +292,10 @@ def _grafted_slots(layers: dict[str, nn.Module], state: RouteState, config: Adap
                 new.append(layer)  # type: ignore[arg-type]
             _check_rank(path, layer, config)  # type: ignore[arg-type]
         for path, layer in layers.items():
-            slots[path] = layer.new_slot(config.at(path))  # type: ignore[operator]
+            here = config.at(path)
+            slot = layer.new_slot(here)  # type: ignore[operator]
+            initialise(layer, slot, here.init)  # type: ignore[arg-type]
+            slots[path] = slot
     except BaseException as error:
         for layer in new:
             ungraft(layer)
@@ -295,8 +316,8 @@ def _check_rank(path: str, layer: Graft, config: AdapterConfig) -> None:
             else ""
         )
         raise ConfigError(
-            f"layer {path!r} has a weight of {in_size} -> {out_size} ({type(layer).__name__}), so no update of it has "
-            f"a rank above {limit}, and r is {r}; lower it{here}"
+            f"layer {path!r} has a weight of {in_size} -> {out_size} ({original_class(layer).__name__}), so no "
+            f"update of it has a rank above {limit}, and r is {r}; lower it{here}"
         )
 
 

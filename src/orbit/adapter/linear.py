@@ -33,6 +33,8 @@ class LinearGraft(DenseGraft, nn.Linear):
     _torchs_forward: ClassVar[bool]
 
     def one(self, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if slot.down.start is not None:
+            return super().one(slot, input, *args, **kwargs)
         p = slot.down.dropout if self.training else 0.0
         if not p:
             return self._low_rank(input, *self._terms(slot), args, kwargs)

@@ -5,6 +5,10 @@
     q_proj.lora_magnitude.<task>.weight  (out,)     Magnitude, DoRA only
     q_proj.lora_gate.<task>.weight       ()         Gate, gated LoRA only
 
+A task that starts from the weight itself (`init.py`) keeps where it started, A₀ and B₀, as buffers beside A and B:
+
+    q_proj.lora_A.<task>.start.weight    q_proj.lora_B.<task>.start.weight
+
 Routes hand out these modules and never bare Parameters: `load_state_dict(assign=True)` and `fully_shard`
 replace the Parameter of a module, and whoever kept the old one would go on training a dead copy.
 
@@ -14,9 +18,10 @@ the container stores such names percent-escaped and shows them as they were give
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote, unquote
 
 import torch
@@ -54,11 +59,14 @@ class Owner(nn.Module):
 
 
 class Down(Owner):
-    """A (r, in), and the dropout probability of its input."""
+    """A (r, in), the dropout probability of its input, and perhaps its start."""
+
+    start: Down | None
 
     def __init__(self, weight: Tensor, dropout: float = 0.0) -> None:
         super().__init__(weight)
         self.dropout = dropout
+        self.start = None
 
 
 class Up(Owner):
@@ -69,9 +77,11 @@ class Up(Owner):
     """
 
     scale: Tensor
+    start: Up | None
 
     def __init__(self, weight: Tensor, alpha: float, rslora: bool = False) -> None:
         super().__init__(weight)
+        self.start = None
         self.alpha, self.rslora = float(alpha), rslora
         self.register_buffer("scale", self._exact_scale(), persistent=False)
 
@@ -111,6 +121,30 @@ class Slot(NamedTuple):
     def coefficient(self) -> Tensor:
         """g·s of ΔW = g·s·B·A, a 0-d tensor."""
         return self.up.scale if self.gate is None else self.gate.weight * self.up.scale
+
+    @property
+    def start(self) -> Slot | None:
+        """The slot of A₀ and B₀, under the same scale and gate, of ΔW = g·s·(B·A − B₀·A₀); None without them."""
+        if self.down.start is None or self.up.start is None:
+            return None
+        return Slot(self.down.start, self.up.start, gate=self.gate)
+
+    def start_here(self) -> None:
+        """Make the present A and B the start, so that ΔW = 0 until they move."""
+        self.down.start, self.up.start = _as_start(self.down), _as_start(self.up)
+
+
+_O = TypeVar("_O", Down, Up)
+
+
+def _as_start(owner: _O) -> _O:
+    """A twin of an owner whose tensor is a buffer: saved and moved with the model, and never trained."""
+    twin = copy.deepcopy(owner)
+    weight = twin.weight.detach()
+    del twin.weight
+    twin.start = None
+    twin.register_buffer("weight", weight)
+    return twin
 
 
 class ModuleSlot(NamedTuple):
