@@ -177,9 +177,13 @@ def test_multihead_attention_is_not_adapted_in_part(encoder: nn.TransformerEncod
         TargetError, match=r"'layers.0.self_attn.out_proj' cannot be adapted: nn.MultiheadAttention"
     ):
         inject(encoder, AdapterConfig(targets=("out_proj",)))
-    report = inject(encoder, AdapterConfig(r=2, targets=("layers",)))
-    assert report.layers == tuple(f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2))
-    assert set(report.skipped) == {f"layers.{i}.self_attn.out_proj" for i in range(2)}
+    report = inject(encoder, AdapterConfig(r=2))
+    assert report.layers == tuple(f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2))[:-1]
+    assert {f"layers.{i}.self_attn.out_proj" for i in range(2)} <= set(report.skipped)
+    whole = inject(encoder, AdapterConfig(r=2, targets=("layers",)), "whole")
+    parts = ("self_attn.out_proj", "self_attn.in_proj_weight", "linear1", "linear2")
+    assert set(whole.layers) == {f"layers.{i}.{part}" for i in range(2) for part in parts}
+    assert not whole.skipped
 
 
 @pytest.mark.parametrize("padded", [False, True])

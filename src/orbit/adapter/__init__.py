@@ -1,5 +1,6 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
+from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
 from orbit.adapter.conv1d import Conv1DGraft
@@ -33,6 +34,7 @@ from orbit.adapter.inject import (
     check_gradients,
     inject,
     remove,
+    rename,
     set_trainable,
     task_config,
     task_layers,
@@ -41,6 +43,7 @@ from orbit.adapter.inject import (
 from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.modules import register_base_module_wrapper
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
 
@@ -48,6 +51,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterError",
     "AdapterFileError",
+    "AttentionGraft",
     "ConfigError",
     "Conv1DGraft",
     "Conv1dGraft",
@@ -80,9 +84,11 @@ __all__ = [
     "merge",
     "merge_lora",
     "merged",
+    "register_base_module_wrapper",
     "register_forward",
     "register_kind",
     "remove",
+    "rename",
     "route",
     "save",
     "save_lora",

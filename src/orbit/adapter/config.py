@@ -45,7 +45,12 @@ class AdapterConfig:
             regular expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a
             container means every adaptable layer below it. None: every linear layer but the head, and no
             convolutions or embeddings (`adapter/targets.py`).
+            An empty tuple: none, where `parameters` or `save_modules` name something.
         exclude: layers to leave out, in the same grammar.
+        parameters: matrices, or stacks of them, that are parameters of a module of any kind, such as
+            "experts.gate_up_proj", in the same grammar (`adapter/whole.py`; PEFT's target_parameters).
+        save_modules: modules, a head say, of which the task gets a copy that is trained whole, in the same
+            grammar (PEFT's modules_to_save).
         rank_pattern, alpha_pattern: other values of r and alpha for layers whose name ends in a match of the
             key, a regular expression. The first key that matches counts, as in PEFT.
 
@@ -62,6 +67,8 @@ class AdapterConfig:
     init: str = "kaiming"
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    save_modules: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
@@ -97,9 +104,11 @@ class AdapterConfig:
                 f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}; for 'eva', which needs "
                 "data, inject first and call init_eva(model, batches)"
             )
+        for label in ("parameters", "save_modules"):
+            object.__setattr__(self, label, _names(label, getattr(self, label) or ()))
         if self.targets is not None:
             object.__setattr__(self, "targets", _names("targets", self.targets))
-            if not self.targets:
+            if not (self.targets or self.parameters or self.save_modules):
                 raise ConfigError("targets is empty: name some layers, or leave it None for all but the head")
         object.__setattr__(self, "exclude", _names("exclude", self.exclude or ()))
         for key in (*self.rank_pattern, *self.alpha_pattern):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from orbit.adapter.config import LayerConfig
 from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
-from orbit.adapter.kinds import grafted_bases
+from orbit.adapter.kinds import grafted_bases, whole_kind
 from orbit.adapter.mixing import mixed
 from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, Tasks, escape
 from orbit.adapter.plan import Mix, Plan, plan_of
@@ -102,7 +102,7 @@ class Graft(nn.Module):
                 plan = self._orbit_route.plan_in_backward(self)
             elif self._orbit_route.owner is not None:
                 self._orbit_route.refuse_stranger()
-        if plan is None and self._orbit_merged is not None and self.training and torch.is_grad_enabled():
+        if self._orbit_merged is not None and self.training and torch.is_grad_enabled():
             raise RouteError(
                 f"task {self._orbit_merged!r} is merged into the weights, and training would apply it twice; "
                 "unmerge first, or call model.eval()"
@@ -234,6 +234,18 @@ class Graft(nn.Module):
             return {_MODULES: slot.module}
         return {bank: owner for bank, owner in zip(self.BANKS, slot, strict=True) if owner is not None}
 
+    def carries(self, task: str) -> bool:
+        """Does this layer itself hold tensors of the task? A module run as a whole leaves that to its sites."""
+        return task in self.slots()
+
+    def sites(self) -> dict[str, Graft]:
+        """The layers whose owners a forward of this one reads, by the name of the tensor that they change."""
+        return {}
+
+    def home(self) -> tuple[nn.Module, str]:
+        """Where the weight that is adapted is registered: a module, and the parameter's name there."""
+        return self, "weight"
+
     def owners_device(self) -> torch.device:
         """The device of the tasks' tensors."""
         parameters = (
@@ -252,6 +264,13 @@ class Graft(nn.Module):
                 self._bank(bank).put(task, owner)
         self.__dict__.pop("_orbit_cache", None)
 
+    def rename_task(self, old: str, new: str) -> None:
+        """Give a task another name."""
+        for bank in self.banks():
+            if old in self._bank(bank):
+                self._bank(bank).rename(old, new)
+        self.__dict__.pop("_orbit_cache", None)
+
     def drop_task(self, task: str) -> None:
         """Take a task's owners away."""
         for bank in self.banks():
@@ -263,37 +282,51 @@ class Graft(nn.Module):
         self.__dict__["_orbit_plan"] = None
 
     def point(self, route: Any) -> None:
-        """Follow `route` from now on."""
-        self.__dict__["_orbit_plan"] = plan_of(route, self)
+        """Follow `route` from now on. A module that stands in for a layer goes on doing so while merged."""
+        merged = self._orbit_merged
+        slot = None if merged is None else self.slots().get(merged)
+        self.__dict__["_orbit_plan"] = slot if type(slot) is ModuleSlot else plan_of(route, self)
 
     # -- merging ---------------------------------------------------------------------------------------------
 
     def merge(self, task: str) -> None:
-        """Put W' in the place of W. The Parameter W itself is the backup, so unmerging is exact."""
-        merged = nn.Parameter(self.merged_weight(self.low_rank_slot(task)), requires_grad=False)
-        original = self._parameters["weight"]
-        assert original is not None
-        self.register_buffer(_BACKUP, original, persistent=False)
-        self._parameters["weight"] = merged
+        """Put W' in the place of W. The Parameter W itself is the backup, so unmerging is exact.
+
+        A module that stands in for the layer has no W'; it stands in for good.
+        """
+        slot = self.slots()[task]
+        if isinstance(slot, Slot):
+            merged = nn.Parameter(self.merged_weight(slot), requires_grad=False)
+            module, name = self.home()
+            original = module._parameters[name]
+            assert original is not None
+            self.register_buffer(_BACKUP, original, persistent=False)
+            module._parameters[name] = merged
         self._orbit_merged = task
 
     def unmerge(self) -> None:
         """Undo `merge`."""
-        backup = self._buffers.pop(_BACKUP)
-        self._non_persistent_buffers_set.discard(_BACKUP)
-        assert backup is not None
-        if not isinstance(backup, nn.Parameter):  # moved to another device or dtype meanwhile
-            backup = nn.Parameter(backup, requires_grad=False)
-        self._parameters["weight"] = backup
+        backup = self._buffers.pop(_BACKUP, None)
+        if backup is not None:
+            self._non_persistent_buffers_set.discard(_BACKUP)
+            if not isinstance(backup, nn.Parameter):  # moved to another device or dtype meanwhile
+                backup = nn.Parameter(backup, requires_grad=False)
+            module, name = self.home()
+            module._parameters[name] = backup
         self._orbit_merged = None
+
+    def backups(self) -> dict[str, Tensor]:
+        """The unmerged weights of this module's own parameters, by name, while a task is merged into them."""
+        layers = (self, *self.sites().values())
+        homes = [(layer._buffers.get(_BACKUP), *layer.home()) for layer in layers]
+        return {name: backup for backup, module, name in homes if backup is not None and module is self}
 
     # -- state -----------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        backup = self._buffers.get(_BACKUP)
-        if backup is not None:
-            destination[prefix + "weight"] = backup if keep_vars else backup.detach()
+        for name, backup in self.backups().items():
+            destination[prefix + name] = backup if keep_vars else backup.detach()
 
     def _load_from_state_dict(
         self,
@@ -305,21 +338,26 @@ class Graft(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if self._orbit_merged is not None and prefix + "weight" in state_dict:
-            error_msgs.append(f"{prefix}weight: task {self._orbit_merged!r} is merged into it; unmerge first")
+        merged = [prefix + name for name in self.backups() if prefix + name in state_dict]
+        if merged:
+            error_msgs.append(f"{merged[0]}: task {self._orbit_merged!r} is merged into it; unmerge first")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         # A base checkpoint knows no tasks. A task that is there must be there with all its tensors.
-        for task in self.slots():
+        for task, slot in self.slots().items():
             wanted = [
                 f"{prefix}{bank}.{escape(task)}.{name}"
                 for bank, owner in self.owners(task).items()
                 for name in owner.state_dict()
             ]
             absent = [name for name in wanted if name not in state_dict]
-            if len(absent) < len(wanted):
+            if isinstance(slot, ModuleSlot):  # reports what it misses by itself, so it is given what it has
+                if len(absent) == len(wanted):
+                    own = f"{prefix}{_MODULES}.{escape(task)}."
+                    state_dict.update(slot.module.state_dict(prefix=own, keep_vars=True))
+            elif len(absent) < len(wanted):
                 missing_keys.extend(absent)
 
     # -- copies ----------------------------------------------------------------------------------------------
@@ -374,8 +412,14 @@ def keep_off_fast_path(layer: nn.Module, args: Any) -> None:
 def grafted_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of grafted layers whose own class is `cls`."""
     if cls not in _CLASSES:
+        if issubclass(cls, Graft):
+            return cls  # a site, which was never anything else
         body = {"_orbit_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-        _CLASSES[cls] = type(f"Grafted{cls.__name__}", grafted_bases(cls), body)
+        try:
+            bases = grafted_bases(cls)
+        except GraftError:  # the layer as a whole
+            bases = (whole_kind(), cls)
+        _CLASSES[cls] = type(f"Grafted{cls.__name__}", bases, body)
     return _CLASSES[cls]
 
 

@@ -12,7 +12,7 @@ task 'math': 1 layer adapted, 24 of 82 parameters train; left out: 2 (the head)
 
 from __future__ import annotations
 
-import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import AdapterConfig
-from orbit.adapter.errors import ConfigError, GradientError, GraftError, RouteError, TaskError
+from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
-from orbit.adapter.init import initialise
-from orbit.adapter.owners import Slot, check_task_name
+from orbit.adapter.owners import AnySlot, check_task_name
 from orbit.adapter.plan import names_in
+from orbit.adapter.reach import Planned, plan_injection
 from orbit.adapter.route import current_route, find_state, install, state_of, uninstall
 from orbit.adapter.state import RouteState
-from orbit.adapter.targets import resolve
+from orbit.adapter.whole import ParameterSite
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def inject(
         raise RouteError(f"task {state.merged!r} is merged into the weights; unmerge before adding {name!r}")
     if state is not None and state.busy:
         raise RouteError(f"task {name!r} cannot be added while a call or a `with route` is running")
-    layers, skipped = resolve(model, config.targets, config.exclude)
+    plans, skipped = plan_injection(model, config)
     state = RouteState() if state is None else state
-    slots = _grafted_slots(layers, state, config)
+    slots = _grafted_slots(plans, state)
     state.configs[name] = config
     for path, slot in slots.items():
-        layer = layers[path]
+        layer = plans[path].module
         assert isinstance(layer, Graft)
         layer.put_task(name, slot)
         state.attach(layer)
@@ -99,9 +99,8 @@ def inject(
     install(model, state)
     state.set_default(name)
     count = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return InjectReport(
-        name, tuple(layers), skipped, sum(n for n, trains in count if trains), sum(n for n, _ in count)
-    )
+    trainable, total = sum(n for n, trains in count if trains), sum(n for n, _ in count)
+    return InjectReport(name, tuple(task_layers(model, name)), skipped, trainable, total)
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -117,14 +116,15 @@ def remove(model: nn.Module, name: str) -> None:
     state = _state_with(model, name)
     if state.merged is not None or state.busy:
         raise RouteError(f"task {name!r} cannot be removed while one is merged or the model is running")
-    layers = [layer for layer in _grafts(model).values() if name in layer.slots()]
+    layers = [m for m in model.modules() if isinstance(m, Graft) and name in m.slots()]
     for layer in layers:
         original_class(layer)  # refuses before anything is changed
     if name in names_in(state.default):
         state.set_default(None)
     del state.configs[name]
     for layer in layers:
-        layer.drop_task(name)
+        if name in layer.slots():  # else it went with the module that it belongs to
+            layer.drop_task(name)
         if not layer.slots():
             ungraft(layer)
     if not _grafts(model):
@@ -132,6 +132,30 @@ def remove(model: nn.Module, name: str) -> None:
         for module in model.modules():
             if module.__dict__.pop("_orbit_nested", False):
                 module.__dict__["use_nested_tensor"] = True
+
+
+def rename(model: nn.Module, old: str, new: str) -> None:
+    """Give a task another name. Its tensors, place, config and routes stay what they are.
+
+    Raises:
+        TaskError: no task `old`, or there is a task `new`. RouteError: merged or running.
+    """
+    model = unwrapped(model)
+    check_task_name(new)
+    state = _state_with(model, old)
+    if new == old:
+        return
+    if new in state.configs:
+        raise TaskError(f"there is a task {new!r} already; remove it first or choose another name")
+    if state.merged is not None or state.busy:
+        raise RouteError(f"task {old!r} cannot be renamed while one is merged or the model is running")
+    for layer in _grafts(model).values():
+        if layer.carries(old):
+            layer.rename_task(old, new)
+    for module in model.modules():  # what is derived from names, also where only sites were renamed
+        if isinstance(module, Graft):
+            module.__dict__.pop("_orbit_cache", None)
+    state.rename(old, new)
 
 
 def tasks(model: nn.Module) -> tuple[str, ...]:
@@ -150,13 +174,13 @@ def task_config(model: nn.Module, name: str) -> AdapterConfig:
 
 
 def task_layers(model: nn.Module, name: str) -> dict[str, Graft]:
-    """The layers that carry a task, by dotted name.
+    """The layers that carry a task, by dotted name; a parameter that is adapted by itself is one of them.
 
     Raises:
         TaskError: no such task.
     """
     _state_with(model, name)
-    return {path: layer for path, layer in _grafts(model).items() if name in layer.slots()}
+    return {path: layer for path, layer in _grafts(model).items() if layer.carries(name)}
 
 
 def one_task(model: nn.Module, name: str | None = None) -> str:
@@ -255,6 +279,14 @@ def check_gradients(model: nn.Module, *, may_be_empty: bool = False) -> None:
     if not silent_ids:
         return
     silent = [name for name, parameter in model.named_parameters() if id(parameter) in silent_ids]
+    idle = [name for name in silent if "experts" in name.split(".")]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} adapter parameter(s) of experts received no gradient, the first {idle[0]}: no token was "
+            "routed to them",
+            stacklevel=2,
+        )
+        silent = [name for name in silent if name not in idle]
     if silent and not (may_be_empty and all(parameter.grad is None for parameter in model.parameters())):
         shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
         raise GradientError(
@@ -277,25 +309,29 @@ def _state_with(model: nn.Module, name: str) -> RouteState:
 
 
 def _grafts(model: nn.Module) -> dict[str, Graft]:
-    return {path: layer for path, layer in model.named_modules() if isinstance(layer, Graft)}
+    found = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, ParameterSite):  # <module>.lora_parameters.<parameter>
+            path = ".".join([*path.split(".")[:-2], layer.parameter])
+        if isinstance(layer, Graft):
+            found[path] = layer
+    return found
 
 
-def _grafted_slots(layers: dict[str, nn.Module], state: RouteState, config: AdapterConfig) -> dict[str, Slot]:
-    """Graft the layers that are not yet, and make each one's owners. If one fails, undo the grafts."""
+def _grafted_slots(plans: dict[str, Planned], state: RouteState) -> dict[str, AnySlot]:
+    """Graft the modules that are not yet, and make each one's owners. If one fails, undo the grafts."""
     new: list[Graft] = []
     slots = {}
     path = ""
     try:
-        for path, layer in layers.items():
+        for path in plans:
+            layer, check, _ = plans[path]
             if not isinstance(layer, Graft):
                 graft(layer, state)
                 new.append(layer)  # type: ignore[arg-type]
-            _check_rank(path, layer, config)  # type: ignore[arg-type]
-        for path, layer in layers.items():
-            here = config.at(path)
-            slot = layer.new_slot(here)  # type: ignore[operator]
-            initialise(layer, slot, here.init)  # type: ignore[arg-type]
-            slots[path] = slot
+            check(layer)  # type: ignore[arg-type]
+        for path, (layer, _, make) in plans.items():
+            slots[path] = make(layer)  # type: ignore[arg-type]
     except BaseException as error:
         for layer in new:
             ungraft(layer)
@@ -303,22 +339,6 @@ def _grafted_slots(layers: dict[str, nn.Module], state: RouteState, config: Adap
             raise GraftError(f"layer {path!r} cannot be adapted: {error}") from None
         raise
     return slots
-
-
-def _check_rank(path: str, layer: Graft, config: AdapterConfig) -> None:
-    """Refuse a rank beyond which B·A gains nothing, before anything of that size is allocated."""
-    r, (out_size, in_size) = config.rank_of(path), layer.matrix_shape()
-    limit = min(in_size, out_size)
-    if r > limit:
-        here = (
-            f", here alone by rank_pattern={{{re.escape(path)!r}: {limit}}}, or exclude the layer"
-            if path
-            else ""
-        )
-        raise ConfigError(
-            f"layer {path!r} has a weight of {in_size} -> {out_size} ({original_class(layer).__name__}), so no "
-            f"update of it has a rank above {limit}, and r is {r}; lower it{here}"
-        )
 
 
 def _close_fast_paths(model: nn.Module) -> None:

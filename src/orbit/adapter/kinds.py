@@ -14,7 +14,8 @@ map" is x·Wᵀ + b, the convolution, the row of W; always linear in W, or an up
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
 
 _KINDS: dict[type[nn.Module], type[Graft]] = {}
+_WRAPPERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 _KINDS_BY_PATH: dict[str, type[Graft]] = {}  # of packages that may not be installed, and are not imported
 
 # Forwards of their own that still compute their kind's map.
@@ -48,6 +50,26 @@ def register_kind(base: type[nn.Module] | str, mixin: type[Graft]) -> None:
         _KINDS[base] = mixin
 
 
+def register_wrapper(cls: type[nn.Module], constructor: Callable[[Any], nn.Module]) -> None:
+    """Adapt modules of class `cls` and its subclasses by modules that `constructor` makes (`modules.py`)."""
+    _WRAPPERS[cls] = constructor
+
+
+def wrapper_of(module: nn.Module) -> Callable[[Any], nn.Module] | None:
+    """The constructor by which `module` is adapted; None if it has none, or a kind of a nearer class."""
+    return _WRAPPERS.get(_base_of(own_class(module)) or nn.Module)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that it had before it was adapted."""
+    return type(module).__dict__.get("_orbit_original", type(module))
+
+
+def whole_kind() -> type[Graft]:
+    """The mixin for modules of any class, which are replaced or run with other weights as a whole."""
+    return _KINDS[nn.Module]
+
+
 def register_forward(cls: type[nn.Module]) -> None:
     """Declare that the forward of `cls`, though its own, computes what its kind's does (x·Wᵀ + b, say)."""
     _IN_FRONT.add(_path(cls))
@@ -61,7 +83,7 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
 def is_linear(module: nn.Module) -> bool:
     """Is `module` of a kind that maps (…, in) to (…, out)?"""
     base = kind_of(module)
-    return base is not None and _KINDS[base].LINEAR
+    return base is not None and base not in _WRAPPERS and _KINDS[base].LINEAR
 
 
 def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
@@ -71,7 +93,7 @@ def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
         GraftError: no kind, or a forward that cannot be placed.
     """
     base = _base_of(cls)
-    if base is None:
+    if base is None or base in _WRAPPERS:
         raise GraftError(f"{cls.__name__} is none of the kinds that can be adapted: {_names()}")
     mixin = _KINDS[base]
     between = False
@@ -91,8 +113,8 @@ def grafted_bases(cls: type[nn.Module]) -> tuple[type, ...]:
     return (cls, mixin) if between else (mixin, cls)
 
 
-def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
-    """Why this layer cannot be adapted where it stands, or None if it can."""
+def refusal(layer: nn.Module, parent: nn.Module | None, *, whole: bool = False) -> str | None:
+    """Why this layer cannot be adapted where it stands (as a whole: by whatever class), or None if it can."""
     if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
         return "it is lazy and has no shape yet; run one batch through the model first"
     if isinstance(parent, nn.MultiheadAttention):
@@ -101,10 +123,11 @@ def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
         )
     if "_orbit_route" in vars(layer):
         return None  # adapted already, so it was fit
-    try:
-        grafted_bases(type(layer))
-    except GraftError as error:
-        return str(error)
+    if not whole and wrapper_of(layer) is None:
+        try:
+            grafted_bases(type(layer))
+        except GraftError as error:
+            return str(error)
     own = vars(layer)
     if "forward" in own and not ("_hf_hook" in own and "_old_forward" in own):
         return (
@@ -121,7 +144,8 @@ def refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
 def _taken_names(layer: nn.Module) -> set[str]:
     """Names that the layer uses and its mixin would give another meaning."""
     base = _base_of(type(layer))
-    assert base is not None
+    if base not in _KINDS:
+        base = nn.Module
     added = {name for name in dir(_KINDS[base]) if not name.startswith("__") and not hasattr(base, name)}
     return added & {*dir(type(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
 
@@ -129,7 +153,9 @@ def _taken_names(layer: nn.Module) -> set[str]:
 def _base_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The registered class that is nearest among the ancestors of `cls`."""
     for ancestor in cls.__mro__:
-        if ancestor in _KINDS:
+        if ancestor is nn.Module:
+            continue  # whole_kind, for those that are of no kind
+        if ancestor in _KINDS or ancestor in _WRAPPERS:
             return ancestor
         mixin = _KINDS_BY_PATH.get(_path(ancestor))
         if mixin is not None:  # the first layer of this class: now it can be derived from
@@ -148,4 +174,4 @@ def _path(cls: type) -> str:
 
 
 def _names() -> str:
-    return ", ".join(dict.fromkeys(base.__name__ for base in _KINDS))
+    return ", ".join(dict.fromkeys(base.__name__ for base in _KINDS if base is not nn.Module))

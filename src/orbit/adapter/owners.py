@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote, unquote
 
@@ -70,7 +70,7 @@ class Down(Owner):
 
 
 class Up(Owner):
-    """B (out, r), and the scale s = alpha/r or alpha/sqrt(r).
+    """B (out, r), and the scale s = alpha/r or alpha/sqrt(r); of n experts (out, r·n), and the same scale.
 
     The scale is a 0-d tensor, so that a compiled graph takes it as an input instead of a constant. It keeps
     at least float32 whatever `model.to(dtype)` does to B: 11.3137 is not a bf16 number.
@@ -79,15 +79,15 @@ class Up(Owner):
     scale: Tensor
     start: Up | None
 
-    def __init__(self, weight: Tensor, alpha: float, rslora: bool = False) -> None:
+    def __init__(self, weight: Tensor, alpha: float, rslora: bool = False, experts: int = 1) -> None:
         super().__init__(weight)
         self.start = None
-        self.alpha, self.rslora = float(alpha), rslora
+        self.alpha, self.rslora, self.experts = float(alpha), rslora, experts
         self.register_buffer("scale", self._exact_scale(), persistent=False)
 
     @property
     def r(self) -> int:
-        return self.weight.shape[1]
+        return self.weight.shape[1] // self.experts
 
     def _exact_scale(self) -> Tensor:
         value = self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
@@ -153,7 +153,13 @@ class ModuleSlot(NamedTuple):
     module: nn.Module
 
 
-AnySlot: TypeAlias = "Slot | ModuleSlot"
+class Whole(NamedTuple):
+    """The owners that a module run as a whole uses for one task, by the name of the tensor that each changes."""
+
+    slots: Mapping[str, Slot]
+
+
+AnySlot: TypeAlias = "Slot | ModuleSlot | Whole"
 
 
 class Tasks(nn.Module):
@@ -164,6 +170,11 @@ class Tasks(nn.Module):
 
     def put(self, task: str, owner: nn.Module) -> None:
         self.add_module(escape(task), owner)
+
+    def rename(self, old: str, new: str) -> None:
+        """Call the owner of task `old` by the name `new`, in its place among the others."""
+        key, other = escape(old), escape(new)
+        self._modules = {other if k == key else k: owner for k, owner in self._modules.items()}
 
     def discard(self, task: str) -> None:
         self._modules.pop(escape(task), None)

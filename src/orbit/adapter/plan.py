@@ -184,6 +184,22 @@ def describe(route: Route) -> str:
     return "the base model" if route is None else f"task {route!r}"
 
 
+def renamed(route: Route, old: str, new: str) -> Route:
+    """The same route, where task `old` is now called `new`.
+
+    >>> renamed("a", "a", "b"), renamed(PerRow(("a", None)), "a", "b").tasks
+    ('b', ('b', None))
+    """
+    if isinstance(route, PerRow):
+        return PerRow(tuple(new if task == old else task for task in route.tasks))
+    if isinstance(route, Together):
+        return Together(tuple((new if task == old else task, weight) for task, weight in route.weights))
+    if isinstance(route, Scaled):
+        tasks = tuple(new if task == old else task for task in route.tasks)
+        return Scaled(tasks, route.scalings, route.layers)
+    return new if route == old else route
+
+
 def plan_of(route: Route, layer: Graft) -> Plan:
     """What `layer` is told under `route`."""
     slots = layer.slots()

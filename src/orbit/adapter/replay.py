@@ -22,7 +22,7 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from orbit.adapter.errors import RouteError
-from orbit.adapter.plan import Route, Scaled, describe
+from orbit.adapter.plan import Route, Scaled, describe, renamed
 
 LIMIT = 4096  # switches that are remembered; a forward and its backward lie far fewer apart
 HEAVY = 16  # of them such as hold a tensor of scalings, and with it perhaps the graph of the router
@@ -59,6 +59,12 @@ class History:
         if len(numbers) > LIMIT:
             del numbers[: LIMIT // 2], routes[: LIMIT // 2]
             self._cut.add(threading.get_ident())
+
+    def rename(self, old: str, new: str) -> None:
+        """Task `old` is called `new` from now on."""
+        self._first = renamed(self._first, old, new)
+        for _, routes in self._switches.values():
+            routes[:] = [r if isinstance(r, _Forgotten) else renamed(r, old, new) for r in routes]
 
     def route_of_replay(self) -> Route:
         """The route that was current when the node now being evaluated was created.

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from orbit.adapter.batch import Batch, batch_of, order_of
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import RouteError, TaskError
-from orbit.adapter.plan import PerRow, Plan, Route, as_route, describe, names_in, plan_of
+from orbit.adapter.plan import PerRow, Plan, Route, as_route, describe, names_in, plan_of, renamed
 from orbit.adapter.replay import History, in_backward
 
 if TYPE_CHECKING:
@@ -166,6 +166,14 @@ class RouteState:
             self._lost.clear()
             self.default = route
             self._switch(route)
+
+    def rename(self, old: str, new: str) -> None:
+        """Task `old`, whose owners bear the name `new` by now, is called so everywhere."""
+        self.configs = {new if name == old else name: config for name, config in self.configs.items()}
+        self.routed = {new if name == old else name for name in self.routed}
+        self.default = renamed(self.default, old, new)
+        self._history.rename(old, new)
+        self._switch(self.default)
 
     def set_merged(self, task: str | None) -> None:
         """`task` was merged into the weights (None: unmerged), so that its branch rests."""

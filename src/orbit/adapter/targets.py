@@ -25,7 +25,7 @@ from torch import nn
 
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds import is_linear, kind_of, refusal
-from orbit.adapter.owners import Owner, Tasks
+from orbit.adapter.owners import Tasks
 from orbit.adapter.patterns import Pattern
 
 
@@ -42,7 +42,7 @@ def resolve(
         TargetError: a target or an exclusion that matches nothing, or names a layer that cannot be adapted;
             no layer left.
     """
-    modules, parents = _tree(model)
+    modules, parents = tree(model)
     layers = {name: module for name, module in modules.items() if kind_of(module) is not None}
     skipped: dict[str, str] = {}
     if targets is None:
@@ -56,7 +56,7 @@ def resolve(
         chosen, by_name = set(), set()
         for target in targets:
             hits = matches(target, modules)
-            reached = [name for name in layers if _at_or_below(name, hits)]
+            reached = [name for name in layers if at_or_below(name, hits)]
             if not reached:
                 raise TargetError(_nothing(target, hits, modules, layers))
             for hit in () if _is_pattern(target) else hits:
@@ -70,7 +70,7 @@ def resolve(
                 by_name.update(hit for hit in hits if hit in layers)
     for target in exclude:
         hits = matches(target, modules)
-        gone = [name for name in layers if _at_or_below(name, hits)]
+        gone = [name for name in layers if at_or_below(name, hits)]
         if not gone:
             raise TargetError(_nothing(target, hits, modules, layers, label="exclude"))
         chosen.difference_update(gone)
@@ -121,14 +121,21 @@ def _is_pattern(target: str) -> bool:
     return target.startswith("re:") or any(mark in target for mark in "*?[")
 
 
-def _tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | None]]:
+def tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | None]]:
     """Every module but the adapters' own, by name, and each one's parent."""
     modules: dict[str, nn.Module] = {}
     parents: dict[str, nn.Module | None] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, (Tasks, Owner)):
-            modules[name] = module
-            parents[name] = modules.get(name.rpartition(".")[0]) if name else None
+    seen: set[nn.Module] = set()
+    left: list[tuple[str, nn.Module, nn.Module | None]] = [("", model, None)]
+    while left:
+        name, module, parent = left.pop()
+        if module not in seen and not isinstance(module, Tasks):
+            seen.add(module)
+            modules[name], parents[name] = module, parent
+            children = [
+                (f"{name}.{key}" if name else key, child, module) for key, child in module.named_children()
+            ]
+            left.extend(reversed(children))
     return modules, parents
 
 
@@ -137,7 +144,7 @@ def _is_leaf(module: nn.Module) -> bool:
     return not module._modules and any(p is not None for p in module._parameters.values())
 
 
-def _at_or_below(name: str, roots: Sequence[str]) -> bool:
+def at_or_below(name: str, roots: Sequence[str]) -> bool:
     return any(root in ("", name) or name.startswith(f"{root}.") for root in roots)
 
 
@@ -167,7 +174,7 @@ def _nothing(
     wanted = target.removeprefix("re:")
     found = nearest(wanted, (s for s in suffixes if s.count(".") <= wanted.count(".") and not s.isdigit()))
     if found:
-        count = len([name for name in layers if _at_or_below(name, matches(found, modules))])
+        count = len([name for name in layers if at_or_below(name, matches(found, modules))])
         return f"{said}; did you mean {found!r} ({count})?"
     some = sorted({name.rpartition(".")[2] for name in layers})[:8]
     return f"{said}; their names end in {', '.join(map(repr, some)) or 'nothing'}"

@@ -1,0 +1,135 @@
+"""What an injection does to which module: all that a config names, in the model's order.
+
+    targets        low-rank owners in every layer, or the module of a registered constructor in its place
+    parameters     low-rank owners at parameters of a module of any kind
+    save_modules   a copy of the module
+
+Nothing below a module that is replaced or run as a whole is adapted by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from orbit.adapter.config import AdapterConfig, LayerConfig
+from orbit.adapter.errors import ConfigError, TargetError
+from orbit.adapter.experts import resolve_parameters
+from orbit.adapter.graft import Graft, original_class
+from orbit.adapter.init import initialise
+from orbit.adapter.kinds import wrapper_of
+from orbit.adapter.modules import resolve_saved, saved, wrapped
+from orbit.adapter.owners import AnySlot, Slot
+from orbit.adapter.targets import at_or_below, resolve, tree
+from orbit.adapter.whole import WholeGraft
+
+
+class Planned(NamedTuple):
+    """A module to adapt.
+
+    Attributes:
+        module: where it stands in the model.
+        check: once it is grafted, refuses what would not fit, before anything is allocated.
+        make: makes its owners for the task.
+    """
+
+    module: nn.Module
+    check: Callable[[Graft], None]
+    make: Callable[[Graft], AnySlot]
+
+
+def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, Planned], dict[str, str]]:
+    """The modules that a config adapts, and the layers in reach that it leaves out, with the reason; by dotted name.
+
+    Raises:
+        TargetError: a name that matches nothing or something that cannot be adapted; nothing to adapt.
+    """
+    layers, skipped = ({}, {}) if config.targets == () else resolve(model, config.targets, config.exclude)
+    sites = resolve_parameters(model, config.parameters)
+    copies = resolve_saved(model, config.save_modules)
+    found: dict[str, Planned] = {}
+    for path, layer in layers.items():
+        if wrapper_of(layer) is not None:
+            found[path] = Planned(layer, _anything, wrapped)
+        else:
+            at = config.at(path)
+            found[path] = Planned(
+                layer, partial(_check_layer, path=path, config=at), partial(_low_rank, config=at)
+            )
+    for path, (module, names) in sites.items():
+        places = {name: f"{path}.{name}" if path else name for name in names}
+        configs = {name: config.at(place) for name, place in places.items()}
+        for name, place in places.items():
+            shape: torch.Size = module._parameters[name].shape  # type: ignore[union-attr]
+            _check_rank(place, "parameter", (shape[-2], shape[-1]), configs[name].r)
+        found[path] = Planned(module, _anything, partial(_at_parameters, configs=configs))
+    for path in [path for path in found if _replaced_above(path, found)]:
+        del found[path]
+        skipped[path] = "it lies within a module that is adapted as a whole"
+    for path, module in copies.items():
+        if any(other != path and at_or_below(path, [other]) for other in (*copies, *found)):
+            raise TargetError(
+                f"save_modules names {path!r}, which lies within a module that is adapted as a whole"
+            )
+        for other in [other for other in found if at_or_below(other, [path])]:
+            if other in sites:
+                raise TargetError(
+                    f"{path!r} is trained whole, so parameters of {other!r} cannot be adapted too"
+                )
+            del found[other]
+            skipped[other] = (
+                "it is trained whole" if other == path else f"it lies within {path}, trained whole"
+            )
+        found[path] = Planned(module, _anything, saved)
+        skipped.pop(path, None)
+    for path, module in tree(model)[0].items():
+        if isinstance(module, nn.MultiheadAttention) and path in found:
+            skipped.pop(f"{path}.out_proj" if path else "out_proj", None)
+    order = [path for path in tree(model)[0] if path in found]
+    return {path: found[path] for path in order}, skipped
+
+
+def _replaced_above(path: str, found: dict[str, Planned]) -> bool:
+    above = [other for other in found if other != path and at_or_below(path, [other])]
+    return any(wrapper_of(found[other].module) is not None for other in above)
+
+
+def _anything(layer: Graft) -> None:
+    """A module that is copied or made by a constructor has no rank."""
+
+
+def _low_rank(layer: Graft, config: LayerConfig) -> AnySlot:
+    slot = layer.new_slot(config)
+    if isinstance(slot, Slot):  # what is run as a whole sees to its own weights
+        initialise(layer, slot, config.init)
+    return slot
+
+
+def _at_parameters(layer: Graft, configs: Mapping[str, LayerConfig]) -> AnySlot:
+    assert isinstance(layer, WholeGraft)
+    return layer.new_whole(configs)
+
+
+def _check_layer(layer: Graft, path: str, config: LayerConfig) -> None:
+    _check_rank(path, original_class(layer).__name__, layer.matrix_shape(), config.r)
+
+
+def _check_rank(path: str, what: str, shape: tuple[int, int], r: int) -> None:
+    """Refuse a rank beyond which B·A gains nothing, before anything of that size is allocated."""
+    out_size, in_size = shape
+    limit = min(in_size, out_size)
+    if r > limit:
+        here = (
+            f", here alone by rank_pattern={{{re.escape(path)!r}: {limit}}}, or exclude the layer"
+            if path
+            else ""
+        )
+        raise ConfigError(
+            f"layer {path!r} has a weight of {in_size} -> {out_size} ({what}), so no update of it has "
+            f"a rank above {limit}, and r is {r}; lower it{here}"
+        )

@@ -1,0 +1,324 @@
+"""Modules that are adapted as a whole: run with other weights, or replaced by a module of the task.
+
+Some modules read their weights in the middle of their forward, so that nothing can be added to their output:
+attention, experts. Their own forward is run with other tensors in the place of parameters:
+
+    LoRA  W' = W + ΔW,  ΔW = g·s·B·A            DoRA  W' = m∘V/‖V‖,  V = W + ΔW, row by row, the norm detached
+    several tasks together   W + Σ_t w_t·(W'_t − W)        computed in at least float32 and rounded once
+
+    W (out, in)  or, of n experts, (n, out, in); (n, in, out) where the module says `is_transposed`
+    A (r, in), B (out, r)  or, of n experts, (r·n, in), expert by expert, and (out, r·n), rank by rank, as PEFT
+
+The module is not touched, so that threads may share it: the forward runs on a shell, an object of the module's
+own class whose `__dict__` is a copy with other `_parameters`. What the forward sets on itself is handed back.
+
+Each such parameter has a site, a small child module that holds the owners of its tasks and is in everything
+but running a layer of its own, under the parameter's name:
+
+    experts.lora_parameters.gate_up_proj.lora_A.<task>.weight        the site of experts.gate_up_proj
+
+Where the module has a child layer whose weight it reads without calling it (`attention.py`), that is a site too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orbit.adapter import dora
+from orbit.adapter.config import LayerConfig
+from orbit.adapter.errors import ConfigError, GraftError, MergeError
+from orbit.adapter.graft import Graft
+from orbit.adapter.init import initialise
+from orbit.adapter.kinds import own_class, register_kind
+from orbit.adapter.lora import fresh_factors
+from orbit.adapter.mixing import mixed
+from orbit.adapter.owners import AnySlot, Down, Gate, Magnitude, Slot, Tasks, Up, Whole
+from orbit.adapter.plan import Mix
+
+SITES = "lora_parameters"
+
+
+class WholeGraft(Graft):
+    """The mixin for modules of any class."""
+
+    def one(self, slot: Whole, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        sites = self.sites()
+        tensors = {name: adapted_weight(sites[name], one) for name, one in slot.slots.items()}
+        return self.run_with(tensors, args, kwargs)
+
+    def mixed(self, mix: Mix, *args: Any, **kwargs: Any) -> Any:
+        if mix.rows is None and mix.weights.dim() == 1 and all(type(slot) is Whole for slot in mix.slots):
+            return self.run_with(self._summed(mix), args, kwargs)
+        return mixed(self, mix, args, kwargs)
+
+    def _summed(self, mix: Mix) -> dict[str, Tensor]:
+        """The weights of several tasks together."""
+        total: dict[str, Tensor] = {}
+        sites = self.sites()
+        for index, slot in enumerate(mix.slots):
+            assert isinstance(slot, Whole)
+            for name, one in slot.slots.items():
+                W = dense_weight(sites[name])
+                wide = W.to(dora.wide(W.dtype))
+                change = adapted_weight(sites[name], one, rounded=False) - wide
+                total[name] = total.get(name, wide) + mix.weights[index].to(wide.dtype) * change
+        return {name: W.to(dense_weight(sites[name]).dtype) for name, W in total.items()}
+
+    def run_with(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's own forward with these tensors in the place of its parameters, by dotted name."""
+        shell = _shell(self, tensors)
+        before = dict(shell.__dict__)
+        output = _own_forward(self)(shell, *args, **kwargs)
+        for key, value in shell.__dict__.items():
+            if before.get(key, _NOTHING) is not value:
+                self.__dict__[key] = value
+        return output
+
+    # -- tasks -----------------------------------------------------------------------------------------------
+
+    def sites(self) -> dict[str, Graft]:
+        container = self._bank(SITES)
+        return {name: container.get(name) for name in container}
+
+    def slots(self) -> dict[str, AnySlot]:
+        if "_orbit_cache" not in self.__dict__:
+            found: dict[str, dict[str, Slot]] = {}
+            for name, site in self.sites().items():
+                for task, slot in site.slots().items():
+                    if isinstance(slot, Slot):
+                        found.setdefault(task, {})[name] = slot
+            modules = super().slots()
+            self.__dict__["_orbit_cache"] = {**{t: Whole(slots) for t, slots in found.items()}, **modules}
+        return self.__dict__["_orbit_cache"]
+
+    def carries(self, task: str) -> bool:
+        return task in self.slots() and not isinstance(self.slots()[task], Whole)
+
+    def owners(self, task: str) -> dict[str, nn.Module]:
+        return super().owners(task) if self.carries(task) else {}
+
+    def owners_device(self) -> torch.device:
+        for site in self.sites().values():
+            return site.owners_device()
+        return super().owners_device()
+
+    def banks(self) -> tuple[str, ...]:
+        return (*super().banks(), *((SITES,) if SITES in self._modules else ()))
+
+    def new_whole(self, configs: Mapping[str, LayerConfig]) -> Whole:
+        """Fresh owners for a task that changes these parameters, not yet attached.
+
+        Raises:
+            ConfigError: dropout, or DoRA of experts. GraftError: a parameter that is no dense matrix.
+        """
+        slots = {}
+        for name, config in configs.items():
+            site = ParameterSite(self, name)
+            slots[name] = site.new_slot(config)
+            initialise(site, slots[name], config.init)
+        return Whole(slots)
+
+    def put_task(self, task: str, slot: AnySlot) -> None:
+        if not isinstance(slot, Whole):
+            super().put_task(task, slot)
+            return
+        for name, one in slot.slots.items():
+            site = self.make_site(name)
+            site.put_task(task, one)
+            self._orbit_route.attach(site)
+        self.__dict__.pop("_orbit_cache", None)
+
+    def make_site(self, name: str) -> Graft:
+        """The site of this parameter, made if there is none."""
+        if SITES not in self._modules:
+            self.add_module(SITES, Tasks())
+        container = self._bank(SITES)
+        if name not in container:
+            container.put(name, ParameterSite(self, name))
+        return container.get(name)
+
+    def drop_task(self, task: str) -> None:
+        for name, site in self.sites().items():
+            if task in site.slots():
+                site.drop_task(task)
+            if isinstance(site, ParameterSite) and not site.slots():
+                self._orbit_route.detach(site)
+                self._bank(SITES).discard(name)
+        if SITES in self._modules and not len(self._bank(SITES)):
+            del self._modules[SITES]
+        super().drop_task(task)
+
+
+class ParameterSite(Graft):
+    """Holds the owners of one parameter of `host`, and stands for it wherever layers are listed."""
+
+    STARTS = True
+
+    _orbit_host: WholeGraft
+
+    def __init__(self, host: WholeGraft, name: str) -> None:
+        super().__init__()
+        # The host is kept out of the registered modules: it contains this one.
+        self.__dict__.update(
+            _orbit_host=host,
+            parameter=name,
+            _orbit_route=host._orbit_route,
+            _orbit_plan=None,
+            _orbit_merged=None,
+        )
+
+    def home(self) -> tuple[nn.Module, str]:
+        return self._orbit_host, self.parameter
+
+    @property
+    def transposed(self) -> bool:
+        """Is the parameter stored as (n, in, out)?"""
+        return bool(getattr(self._orbit_host, "is_transposed", False)) and dense_weight(self).dim() == 3
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix, of each expert's where there are experts."""
+        out, into = dense_weight(self).shape[-2:]
+        return (into, out) if self.transposed else (out, into)
+
+    def matrix(self) -> Tensor:
+        W = dense_weight(self).detach()
+        W = W.to(dora.wide(W.dtype))
+        return W.mT if self.transposed else W
+
+    def factors(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        A, B, n = slot.down.weight, slot.up.weight, slot.up.experts
+        if dense_weight(self).dim() == 2:
+            return A, B
+        return A.view(n, slot.up.r, -1), B.view(B.shape[0], slot.up.r, n).permute(2, 0, 1)
+
+    def set_factors(self, slot: Slot, A: Tensor, B: Tensor) -> None:
+        with torch.no_grad():
+            own_A, own_B = self.factors(slot)
+            own_A.copy_(A)
+            own_B.copy_(B)
+
+    def new_slot(self, config: LayerConfig) -> Slot:
+        W = dense_weight(self)
+        _refuse_config(config, self.parameter, W)
+        n = W.shape[0] if W.dim() == 3 else 1
+        out, into = self.matrix_shape()
+        dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
+        A, B = fresh_factors(into, out, config.r * n, device=W.device, dtype=dtype)
+        slot = Slot(Down(A), Up(B, config.alpha, config.rslora, experts=n))
+        if config.gated:
+            slot = slot._replace(gate=Gate(torch.ones((), device=W.device, dtype=dtype)))
+        if config.dora:
+            slot = slot._replace(magnitude=Magnitude(_row_norm(W.detach().to(dora.wide(W.dtype))).to(dtype)))
+        return slot
+
+    def merged_weight(self, slot: Slot) -> Tensor:
+        try:
+            with torch.no_grad():
+                return adapted_weight(self, slot)
+        except GraftError as error:
+            raise MergeError(str(error)) from None
+
+    def merge(self, task: str) -> None:
+        super().merge(task)
+        self._orbit_host._orbit_merged = task
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self._orbit_host._orbit_merged = None
+
+    def extra_repr(self) -> str:
+        return self.parameter
+
+
+ParameterSite._orbit_original = ParameterSite  # type: ignore[attr-defined]  # what remains without tasks
+
+
+def adapted_weight(layer: Graft, slot: Slot, *, rounded: bool = True) -> Tensor:
+    """W' of a layer under one task, with gradients to the task's tensors.
+
+    Args:
+        rounded: give it in the dtype of W; else in at least float32.
+
+    Raises:
+        GraftError: the weight is not dense, or not there.
+    """
+    W = dense_weight(layer)
+    dtype = dora.wide(W.dtype)
+    kind = "cpu" if W.is_meta else W.device.type
+    with torch.autocast(kind, enabled=False):
+        A, B = layer.factors(slot)
+        BA = B.to(dtype) @ A.to(dtype)
+        if slot.start is not None:
+            A0, B0 = layer.factors(slot.start)
+            BA = BA - B0.to(dtype) @ A0.to(dtype)
+        delta = slot.coefficient.to(dtype) * BA
+        if getattr(layer, "transposed", False):
+            delta = delta.mT
+        V = W.to(dtype) + delta
+        if slot.magnitude is not None:
+            V = dora.ratio(slot.magnitude.weight.to(dtype), _row_norm(V.detach()))[:, None] * V
+    return V.to(W.dtype) if rounded else V
+
+
+def dense_weight(layer: Graft) -> Tensor:
+    """The weight that a layer adapts.
+
+    Raises:
+        GraftError: it is quantised, derived, sharded or offloaded, so that no other can be computed from it.
+    """
+    module, name = layer.home()
+    W = module._parameters.get(name)
+    if W is None or type(W) not in (Tensor, nn.Parameter) or not W.is_floating_point():
+        raise GraftError(
+            f"{name} of {own_class(module).__name__} is quantised, derived or sharded; only a dense one can be "
+            "replaced for a forward"
+        )
+    return W
+
+
+def _row_norm(V: Tensor) -> Tensor:
+    return V.square().sum(-1).sqrt()
+
+
+def _refuse_config(config: LayerConfig, name: str, W: Tensor) -> None:
+    if W.dim() not in (2, 3):
+        raise GraftError(f"{name} has the shape {tuple(W.shape)}; a matrix or a stack of them is needed")
+    if config.dropout:
+        raise ConfigError(
+            f"dropout={config.dropout} cannot be had for {name}: its update is added to the weight, so that there is "
+            "no input to drop from; set dropout=0, or leave it out"
+        )
+    if config.dora and W.dim() == 3:
+        raise ConfigError(
+            f"DoRA is not defined for the stacked weights of {name}; set dora=False, or leave it out"
+        )
+
+
+_NOTHING = object()
+
+
+def _shell(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """An object that looks like `module` with other tensors in the place of parameters."""
+    shell = object.__new__(own_class(module))
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    shell.__dict__.update(module.__dict__, _parameters={**module._parameters, **own})
+    below: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        child, dot, rest = name.partition(".")
+        if dot:
+            below.setdefault(child, {})[rest] = tensor
+    children = {child: _shell(module._modules[child], inside) for child, inside in below.items()}  # type: ignore[arg-type]
+    shell.__dict__["_modules"] = {**module._modules, **children}
+    return shell
+
+
+def _own_forward(layer: Graft) -> Callable[..., Any]:
+    """The forward that `layer.base` calls, not bound to the layer."""
+    return super(Graft, layer).forward.__func__  # type: ignore[attr-defined,no-any-return]
+
+
+register_kind(nn.Module, WholeGraft)
