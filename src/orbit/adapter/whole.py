@@ -262,7 +262,9 @@ class ParameterSite(Graft):
     def renorm(self, slot: Slot) -> None:
         assert slot.magnitude is not None
         with torch.no_grad():
-            slot.magnitude.weight.copy_(_row_norm(adapted_weight(self, slot._replace(magnitude=None), rounded=False)))
+            slot.magnitude.weight.copy_(
+                _row_norm(adapted_weight(self, slot._replace(magnitude=None), rounded=False))
+            )
 
     def merged_weight(self, slot: Slot) -> Tensor:
         try:
