@@ -42,7 +42,8 @@ def fill(model: LoRA.Model, task: str, seed: int = 0) -> None:
     noise = torch.Generator().manual_seed(seed)
     state = model.state_dict(task=task)
     model.load_state_dict(
-        {key: value + 0.3 * torch.randn(value.shape, generator=noise) for key, value in state.items()}, task=task
+        {key: value + 0.3 * torch.randn(value.shape, generator=noise) for key, value in state.items()},
+        task=task,
     )
 
 

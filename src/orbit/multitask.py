@@ -137,7 +137,9 @@ class Model(nn.Module):
         Raises:
             TaskError: no such task.
         """
-        if args or kwargs.get("destination") is not None:  # a parent's state_dict, or one of torch's older calls
+        if (
+            args or kwargs.get("destination") is not None
+        ):  # a parent's state_dict, or one of torch's older calls
             return self.model.state_dict(*args, **kwargs)
         if task is not None:
             prefix = kwargs.get("prefix", "")
@@ -150,7 +152,11 @@ class Model(nn.Module):
         return self.model
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, task: str | None = None
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        assign: bool = False,
+        task: str | None = None,
     ) -> _IncompatibleKeys:
         """Set the base's parameters and buffers, or one task's.
 

@@ -230,7 +230,9 @@ def test_mixtral_equals_peft(tokens: Tensor, fill: Callable[..., None]) -> None:
     fill(mine, size=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = get_peft_model(theirs, LoraConfig(r=3, lora_alpha=3, target_modules=[], target_parameters=list(BOTH)))
+        theirs = get_peft_model(
+            theirs, LoraConfig(r=3, lora_alpha=3, target_modules=[], target_parameters=list(BOTH))
+        )
     wrappers = {
         f"{name.split('base_model.model.')[1].replace('.base_layer', '')}.{wrapper.parameter_name}": wrapper
         for name, wrapper in theirs.named_modules()
@@ -273,7 +275,9 @@ def test_experts_without_tokens_are_a_warning() -> None:
     model = Old()
     inject(model, AdapterConfig(r=2, targets=("first", "experts")), "a")
     model(torch.randn(2, 4)).sum().backward()
-    with pytest.warns(UserWarning, match=r"2 adapter parameter\(s\) of experts received no gradient.*experts.1"):
+    with pytest.warns(
+        UserWarning, match=r"2 adapter parameter\(s\) of experts received no gradient.*experts.1"
+    ):
         check_gradients(model)
     inject(model, AdapterConfig(r=2, targets=("first",)), "b")
     model.zero_grad()

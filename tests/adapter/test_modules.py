@@ -205,7 +205,9 @@ def test_containers_of_the_task_may_hold_the_layer() -> None:
 def test_a_constructor_must_give_a_module_of_its_own(constructor: Any) -> None:
     register_base_module_wrapper(Block, constructor)
     model = make()
-    with pytest.raises(GraftError, match="layer '1' cannot be adapted: the constructor for Special must give"):
+    with pytest.raises(
+        GraftError, match="layer '1' cannot be adapted: the constructor for Special must give"
+    ):
         inject(model, EVERYTHING, "a")
     assert type(model[0]) is nn.Linear
     assert type(model[1]) is Special

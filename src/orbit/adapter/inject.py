@@ -257,9 +257,10 @@ def base_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = Fal
 def check_gradients(model: nn.Module, *, may_be_empty: bool = False) -> None:
     """Raise if a routed, trainable adapter has no gradient. Call it after a window's backward passes.
 
-    Routed are the tasks under which the model was called with gradients, in training mode, since the last
-    check. Where no such call was seen (only parts of the model were called, or it is compiled as a whole),
-    they are the tasks of which some parameter has a gradient, and if there is none, the default one.
+    Routed are the tasks of calls in training mode whose outputs a backward pass has reached since the last
+    check; a micro-batch of weight 0 has no backward pass and asks for nothing. Where no such call was seen (only
+    parts of the model were called, or it is compiled as a whole), they are the tasks of which some parameter has
+    a gradient, and if there is none, the default one.
 
     Args:
         may_be_empty: accept a window in which nothing has a gradient: every micro-batch had weight 0, say.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from orbit.adapter.errors import MergeError, RouteError
 from orbit.adapter.graft import Graft
-from orbit.adapter.inject import task_layers, tasks, unwrapped
-from orbit.adapter.owners import Slot
+from orbit.adapter.inject import base_state_dict, task_layers, tasks, unwrapped
+from orbit.adapter.owners import AnySlot, ModuleSlot, Slot
 from orbit.adapter.route import find_state, state_of
 
 
@@ -87,6 +87,54 @@ def merged(model: nn.Module) -> str | None:
     """The task that is merged into the model's weights, or None."""
     state = find_state(model)
     return None if state is None else state.merged
+
+
+def merged_state_dict(model: nn.Module, name: str | None = None, *, untie: bool = False) -> dict[str, Tensor]:
+    """The state dict of the base model with a task folded in: base names, no adapters.
+
+    For `model.save_pretrained(folder, state_dict=merged_state_dict(model, "math"))`, or to load into a fresh base
+    model. The model itself stays as it is; the folded weights are new tensors and the others are the model's own.
+
+    Args:
+        model: a model with tasks.
+        name: the task; None means the merged one, else the current one.
+        untie: allow a task on a weight that other modules share. Their entries keep the old weight, so a model that
+            ties them again on loading would lose one or the other.
+
+    Raises:
+        TaskError, MergeError, RouteError: as `merge`, and if another task is merged.
+    """
+    model = unwrapped(model)
+    before = merged(model)
+    if before is not None and name not in (None, before):
+        raise MergeError(f"task {before!r} is merged already; unmerge it first")
+    state = base_state_dict(model)
+    if before is None:
+        merge(model, name, untie=untie)
+    try:
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            if key in state:
+                state[key] = parameter.detach()
+        for path, layer in model.named_modules(remove_duplicate=False):
+            if isinstance(layer, Graft) and layer._orbit_merged is not None:
+                _put_stand_in(state, path, layer.slots().get(layer._orbit_merged))
+    finally:
+        if before is None:
+            unmerge(model)
+    return state
+
+
+def _put_stand_in(state: dict[str, Tensor], path: str, slot: AnySlot | None) -> None:
+    """Write the tensors of the module that stands in for a layer in the place of the layer's own."""
+    if isinstance(slot, ModuleSlot):
+        own = {f"{path}.{key}" if path else key: value for key, value in slot.module.state_dict().items()}
+        for key in own:
+            if key not in state:
+                raise MergeError(
+                    f"layer {path!r} is a {type(slot.module).__name__} under this task, and the base model has no "
+                    f"place for its {key}; save the task by itself"
+                )
+        state.update(own)
 
 
 def _sharers(model: nn.Module, layer: Graft) -> list[str]:

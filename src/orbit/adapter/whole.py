@@ -273,6 +273,22 @@ class ParameterSite(Graft):
         except GraftError as error:
             raise MergeError(str(error)) from None
 
+    def only_ours(self, task: str) -> bool:
+        return self.not_for_peft(task) is not None or super().only_ours(task)
+
+    def not_for_peft(self, task: str) -> str | None:
+        if self.low_rank_slot(task).magnitude is not None:
+            return f"PEFT has no DoRA for {self.parameter}"
+        if self.parameter in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            return "PEFT refuses attention with separate projections (kdim, vdim)"
+        return None
+
+    def stacked(self, slot: Slot, start: Slot) -> tuple[Tensor, Tensor]:
+        (A, B), n = self.update(slot), slot.up.experts
+        if n == 1:
+            return A, B
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
     def merge(self, task: str) -> None:
         super().merge(task)
         self._orbit_host._orbit_merged = task
