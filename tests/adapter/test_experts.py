@@ -107,7 +107,9 @@ def oracle(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"gated": True}, {"init": "pissa"}, {"init": "olora"}])
+@pytest.mark.parametrize(
+    "variant", [{}, {"rslora": True}, {"gated": True}, {"init": "pissa"}, {"init": "olora"}]
+)
 def test_output_and_gradients_equal_the_dense_module(
     transposed: bool, variant: dict[str, Any], fill: Callable[..., None]
 ) -> None:
