@@ -52,8 +52,6 @@ def refused(kind: str, variant: str) -> str | None:
     """What our table lacks, by the reason that `inject` gives."""
     if KINDS[kind].parameters and OURS[variant].dora:
         return "DoRA is not defined for the stacked weights"
-    if kind.startswith("Embedding") and OURS[variant].init in STARTS:
-        return "cannot start from its weight"
     return None
 
 
