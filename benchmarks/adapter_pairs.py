@@ -75,6 +75,32 @@ class Training:
         return loss.detach()
 
 
+class Together:
+    """One step of several tasks at once on our side: each has its own rows of the batch and its own optimizer."""
+
+    def __init__(self, base: nn.Module, alone: Sequence[Training], tokens: Tensor) -> None:
+        self.names = [f"task{k}" for k in range(len(alone))]
+        self.model, self.tokens = ours(base, self.names), tokens
+        self.rows = [name for name in self.names for _ in range(len(tokens) // len(alone))]
+        with torch.no_grad():  # each starts where its run alone stands
+            for name, training in zip(self.names, alone, strict=True):
+                now = dict(training.model.named_parameters())
+                for key, parameter in adapter_parameters(self.model, name).items():
+                    parameter.copy_(now[key.replace(f".{name}.", ".default.")])
+        self.optimizers = [
+            torch.optim.AdamW(list(adapter_parameters(self.model, name).values()), lr=1e-4, fused=True)
+            for name in self.names
+        ]
+
+    def __call__(self) -> Tensor:
+        loss: Tensor = self.model(input_ids=self.tokens, labels=self.tokens, task=self.rows).loss
+        (loss * len(self.names)).backward()  # the sum of the tasks' own means
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+
 class Frozen:
     """Forward and backward of the base alone: nothing trains, and the embeddings' output asks for a gradient."""
 

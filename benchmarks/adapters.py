@@ -5,7 +5,8 @@
     memory    peak of a training step above what lay there before it
     saved     bytes that forward keeps for backward: distinct storages, the model's own left out
     rows      one task per row of the batch, 8 tasks, inference, against PEFT's `adapter_names=`
-    mixed     four tasks trained together, 2 rows of each a batch, against four runs with 2 rows each
+    mixed     four tasks trained together, 2 rows of each a batch, against four runs with 2 rows each: PEFT's,
+              which cannot mix while it trains, and ours
 
 Every figure is a ratio, ours over PEFT's. Times are interleaved: each round runs every contender once, in an
 order that rotates, ratios are taken within a round, and the table has their median. Where other processes
@@ -26,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.__main__ import CLOCKS, table
-from benchmarks.adapter_pairs import Frozen, Shape, Training, training_pair
+from benchmarks.adapter_pairs import Frozen, Shape, Together, Training, check_same, ours, pefts, training_pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -185,7 +186,63 @@ def memory(setting: Setting) -> Iterator[Line]:
             yield mebibytes(f"{method} bytes saved for backward, {kind}", kept, bars.get((method, "saved")))
 
 
-GROUPS: dict[str, Callable[[Setting], Iterator[Line]]] = {"fp32": fp32, "bf16": bf16, "memory": memory}
+def rows(setting: Setting) -> Iterator[Line]:
+    """One task per row at inference: the longest and the shortest rows that serving meets."""
+    names = [f"task{k}" for k in range(8)]
+    for kind, dtype in DTYPES.items():
+        base = setting.shape.model(dtype, setting.device)
+        mine = ours(base, names).eval()
+        theirs = pefts(base, mine, names).eval()
+        for what, count, length, bar, repeat in (("prefill", 8, 128, 0.85, 1), ("decode", 32, 1, 0.60, 10)):
+            tokens = setting.shape.tokens(setting.device, count, length)
+            chosen = [names[row % len(names)] for row in range(count)]
+
+            @torch.no_grad()
+            def us(tokens: Tensor = tokens, chosen: list[str] = chosen, model: nn.Module = mine) -> Tensor:
+                logits: Tensor = model(input_ids=tokens, task=chosen).logits
+                return logits
+
+            @torch.no_grad()
+            def them(
+                tokens: Tensor = tokens, chosen: list[str] = chosen, model: nn.Module = theirs
+            ) -> Tensor:
+                logits: Tensor = model(input_ids=tokens, adapter_names=chosen).logits
+                return logits
+
+            check_same(us(), them(), f"{what} logits")
+            t = setting.times({"us": us, "them": them}, repeat)
+            measure = f"one task per row, {len(names)} tasks, {what} {count}x{length}, {kind}"
+            yield timed(measure, t["us"], t["them"], bar)
+
+
+def mixed(setting: Setting) -> Iterator[Line]:
+    """Four tasks trained in one batch, against one run for each, of PEFT's and of ours."""
+    tasks, each = 4, 2
+    for kind, dtype in DTYPES.items():
+        base = setting.shape.model(dtype, setting.device)
+        tokens = setting.shape.tokens(setting.device, each * tasks)
+        pairs = [training_pair(base, part) for part in tokens.split(each)]
+        together = Together(base, [mine for mine, _ in pairs], tokens)
+        alone = torch.stack([mine.loss() for mine, _ in pairs]).mean()
+        check_same(together(), alone, "loss of the mixed batch")
+        contenders: dict[str, Callable[[], object]] = {
+            "together": together,
+            "separate": lambda pairs=pairs: [mine() for mine, _ in pairs],
+            "peft": lambda pairs=pairs: [theirs() for _, theirs in pairs],
+        }
+        t = setting.times(contenders)
+        measure = f"{tasks} tasks in mixed batches ÷ {tasks} runs, {kind}"
+        yield timed(measure, t["together"], t["peft"], 0.77)
+        yield timed(f"{measure}, both ours", t["together"], t["separate"], None, other="separate")
+
+
+GROUPS: dict[str, Callable[[Setting], Iterator[Line]]] = {
+    "fp32": fp32,
+    "bf16": bf16,
+    "memory": memory,
+    "rows": rows,
+    "mixed": mixed,
+}
 HEAD = ("measure", "ours ÷ PEFT", "at most", "", "medians")
 
 

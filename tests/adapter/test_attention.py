@@ -54,6 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rsLoRA": {"rslora": True},
     "gated": {"gated": True},
     "DoRA": {"dora": True},
+    "PiSSA": {"init": "pissa"},
+    "DoRA from OLoRA": {"init": "olora", "dora": True},
+    "orthogonal": {"init": "orthogonal"},
 }
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {"need_weights": False},
@@ -96,6 +99,8 @@ def dense(model: nn.Module, task: str, weight: float = 1.0) -> dict[str, Tensor]
         assert isinstance(slot, Slot)
         W = model.get_parameter(name)
         V = W + slot.coefficient * slot.up.weight @ slot.down.weight
+        if slot.start is not None:
+            V = V - slot.coefficient * slot.start.up.weight @ slot.start.down.weight
         if slot.magnitude is not None:
             V = slot.magnitude.weight[:, None] * V / V.detach().norm(dim=1, keepdim=True)
         found[name] = W + weight * (V - W)

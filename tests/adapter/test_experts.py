@@ -91,7 +91,11 @@ def dense(model: nn.Module, task: str, weight: float = 1.0) -> dict[str, Tensor]
         n, r = len(W), slot.up.r
         A = slot.down.weight.reshape(n, r, -1)
         B = slot.up.weight.reshape(-1, r, n)
-        delta = slot.coefficient * torch.einsum("ore,eri->eoi", B, A)
+        BA = torch.einsum("ore,eri->eoi", B, A)
+        if slot.start is not None:
+            A0, B0 = (owner.weight for owner in slot.start[:2])
+            BA = BA - torch.einsum("ore,eri->eoi", B0.reshape(-1, r, n), A0.reshape(n, r, -1))
+        delta = slot.coefficient * BA
         found[path] = W + weight * (delta.mT if getattr(model.experts, "is_transposed", False) else delta)
     return found
 
@@ -102,7 +106,7 @@ def oracle(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"gated": True}])
+@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"gated": True}, {"init": "pissa"}, {"init": "olora"}])
 def test_output_and_gradients_equal_the_dense_module(
     transposed: bool, variant: dict[str, Any], fill: Callable[..., None]
 ) -> None:
@@ -122,7 +126,7 @@ def test_output_and_gradients_equal_the_dense_module(
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
     for path, layer in task_layers(model, "a").items():
         A, B = layer.factors(slot := layer.low_rank_slot("a"))
-        W = layer.matrix() + slot.coefficient * B @ A
+        W = layer.matrix() + layer.delta(slot)
         torch.testing.assert_close(W.mT if transposed else W, dense(model, "a")[path])
         layer.set_factors(slot, A.clone(), B.clone())
         assert layer.matrix_shape() == W.shape[-2:]

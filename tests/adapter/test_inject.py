@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +201,15 @@ def test_a_call_that_no_backward_reaches_asks_for_nothing(mlp: Make) -> None:
     for _, task in zip(engine.train([x, x]), weights, strict=True):
         engine.update(model(x, task=task).sum(), weight=weights[task])
     assert engine.global_step == 1
+
+
+def test_outputs_can_be_saved(mlp: Make, tmp_path: Path) -> None:
+    """With the hooks that tell whether a backward pass reached them."""
+    model = mlp().train()
+    inject(model, AdapterConfig(r=2))
+    out = model(torch.randn(4, 6))
+    torch.save(out, tmp_path / "out.pt")
+    assert torch.equal(torch.load(tmp_path / "out.pt"), out)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR
 from torch.utils.data import DataLoader
 
 from orbit.adapter import (
@@ -28,6 +28,7 @@ from orbit.adapter import (
 )
 from orbit.core.param_groups import reconcile, snapshot
 from orbit.engine import Engine
+from orbit.trainer import BaseTrainer
 
 Make = Callable[..., nn.Module]
 Fill = Callable[..., None]
@@ -407,6 +408,25 @@ def test_lora_plus_groups(mlp: Make, fill: Fill) -> None:
         param_groups(model, lr=1e-3, b_ratio=0)
 
 
+def test_lora_plus_groups_of_every_kind() -> None:
+    """Embeddings, convolutions and attention have Bs too."""
+    model = nn.ModuleDict(
+        {
+            "emb": nn.Embedding(9, 8),
+            "conv": nn.Conv1d(8, 8, 3),
+            "att": nn.MultiheadAttention(8, 2),
+            "fc": nn.Linear(8, 8),
+        }
+    )
+    inject(model, AdapterConfig(r=2, targets=("emb", "conv", "att", "fc")))
+    names = {id(p): name for name, p in model.named_parameters()}
+    slow, fast = ({names[id(p)] for p in group["params"]} for group in param_groups(model, lr=1e-3))
+    assert {name.split(".")[0] for name in fast} == {"emb", "conv", "att", "fc"}
+    assert all("B" in name for name in fast)
+    assert all("A" in name for name in slow)
+    assert len(slow) == len(fast)
+
+
 def test_lora_plus_steps_as_it_is_defined(mlp: Make, fill: Fill) -> None:
     model = mlp()
     inject(model, AdapterConfig(r=2))
@@ -445,3 +465,54 @@ def test_a_new_task_does_not_join_anothers_optimizer(model: nn.Module) -> None:
     ):
         reconcile(optimizer, model, before)
     assert_equal([len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in groups])
+
+
+def test_a_scheduler_over_all_and_a_scaler(mlp: Make) -> None:
+    """What others wrap around an optimizer works around this one too."""
+    model = mlp()
+    for task in "ab":
+        inject(model, AdapterConfig(r=2), task)
+    optimizer = TaskOptimizers(
+        {t: SGD(adapter_parameters(model, t).values(), lr=0.1) for t in "ab"}, clip=10.0
+    )
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    losses = model(torch.ones(2, 6), task=["a", "a"]).square().mean(1)
+    scaler.scale(optimizer.outcome(losses, ["a", "a"]).loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+    assert [part.param_groups[0]["lr"] for part in optimizer._optimizers.values()] == [0.05, 0.05]
+    for name, parameter in adapter_parameters(model, "a").items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * parameter.grad)
+    for name, parameter in adapter_parameters(model, "b").items():
+        assert torch.equal(parameter, before[name])
+
+
+def test_under_a_trainer(model: nn.Module) -> None:
+    """The other face: `build_optimizer` returns it, `forward` returns its outcome."""
+
+    class Tasks(BaseTrainer):
+        def build_data_loader(self) -> Any:
+            return DataLoader(data(), batch_size=1, collate_fn=lambda found: found[0])  # type: ignore[arg-type]
+
+        def build_model(self) -> nn.Module:
+            return model
+
+        def build_optimizer(self) -> TaskOptimizers:
+            return optimizers(self.model)
+
+        def forward(self, input: Batch) -> Any:
+            ids, labels, rows = input
+            with route(self.model, rows):
+                losses, counts = token_losses(self.model, ids, labels)
+            return self.optimizer.outcome(losses, rows, counts)  # type: ignore[attr-defined]
+
+    expected = {task: alone(copy.deepcopy(model), task, [[batch] for batch in data()]) for task in CONFIGS}
+    Tasks(max_steps=8, device="cpu").train()
+    for task in CONFIGS:
+        for name, parameter in adapter_parameters(model, task).items():
+            torch.testing.assert_close(parameter, expected[task][name], atol=1e-5, rtol=0)

@@ -471,6 +471,18 @@ def test_a_graft_inside_another_grafted_model(fill: Fill) -> None:
         torch.testing.assert_close(model.inner(y, task=rows), one_by_one(model.inner, y, rows))
 
 
+def test_an_adapted_part_that_gathers_is_refused_too(fill: Fill) -> None:
+    """The part's own call has other rows; the outer one's count."""
+    model = Gathers([0, 2, 4, 6])
+    model.expert = nn.Sequential(model.expert, nn.Identity())  # type: ignore[assignment]
+    inject(model.expert, AdapterConfig(r=2, targets=("0",)), "b")
+    inject(model, AdapterConfig(r=2, targets=("fc",)), "a")
+    fill(model)
+    with pytest.raises(RouteError, match=r"the call has 2 rows, and an adapted layer was given \(4, 4\)"):
+        model(torch.randn(2, 10, 4), task=["a", "b"])
+    model.expert(torch.randn(4, 4), task=["b", None])
+
+
 def test_a_part_of_a_plain_model(fill: Fill) -> None:
     part = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     inject(part, AdapterConfig(r=2, targets=("0", "2")), "a")

@@ -26,7 +26,7 @@ from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases, own_class, whole_kind
 from orbit.adapter.mixing import mixed
-from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, Tasks, escape
+from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, Tasks, Whole, escape
 from orbit.adapter.plan import Mix, Plan, plan_of
 from orbit.adapter.replay import in_backward
 from orbit.adapter.state import RouteState
@@ -263,6 +263,7 @@ class Graft(nn.Module):
         slot = self.slots()[task]
         if isinstance(slot, ModuleSlot):
             return {_MODULES: slot.module}
+        assert isinstance(slot, Slot)
         return {bank: owner for bank, owner in zip(self.BANKS, slot, strict=True) if owner is not None}
 
     def carries(self, task: str) -> bool:
@@ -286,6 +287,7 @@ class Graft(nn.Module):
 
     def put_task(self, task: str, slot: AnySlot) -> None:
         """Attach a task's owners."""
+        assert not isinstance(slot, Whole)
         names = (_MODULES,) if isinstance(slot, ModuleSlot) else self.BANKS
         for bank, owner in zip(names, slot, strict=True):
             if owner is not None:

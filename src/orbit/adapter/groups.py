@@ -16,7 +16,7 @@ from torch import nn
 
 from orbit.adapter.errors import ConfigError
 from orbit.adapter.inject import adapter_parameters, task_layers, tasks
-from orbit.adapter.owners import Slot
+from orbit.adapter.owners import Up
 
 
 def param_groups(
@@ -53,9 +53,10 @@ def param_groups(
         id(parameter)
         for task in wanted
         for layer in task_layers(model, task).values()
-        for slot in [layer.slots()[task]]
-        if isinstance(slot, Slot)
-        for parameter in slot.up.parameters()
+        for owner in layer.owners(task).values()
+        for module in owner.modules()
+        if isinstance(module, Up)
+        for parameter in module.parameters()
     }
     found = model.parameters() if name is None else adapter_parameters(model, name).values()
     train = [parameter for parameter in found if parameter.requires_grad]

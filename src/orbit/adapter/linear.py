@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import fused, low_rank
 from orbit.adapter.owners import Slot
+from orbit.adapter.plan import Mix
+from orbit.adapter.stacks import Terms, grouped, per_row, together
 
 
 class LinearGraft(DenseGraft, nn.Linear):
@@ -33,34 +36,64 @@ class LinearGraft(DenseGraft, nn.Linear):
     _torchs_forward: ClassVar[bool]
 
     def one(self, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._is_short(slot):
+            return self._low_rank(input, *self._terms(slot), args, kwargs)
         if slot.down.start is not None:
             return super().one(slot, input, *args, **kwargs)
-        p = slot.down.dropout if self.training else 0.0
-        if not p:
-            return self._low_rank(input, *self._terms(slot), args, kwargs)
         A, B, C, D = self._terms(slot)
         u = self.base(input, *args, **kwargs)
         self._refuse_misfit(u.shape[-1], input, A, B)
-        x = F.dropout(input, p)
+        x = F.dropout(input, slot.down.dropout)
         if D is None:
             return low_rank(u, x, A, B, C)
         dropped = self.base(x, *args, **kwargs)
         return u + (low_rank(dropped, x, A, B, C, D, self.bias) - dropped)
 
-    def _terms(self, slot: Slot) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """A, B, C, D of one task."""
+    def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The output under several tasks; `stacks.py` says which way is taken and why."""
+        slots = [slot for slot in mix.slots if type(slot) is Slot and self._is_short(slot)]
+        scaled = mix.rows is None and mix.weights.dim() > 1
+        if len(slots) < len(mix.slots) or (scaled and input.shape[:-1] != mix.weights.shape[:-1]):
+            return super().mixed(mix, input, *args, **kwargs)
+        if mix.rows is not None:
+            mix = self.fitted(mix, input)
+        terms = [self._terms(slot) for slot in slots]
+        if torch.compiler.is_compiling() or mix.order is None:
+            return self._together(mix, terms, input, args, kwargs)
+        most = max(t.A.shape[0] for t in terms)
+        if input.numel() >= most * len(mix.weights) * input.shape[-1]:
+            return self._low_rank(input, *per_row(terms, mix.order, input.dim()), args, kwargs)
+        if torch.is_grad_enabled():
+            return self._together(mix, terms, input, args, kwargs)
+        u = self.base(input, *args, **kwargs)
+        self._refuse_misfit(u.shape[-1], input, terms[0].A, terms[0].B)
+        return grouped(u, self.bias, input, terms, mix.order)
+
+    def _is_short(self, slot: Slot) -> bool:
+        """Is the task's update one product of A and B, of the layer's very input?"""
+        return slot.down.start is None and not (self.training and slot.down.dropout)
+
+    def _together(
+        self, mix: Mix, terms: list[Terms], input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        weights = mix.weights
+        if mix.rows is not None:
+            weights = weights.view(len(weights), *[1] * (input.dim() - 2), -1)
+        return self._low_rank(input, *together(terms, weights), args, kwargs)
+
+    def _terms(self, slot: Slot) -> Terms:
         A, B = slot.down.weight, slot.up.weight
         if slot.magnitude is None:
-            return A, B, slot.coefficient, None
+            return Terms(A, B, slot.coefficient, None)
         c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
-        return A, c[:, None] * B, slot.coefficient, c - 1
+        return Terms(A, c[:, None] * B, slot.coefficient, c - 1)
 
     def _low_rank(
         self,
         x: Tensor,
         A: Tensor,
         B: Tensor,
-        C: Tensor,
+        C: Tensor | None,
         D: Tensor | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -87,9 +120,9 @@ class LinearGraft(DenseGraft, nn.Linear):
         return f"{super().extra_repr()}, low-rank {'fused' if self.fuses else 'beside'}"
 
     def _refuse_misfit(self, out: int, x: Tensor, A: Tensor, B: Tensor) -> None:
-        if out != B.shape[0]:
+        if out != B.shape[-2]:
             raise GraftError(
-                f"a layer gives {out} features and its adapter {B.shape[0]}: "
+                f"a layer gives {out} features and its adapter {B.shape[-2]}: "
                 "its weight was replaced (resize_token_embeddings?); resize before injecting"
             )
         if A.is_meta and not x.is_meta:

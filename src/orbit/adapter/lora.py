@@ -9,6 +9,8 @@
                   (R,)          a weighted sum of tasks
                   (rows, 1, R)  one task per row: zero where the row is another task's
                   (batch, seq, R)  scalings per token
+                  None          1: B is scaled already
+    A (n, R, in), B (n, out, R)  n pairs, one for each n-th of the rows of x; then C is None or ()
     D           None, or DoRA's c − 1 (`dora.py`), broadcastable to (…, out); B is then c∘B already
 
 It is computed in two places that give the same: `fused` multiplies by W too, so that the update is added into
@@ -42,27 +44,35 @@ from torch import Tensor, nn
 
 
 def fused(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None = None,
 ) -> Tensor:
     """The whole adapted layer, y (…, out); shapes as in the module's legend. W is dense.
 
     Multiplies in the dtype that torch gives u: that of x and W, or autocast's where autocast is on.
     """
-    if torch.is_grad_enabled():
-        return LowRank.apply(None, x, W, b, A, B, C, D)[0]
-    return LowRank.forward(None, x, W, b, A, B, C, D)[0]
+    return _update(None, x, W, b, A, B, C, D)
 
 
 def low_rank(
-    base: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, b: Tensor | None = None
+    base: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
     """The update on top of base = u (…, out), the layer's own output; shapes as in the module's legend.
 
     b is only needed with D. Multiplies in the dtype of base.
     """
-    if torch.is_grad_enabled():
-        return LowRank.apply(base, x, None, b, A, B, C, D)[0]
-    return LowRank.forward(base, x, None, b, A, B, C, D)[0]
+    return _update(base, x, None, b, A, B, C, D)
 
 
 class LowRank(torch.autograd.Function):
@@ -78,7 +88,7 @@ class LowRank(torch.autograd.Function):
         b: Tensor | None,
         A: Tensor,
         B: Tensor,
-        C: Tensor,
+        C: Tensor | None,
         D: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if base is None:
@@ -87,19 +97,19 @@ class LowRank(torch.autograd.Function):
         else:
             u = base
         dtype = u.dtype
-        p = A.to(dtype) @ rows(x).to(dtype).T
-        if C.dim() < 2:
-            q, up = p, (C * B).to(dtype)
+        p = A.to(dtype) @ parts(x, A).to(dtype).mT
+        if C is None or C.dim() < 2:
+            q, up = p, (B if C is None else C * B).to(dtype)
         else:
             q, up = by_rank(C, x) * p, B.to(dtype)
         y = u
         if D is not None:
             y = torch.addcmul(u, u if b is None else u - b.to(dtype), D.to(dtype))
         if torch._C._are_functorch_transforms_active():  # which cannot write a batched tensor into another
-            y = torch.addmm(rows(y), q.T.to(dtype), up.T).view(y.shape)
+            y = (parts(y, A) + q.mT.to(dtype) @ up.mT).view(y.shape)
         else:
             y = y.clone(memory_format=torch.contiguous_format) if y is base else y.contiguous()
-            y.view(-1, y.shape[-1]).addmm_(q.T.to(dtype), up.T)
+            add_product_(parts(y, A), q.mT.to(dtype), up.mT)
             # F.linear may give a view, and autograd refuses in-place activations on a view that a Function made.
             y = torch.ops.aten._unsafe_view.default(y, y.shape)
         return y, p, u if base is None and D is not None else None
@@ -121,14 +131,13 @@ class LowRank(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, W, b, A, B, C, D, p, u = ctx.saved_tensors
         _, x_asks, W_asks, b_asks, A_asks, B_asks, C_asks, D_asks = ctx.needs_input_grad
-        dtype, same = p.dtype, C.dim() < 2
-        flat = rows(x).to(dtype)
+        dtype, same = p.dtype, C is None or C.dim() < 2
         dW = db = dA = dB = dC = dD = dx = None
         g = dp
         if dy is not None:
-            dys = rows(dy)
-            up = (C * B if same else B).to(dtype)
-            e = up.T @ dys.T
+            dys = parts(dy, A)
+            up = (B if C is None or not same else C * B).to(dtype)
+            e = up.mT @ dys.mT
             q = p
             if not same:
                 each = by_rank(C, x)
@@ -138,11 +147,15 @@ class LowRank(torch.autograd.Function):
                 e = (each * e).to(dtype)
             g = e if g is None else g + e
             if B_asks or (C_asks and same):
-                M = (q @ dys).T.to(B.dtype)
-                dB = (C * M if same else M).to(B.dtype) if B_asks else None
+                M = (q @ dys).mT.to(B.dtype)
+                dB = (M if C is None or not same else C * M).to(B.dtype) if B_asks else None
                 if C_asks and same:
                     dC = (B * M).sum(0).sum_to_size(C.shape).to(C.dtype)
-            through = dy if D is None else torch.addcmul(dy, dy, D.to(dtype))
+            through = dy
+            if D is not None and W is not None and du is None and D.dim() == 1 and not W_asks:
+                W = torch.addcmul(W, W, D[:, None].to(W.dtype))  # dy·(W + D∘W): W is smaller than dy, mostly
+            elif D is not None:
+                through = torch.addcmul(dy, dy, D.to(dtype))
             if b_asks:  # y = (1 + D)∘(u − b) + b + …, and u has a b of its own where it is computed here
                 db = dy if W is not None else dy - through
                 db = rows(db if du is None else db + du).sum(0)
@@ -150,25 +163,37 @@ class LowRank(torch.autograd.Function):
             if D_asks:
                 centred = u if b is None else u - b.to(dtype)
                 if D.dim() == 1:
-                    dD = torch.linalg.vecdot(dys, rows(centred), dim=0).to(D.dtype)
+                    dD = torch.linalg.vecdot(rows(dy), rows(centred), dim=0).to(D.dtype)
                 else:
                     dD = (dy * centred).sum_to_size(D.shape).to(D.dtype)
         elif b_asks and du is not None:
             db = rows(du).sum(0)
         if du is not None and W is not None:
-            dus = rows(du)
             if x_asks:
-                dx = dus @ W.to(dtype)
+                dx = rows(du) @ W.to(dtype)
             if W_asks:
-                dW = (dus.T @ flat).to(W.dtype)
+                dW = (rows(du).T @ rows(x).to(dtype)).to(W.dtype)
         if g is not None:
             if x_asks and dx is not None and not torch._C._are_functorch_transforms_active():
-                dx = dx.addmm_(g.T, A.to(dtype))
+                add_product_(dx.view(parts(x, A).shape), g.mT, A.to(dtype))
             elif x_asks:
-                dx = g.T @ A.to(dtype) if dx is None else torch.addmm(dx, g.T, A.to(dtype))
-            dA = (g @ flat).to(A.dtype) if A_asks else None
+                low = rows(g.mT @ A.to(dtype))
+                dx = low if dx is None else dx + low
+            dA = (g @ parts(x, A).to(dtype)).to(A.dtype) if A_asks else None
         dx = None if dx is None else dx.view(x.shape).to(x.dtype)
         return du if W is None else None, dx, dW, db, dA, dB, dC, dD
+
+
+def _update(*inputs: Tensor | None) -> Tensor:
+    if not torch.is_grad_enabled():
+        return LowRank.forward(*inputs)[0]  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return LowRank.apply(*inputs)[0]
+    return _apply(*inputs)[0]
+
+
+# `Function.apply` without its look at the signature of `forward`, which takes longer than all the rest of it.
+_apply = super(torch.autograd.Function, LowRank).apply  # type: ignore[misc]
 
 
 def compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
@@ -182,6 +207,19 @@ def compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
 def rows(t: Tensor) -> Tensor:
     """(…, d) seen as (rows, d)."""
     return t.reshape(-1, t.shape[-1])
+
+
+def parts(t: Tensor, A: Tensor) -> Tensor:
+    """t (…, d) as the factors A multiply it: (rows, d), or (n, rows/n, d) for n pairs of factors."""
+    return rows(t) if A.dim() == 2 else t.reshape(A.shape[0], -1, t.shape[-1])
+
+
+def add_product_(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y += a·b for matrices or batches of them; y is a view of what is added to."""
+    if y.dim() == 2:
+        y.addmm_(a, b)
+    else:
+        y.baddbmm_(a, b)
 
 
 def by_rank(C: Tensor, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from orbit.adapter.errors import RouteError
 from orbit.adapter.owners import AnySlot
+from orbit.adapter.stacks import Sorting, sorting
 
 if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
@@ -87,11 +88,13 @@ class Mix(NamedTuple):
         weights: (tasks,), (rows, tasks) or (batch, sequence, tasks), on the layer's device.
         rows: of one task per row: for each slot the rows that use it, (n,) long, and last the rows of none;
             else None.
+        order: the same, for linear layers.
     """
 
     slots: tuple[AnySlot, ...]
     weights: Tensor
     rows: tuple[Tensor, ...] | None = None
+    order: Sorting | None = None
 
     def fitted(self, rows: int) -> Mix:
         """This mix of one task per row for a batch of so many rows.
@@ -110,7 +113,10 @@ class Mix(NamedTuple):
         each = rows // have
         steps = torch.arange(each, device=self.weights.device)
         spread = tuple((found[:, None] * each + steps).flatten() for found in self.rows)
-        return Mix(self.slots, self.weights.repeat_interleave(each, 0), spread)
+        order = None
+        if not torch.compiler.is_compiling():
+            order = sorting([found.tolist() for found in spread], self.weights.device)
+        return Mix(self.slots, self.weights.repeat_interleave(each, 0), spread, order)
 
 
 Plan: TypeAlias = "AnySlot | Mix | None"
@@ -228,9 +234,11 @@ def _sum_weights(route: Together, mine: tuple[str, ...], device: torch.device) -
 
 def _row_weights(
     route: PerRow, mine: tuple[str, ...], device: torch.device
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], Sorting]:
     one_hot = torch.tensor([[float(task == name) for name in mine] for task in route.tasks], device=device)
     rows: dict[str | None, list[int]] = {name: [] for name in (*mine, None)}
     for row, task in enumerate(route.tasks):
         rows[task if task in mine else None].append(row)
-    return one_hot, tuple(torch.tensor(found, dtype=torch.long, device=device) for found in rows.values())
+    found = list(rows.values())
+    indices = tuple(torch.tensor(one, dtype=torch.long, device=device) for one in found)
+    return one_hot, indices, sorting(found, device)

@@ -8,6 +8,10 @@
 `tasks=`, a list of names to add up or a dict of their weights: `plan.py` says what each of these computes. A new
 task becomes current when it is injected. Layers read their plan from an attribute of their own, owner modules
 and tensors, so that a compiled graph sees modules change and never a name.
+One graph serves all tasks of equal shape, all sums of as many, and all assignments of as many tasks to the rows of
+a batch. With one task per row another batch size is another graph, also under dynamic=True, unless
+`torch._dynamo.config.force_nn_module_property_static_shapes` is False.
+
 Threads may share a route but not change it under each other: a call that would is an error. `state.py` keeps
 the books.
 """
@@ -35,6 +39,9 @@ TasksArgument: TypeAlias = "Sequence[str] | Mapping[str, float] | None"
 
 class route:
     """`with route(model, task):` the model uses `task` inside the block.
+
+    It is also the way to generate: transformers' `generate` takes no keywords that the model's forward does not name.
+    Rows then mean prompts, and the beams or samples of a prompt follow its task.
 
     Args:
         task: a task's name; None, the base model; or a list with one of these per row of the batch.

@@ -374,17 +374,19 @@ class RouteState:
 
     def _watch(self, model: nn.Module, outputs: list[Tensor]) -> None:
         names = names_in(self.current) if model.training else ()
+        hooks: list[Callable[..., None]] = []
         if names:
-            for output in outputs:
-                output.register_hook(functools.partial(self._reached, names))
+            hooks.append(functools.partial(self._reached, names))
         if outputs and has_compiled_parts(model):
-            for output in outputs:
-                output.register_hook(functools.partial(self._begin_backward, self.current))
+            hooks.append(functools.partial(self._begin_backward, self.current))
+        for hook in hooks:
+            for node in {output.grad_fn for output in outputs if output.grad_fn is not None}:
+                node.register_prehook(hook)  # not on the tensor, which could then not be pickled
 
-    def _reached(self, names: tuple[str, ...], grad: Tensor) -> None:
+    def _reached(self, names: tuple[str, ...], *grads: Tensor) -> None:
         self.routed.update(names)
 
-    def _begin_backward(self, route: Route, grad: Tensor) -> None:
+    def _begin_backward(self, route: Route, *grads: Tensor) -> None:
         if self._shown == route:
             return
         with self._lock:

@@ -179,7 +179,7 @@ class SequentialGraft(WholeGraft, nn.Sequential):
     """The mixin for `nn.Sequential`, whose children are counted and indexed."""
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(_shell(self, {}))  # type: ignore[call-overload,no-any-return]
+        return iter(_shell(self, {}))  # type: ignore[call-overload]
 
     def __len__(self) -> int:
         return len(_shell(self, {}))  # type: ignore[arg-type]
@@ -194,6 +194,7 @@ class ParameterSite(Graft):
     STARTS = True
 
     _orbit_host: WholeGraft
+    parameter: str
 
     def __init__(self, host: WholeGraft, name: str) -> None:
         super().__init__()
@@ -208,6 +209,11 @@ class ParameterSite(Graft):
 
     def home(self) -> tuple[nn.Module, str]:
         return self._orbit_host, self.parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter itself."""
+        return dense_weight(self)
 
     @property
     def transposed(self) -> bool:
@@ -249,6 +255,11 @@ class ParameterSite(Graft):
         if config.dora:
             slot = slot._replace(magnitude=Magnitude(_row_norm(W.detach().to(dora.wide(W.dtype))).to(dtype)))
         return slot
+
+    def renorm(self, slot: Slot) -> None:
+        assert slot.magnitude is not None
+        with torch.no_grad():
+            slot.magnitude.weight.copy_(_row_norm(adapted_weight(self, slot._replace(magnitude=None), rounded=False)))
 
     def merged_weight(self, slot: Slot) -> Tensor:
         try:
@@ -311,7 +322,9 @@ def adapted_weight(layer: Graft, slot: Slot, *, rounded: bool = True) -> Tensor:
             delta = delta.mT
         V = W.to(dtype) + delta
         if slot.magnitude is not None:
-            V = dora.ratio(slot.magnitude.weight.to(dtype), _row_norm(V.detach()))[:, None] * V
+            # A layer of its own kind has its own formula, by which m was made: a fresh one is 1 to the bit.
+            n = _row_norm(V.detach()) if isinstance(layer, ParameterSite) else layer.row_norm(slot)  # type: ignore[operator]
+            V = dora.ratio(slot.magnitude.weight.to(dtype), n.to(dtype))[:, None] * V
     return V.to(W.dtype) if rounded else V
 
 
@@ -371,7 +384,7 @@ def _shell(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _own_forward(layer: Graft) -> Callable[..., Any]:
     """The forward that `layer.base` calls, not bound to the layer."""
-    return super(Graft, layer).forward.__func__  # type: ignore[attr-defined,no-any-return]
+    return super(Graft, layer).forward.__func__  # type: ignore[attr-defined]
 
 
 register_whole_kind(nn.Sequential, SequentialGraft)

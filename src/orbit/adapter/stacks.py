@@ -1,0 +1,132 @@
+"""The terms A, B, C, D (`lora.py`) of several tasks at one linear layer, brought together in three ways.
+
+    together   A (ΣR, in), B (out, ΣR) end to end, and the weights in C: a weighted sum of tasks, scalings per
+               token, or a mask of zeros and ones per row. Every row is multiplied by every task's A and B.
+    per_row    A (n, R, in), B (n, out, R): each row, or each block of rows of one task, has its own. No wasted
+               products and no copy of x, but a copy of the factors for every row.
+    grouped    x is sorted by task: no wasted products and no copies of factors, but two of the rows.
+
+Which is best was measured (8 tasks, rank 16, float32 and bfloat16, 1 thread, time over that of the layer without
+tasks, hidden 512): rows of 128 tokens: together 1.6, per_row 1.15, grouped 1.4; 32 rows of one token: together
+1.7, per_row 3, grouped 1.3. So a row with at least as many tokens as the rank gets its own factors, and shorter
+ones are grouped. The mask is for compiled graphs, whose shapes may not depend on who got how many rows, and for
+training on short rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Terms(NamedTuple):
+    """One task at one layer: A (r, in), B (out, r), C () and D (out,) or None."""
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+
+
+class Sorting(NamedTuple):
+    """The rows of a batch by task. The last task may be none, the base model.
+
+    Attributes:
+        task: (rows,) the number of each row's task; as many as there are tasks for none.
+        members: (tasks, most) the rows of each task; where it has fewer than the most, some row to fill up.
+        place: (rows,) where each row is in the flattened `members`.
+        blocks: do the tasks follow each other in order, with equally many rows each?
+        none: does some row use none?
+    """
+
+    task: Tensor
+    members: Tensor
+    place: Tensor
+    blocks: bool
+    none: bool
+
+
+def sorting(rows: Sequence[Sequence[int]], device: torch.device) -> Sorting:
+    """The Sorting of the rows of each task and, last, of none.
+
+    >>> s = sorting([[1, 2], [0], []], torch.device("cpu"))
+    >>> s.task.tolist(), s.members.tolist(), s.place.tolist()
+    ([1, 0, 0], [[1, 2], [0, 0]], [2, 0, 1])
+    """
+    none = bool(rows[-1])
+    used = rows if none else rows[:-1]
+    most = max(map(len, used))
+    order = {row: (task, spot) for task, found in enumerate(used) for spot, row in enumerate(found)}
+    members = [[*found, *[0] * (most - len(found))] for found in used]
+    flat = [row for found in members for row in found]
+
+    def tensor(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return Sorting(
+        task=tensor([order[row][0] for row in range(len(order))]),
+        members=tensor(members),
+        place=tensor([order[row][0] * most + order[row][1] for row in range(len(order))]),
+        blocks=flat == list(range(len(order))),
+        none=none,
+    )
+
+
+def together(terms: Sequence[Terms], weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A, B, C, D of the sum of tasks with weights (…, tasks)."""
+    w = weights * torch.stack([t.C for t in terms])
+    C = torch.cat([w[..., k : k + 1].expand(*w.shape[:-1], t.A.shape[0]) for k, t in enumerate(terms)], -1)
+    D = None
+    for k, t in enumerate(terms):
+        if t.D is not None:
+            D = weights[..., k : k + 1] * t.D + (0 if D is None else D)
+    return torch.cat([t.A for t in terms]), torch.cat([t.B for t in terms], 1), C, D
+
+
+def per_row(terms: Sequence[Terms], order: Sorting, dims: int) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    """A (n, R, in), B (n, out, R) and D (rows, 1, …, out) for a batch with so many dimensions."""
+    A, B, C, D = stacked(terms, order.none)
+    B = C * B
+    if not order.blocks:
+        A, B = A.index_select(0, order.task), B.index_select(0, order.task)
+    if D is not None:
+        D = D.index_select(0, order.task).view(-1, *[1] * (dims - 2), D.shape[1])
+    return A, B, None, D
+
+
+def grouped(u: Tensor, b: Tensor | None, x: Tensor, terms: Sequence[Terms], order: Sorting) -> Tensor:
+    """y of the rows x (rows, …, in) under each row's task, given u (rows, …, out). For inference: writes into u."""
+    A, B, C, D = stacked(terms, order.none)
+    tasks, most = order.members.shape
+    each = x.index_select(0, order.members.flatten()).to(u.dtype).reshape(tasks, -1, x.shape[-1])
+    h = torch.bmm(each, A.to(u.dtype).mT).mul_(C.to(u.dtype))
+    added = torch.bmm(h, B.to(u.dtype).mT).view(tasks * most, *u.shape[1:]).index_select(0, order.place)
+    if D is not None:
+        D = D.index_select(0, order.task).view(-1, *[1] * (u.dim() - 2), u.shape[-1]).to(u.dtype)
+        u = torch.addcmul(u, u if b is None else u - b.to(u.dtype), D)
+    return u.add_(added)
+
+
+def stacked(terms: Sequence[Terms], none: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A (n, R, in), B (n, out, R), C (n, 1, 1), D (n, out) of tasks, padded to one rank, and of none."""
+    R = max(t.A.shape[0] for t in terms)
+    As, Bs, Cs = [t.A for t in terms], [t.B for t in terms], [t.C for t in terms]
+    if any(A.shape[0] < R for A in As):
+        As = [F.pad(A, (0, 0, 0, R - A.shape[0])) for A in As]
+        Bs = [F.pad(B, (0, R - B.shape[1])) for B in Bs]
+    Ds = None
+    if any(t.D is not None for t in terms):
+        zero = torch.zeros_like(next(t.D for t in terms if t.D is not None))
+        Ds = [zero if t.D is None else t.D for t in terms] + ([zero] if none else [])
+    if none:
+        As, Bs, Cs = ([*ts, torch.zeros_like(ts[0])] for ts in (As, Bs, Cs))
+    return (
+        torch.stack(As),
+        torch.stack(Bs),
+        torch.stack(Cs).view(-1, 1, 1),
+        None if Ds is None else torch.stack(Ds),
+    )
