@@ -19,6 +19,7 @@ from orbit.adapter import (
     TaskError,
     adapter_parameters,
     inject,
+    merge,
     remove,
     route,
     set_route,
@@ -351,3 +352,14 @@ def test_moving_and_casting_keep_the_scale_exact(mlp: Make) -> None:
         assert up.scale.dtype in (torch.float32, torch.float64)
         assert abs(float(up.scale) - 32 / 5**0.5) < 1e-5
     assert model(torch.randn(2, 6).double()).dtype == torch.float64
+
+
+def test_repr_shows_names_as_they_were_given_and_what_holds(mlp: Make) -> None:
+    model = mlp()
+    inject(model, AdapterConfig(r=2, alpha=7, dropout=0.25, rslora=True, targets=("0",)), "a.b/c")
+    assert "(a.b/c): Down(2x6, dropout=0.25)" in repr(model)
+    assert "(a.b/c): Up(10x2, alpha=7, rslora)" in repr(model)
+    assert "merged" not in repr(model)
+    merge(model.eval(), "a.b/c")
+    assert "merged='a.b/c'" in repr(model[0])
+    assert "merged" not in repr(model[2])

@@ -32,11 +32,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from orbit.adapter.config import AdapterConfig
+from orbit.adapter.config import STARTS_FROM_WEIGHT, AdapterConfig
 from orbit.adapter.errors import AdapterFileError
 from orbit.adapter.inject import (
     InjectReport,
     inject,
+    refuse_model,
     remove,
     set_trainable,
     task_config,
@@ -54,7 +55,7 @@ from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_COPY = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
+_COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight")
 
 
 def save(
@@ -110,8 +111,9 @@ def load(
     Args:
         model: the base model that the adapter was trained on, with or without other tasks.
         path: a folder in PEFT's format or a `.safetensors` file written by `save`.
-        name: what to call the task; what it was called when saved does not matter.
-        trainable: whether an injected task trains. An existing one keeps its state.
+        name: what to call the task; what it was called when saved does not matter. It becomes current.
+        trainable: whether an injected task trains. An existing one keeps its state. The base model is frozen, unless
+            this task is not to train and the model has others, beside which a head may be training.
 
     Returns:
         The report of the injection, or None if the task was there.
@@ -119,12 +121,15 @@ def load(
     Raises:
         AdapterFileError: naming the key or field that is missing, unexpected, of the wrong shape or not
             finite.
-        ConfigError: a field of PEFT's config cannot be honoured. The model is unchanged.
+        ConfigError: a field of PEFT's config cannot be honoured. GraftError: a new task for a model that is wrapped
+            by DistributedDataParallel or sharded. The model is unchanged.
     """
-    model = _root(model)
+    whole, model = model, _root(model)
+    if name not in tasks(model):
+        refuse_model(whole)
     fields, tensors = read(path)
     _check_auto_mapping(path, fields, model)
-    tensors = _without_copies(tensors, {clean(raw): module for raw, module in model.named_modules()})
+    tensors = _without_copies(fields, tensors, {clean(raw): module for raw, module in model.named_modules()})
     if not tensors:
         raise AdapterFileError(f"{path} holds no tensors")
     named = named_in(path, fields, tensors, model)
@@ -135,7 +140,8 @@ def load(
         _fill(path, model, name, tensors)
         return None
     with _undone_on_error(model, name), preserved():  # what `inject` draws at random is overwritten at once
-        report = inject(model, config, name)
+        # A task that only runs leaves alone what trains beside others: an unlocked head, say.
+        report = inject(model, config, name, freeze_base=trainable or len(tasks(model)) == 0)
         if not trainable:
             set_trainable(model, name, False)
             report = replace(report, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -246,11 +252,17 @@ def _check_auto_mapping(path: Any, fields: Mapping[str, Any], model: nn.Module) 
         )
 
 
-def _without_copies(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Without the weights of an adapted head, which PEFT saves beside its adapter, where the model has the same."""
+def _without_copies(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Without the weights of embedding and head that PEFT saves beside an adapter, where the model has the same."""
+    trained = fields.get("modules_to_save")
+    trained = trained if isinstance(trained, list) else []
 
     def is_copy(key: str, tensor: Tensor) -> bool:
         match = _COPY.fullmatch(key)
+        if match and any(f".{name}." in f".{match['layer']}." for name in trained):
+            return False
         weight = getattr(modules.get(match["layer"]), "weight", None) if match else None
         return (
             isinstance(weight, Tensor)
@@ -292,6 +304,7 @@ def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -
     have = task_layers(model, name)
     for label, theirs, ours in [
         *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated")),
+        ("the start that A and B are counted from", _start(config), _start(own)),
         *((f"rank of {raw}", config.rank_of(raw), own.rank_of(raw)) for raw in have),
         *((f"alpha of {raw}", config.alpha_of(raw), own.alpha_of(raw)) for raw in have),
     ]:
@@ -299,6 +312,10 @@ def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -
             raise AdapterFileError(
                 f"{path}: {label} is {theirs}, but {ours} in task {name!r}; load under another name"
             )
+
+
+def _start(config: AdapterConfig) -> str:
+    return config.init if config.init in STARTS_FROM_WEIGHT else "none"
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def inject(
     config = AdapterConfig() if config is None else config
     check_task_name(name)
     model = unwrapped(model)
-    _refuse_model(model)
+    refuse_model(model)
     state = find_state(model, name)
     if state is not None and name in state.configs:
         raise TaskError(f"there is a task {name!r} already; remove it first or choose another name")
@@ -112,7 +112,7 @@ def remove(model: nn.Module, name: str) -> None:
         TaskError: no such task. RouteError: merged or running. GraftError: a layer's class was changed since.
     """
     model = unwrapped(model)
-    _refuse_model(model)
+    refuse_model(model)
     state = _state_with(model, name)
     if state.merged is not None or state.busy:
         raise RouteError(f"task {name!r} cannot be removed while one is merged or the model is running")
@@ -361,7 +361,8 @@ def _close_fast_paths(model: nn.Module) -> None:
                 module.__dict__["_orbit_nested"] = True
 
 
-def _refuse_model(model: nn.Module) -> None:
+def refuse_model(model: nn.Module) -> None:
+    """Raise GraftError for a model that takes no new tasks: wrapped for training in parallel, scripted, PEFT's."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             raise GraftError(
