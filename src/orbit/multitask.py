@@ -68,11 +68,14 @@ class Model(nn.Module):
         AdapterConfig(**self._settings)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward. `task=` and `tasks=` are taken before, where there is any task."""
-        for argument in ("task", "tasks"):
-            if kwargs.pop(argument, None) is not None:
-                raise TaskError(f"{argument}= names a task and the model has none; add_task(name) first")
-        return self.model(*args, **kwargs)
+        """The model's own forward. `task=` and `tasks=` are taken before, if the tasks were added here."""
+        given = {key: kwargs.pop(key) for key in ("task", "tasks") if key in kwargs}
+        if not any(way is not None for way in given.values()):
+            return self.model(*args, **kwargs)
+        if not self.tasks:
+            raise TaskError(f"{', '.join(given)}= names a task and the model has none; add_task(name) first")
+        with adapter.route(self, **given):  # they were added to a module that this one is part of
+            return self.model(*args, **kwargs)
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
@@ -93,7 +96,7 @@ class Model(nn.Module):
         """
         config = AdapterConfig(**{**self._settings, **settings})
         if "r" not in settings:
-            config = fitting_ranks(self, config)
+            config = fitting_ranks(self, config, _INNER)
         report = adapter.inject(self, config, name, freeze_base=False)
         set_route(self, None)
         return report

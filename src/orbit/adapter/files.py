@@ -30,12 +30,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from orbit.adapter.config import STARTS_FROM_WEIGHT, AdapterConfig
 from orbit.adapter.errors import AdapterFileError
 from orbit.adapter.inject import (
     InjectReport,
+    bare,
     inject,
     refuse_model,
     remove,
@@ -50,7 +50,7 @@ from orbit.adapter.owners import Owner, Tasks
 from orbit.adapter.patterns import Pattern
 from orbit.adapter.peft_config import from_peft, to_peft
 from orbit.adapter.peft_keys import Named, clean, key_of, named_in, places, targets_of
-from orbit.adapter.route import find_state
+from orbit.adapter.route import find_state, install, state_of
 from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
 
@@ -71,7 +71,7 @@ def save(
         TaskError: no such task. AdapterFileError: `peft=True` for a task that PEFT's format cannot hold. OSError:
         from the file system; then the former content is still there.
     """
-    model = _root(model)
+    model = bare(model)
     path = Path(path)
     config = task_config(model, name)
     layers = places(model, name)
@@ -124,7 +124,7 @@ def load(
         ConfigError: a field of PEFT's config cannot be honoured. GraftError: a new task for a model that is wrapped
             by DistributedDataParallel or sharded. The model is unchanged.
     """
-    whole, model = model, _root(model)
+    whole, model = unwrapped(model), bare(model)
     if name not in tasks(model):
         refuse_model(whole)
     fields, tensors = read(path)
@@ -146,6 +146,7 @@ def load(
             set_trainable(model, name, False)
             report = replace(report, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
         _fill(path, model, name, tensors)
+    install(whole, state_of(model))
     return report
 
 
@@ -319,11 +320,6 @@ def _start(config: AdapterConfig) -> str:
 
 
 # -- names ---------------------------------------------------------------------------------------------------
-
-
-def _root(model: nn.Module) -> nn.Module:
-    model = unwrapped(model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _plain_key(key: str) -> str:

@@ -307,6 +307,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model whose names a checkpoint has: inside wrappers of `torch.compile`, DDP and `multitask.Model`."""
+    model = unwrapped(model)
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(model, "checkpoint_module", model)
+
+
 def _state_with(model: nn.Module, name: str) -> RouteState:
     state = state_of(model, name)
     if name not in state.configs:
