@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orbit.adapter import AdapterConfig, adapter_parameters, inject
+from orbit.adapter import AdapterConfig, adapter_parameters, inject, route
 
 RANK, ALPHA = 16, 32
 
@@ -99,6 +100,45 @@ class Together:
             optimizer.step()
             optimizer.zero_grad()
         return loss.detach()
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Forwards of a batch with a task for every row, under one route, as `generate` makes them."""
+
+    owner: nn.Module  # which knows the tasks
+    model: nn.Module  # whose forward is called
+    tokens: Tensor
+    rows: list[str]
+    forwards: int
+
+    def __call__(self) -> Tensor:
+        with torch.no_grad(), self.routed():
+            for _ in range(self.forwards):
+                logits: Tensor = self.model(input_ids=self.tokens).logits
+        return logits
+
+    def routed(self) -> AbstractContextManager[None]:
+        return route(self.owner, self.rows)
+
+
+class PeftServing(Serving):
+    """The same with what PEFT's own `generate` does with `adapter_names=`."""
+
+    def routed(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self.owner._enable_peft_forward_hooks(adapter_names=self.rows)  # type: ignore[operator]
+        return context
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """A step of each of several trainings."""
+
+    trainings: Sequence[Training]
+
+    def __call__(self) -> None:
+        for training in self.trainings:
+            training()
 
 
 class Frozen:
