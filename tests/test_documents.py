@@ -6,6 +6,7 @@ no longer occurs in the snippet is an error, so that nothing is replaced in sile
 
 from __future__ import annotations
 
+import copy
 import re
 import signal
 import textwrap
@@ -245,3 +246,104 @@ def test_003_utilities() -> None:
     assert names["input"]["x"].shape == (2, 3)
     names = run(snippet("003", 17), {"from mini.trainer.utils import": "from orbit.trainer.utils import"})
     np.testing.assert_allclose([names["avg"]["loss"], names["avg"]["metrics"]["acc"]], [0.55, 0.875])
+
+
+# ── document 004 ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Diffusion_Model(nn.Sequential):
+    """What the document calls the user's model."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+
+
+def fill_task(model: Any, task: str) -> None:
+    """Gives a task values as if it had been trained."""
+    state = {key: value + 0.1 for key, value in model.state_dict(task=task).items()}
+    model.load_state_dict(state, task=task)
+
+
+def test_004_quickstart() -> None:
+    picture = torch.randn(2, 3, 5, 5)
+    names = run(
+        snippet("004", 1), {"import LoRA": "import orbit.multitask as LoRA"}, Diffusion_Model=Diffusion_Model
+    )
+    model = names["model"]
+    base = copy.deepcopy(model.state_dict())
+    before = model(picture)
+    names = run(snippet("004", 2), model=model)
+    assert model.tasks == ("minimalist",)
+    assert torch.equal(model(picture, task="minimalist"), before), "a new task changes nothing"
+    names = run(snippet("004", 3), model=model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    fill_task(model, "minimalist")
+    run(snippet("004", 4), model=model, input=picture)
+    assert torch.equal(model(picture), before)
+    trained = model(picture, task="minimalist")
+    assert not torch.allclose(trained, before)
+
+    saves, loads = snippet("004", 5).splitlines(), snippet("004", 6).splitlines()
+    other = run(
+        snippet("004", 1), {"import LoRA": "import orbit.multitask as LoRA"}, Diffusion_Model=Diffusion_Model
+    )["model"]
+    other.add_task("minimalist")
+    for save, load in zip(saves, loads, strict=True):
+        checkpoint = run(save, model=model)["checkpoint"]
+        run(load, model=other, checkpoint=checkpoint)
+    assert list(base) == list(Diffusion_Model().state_dict())
+    assert torch.equal(other(picture), before)
+    assert torch.equal(other(picture, task="minimalist"), trained)
+
+
+def test_004_custom_module() -> None:
+    import orbit.multitask as LoRA
+    from orbit.adapter import kinds
+
+    torch.manual_seed(0)
+    model = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
+    x, made = torch.randn(2, 3, 8), []
+    body = """        super().__init__()
+        self.module, self.gain = module, torch.nn.Parameter(torch.ones(8))
+        made.append((args, kwargs))
+
+    def forward(self, src, tgt):
+        return self.module(src, tgt) * self.gain"""
+    try:
+        run(
+            snippet("004", 7),
+            {
+                "\tdef __init__ (self, module, *args, **kwargs):": "    def __init__ (self, module, *args, **kwargs):",
+                "        ...": body,
+            },
+            torch=torch,
+            LoRA=LoRA,
+            scoped_args=(),
+            scoped_kwargs={"r": 3},
+            made=made,
+        )
+        wrapped = LoRA.Model(model=model)
+        wrapped.add_task("a")
+        wrapped.add_task("b")
+    finally:
+        kinds._WRAPPERS.pop(nn.Transformer, None)
+    assert made == [((), {"r": 3})] * 2, "once per task"
+    assert set(wrapped.state_dict(task="a")) == {"lora_module.gain"}, "its sub-graph is left alone"
+    torch.testing.assert_close(wrapped(x, x, task="a"), wrapped(x, x))
+    wrapped.load_state_dict({"lora_module.gain": torch.full((8,), 2.0)}, task="a")
+    torch.testing.assert_close(wrapped(x, x, task="a"), 2 * wrapped(x, x))
+
+
+@pytest.mark.parametrize("number", [8, 9])
+def test_004_several_tasks_at_once(number: int) -> None:
+    import orbit.multitask as LoRA
+
+    code = snippet("004", number)
+    names = re.findall(r'"(\w+)"', code)
+    model, prompt = LoRA.Model(nn.Linear(4, 3)), torch.randn(2, 4)
+    for name in names:
+        model.add_task(name)
+        fill_task(model, name)
+    got = run(f"got = {code.strip()}", LoRADiffusion=model, prompt=prompt)["got"]
+    base = model(prompt)
+    torch.testing.assert_close(got, base + sum(model(prompt, task=name) - base for name in names))

@@ -54,14 +54,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rsLoRA": {"rslora": True},
     "gated": {"gated": True},
     "DoRA": {"dora": True},
+    "PiSSA": {"init": "pissa"},
+    "DoRA from OLoRA": {"init": "olora", "dora": True},
+    "orthogonal": {"init": "orthogonal"},
 }
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {"need_weights": False},
     "weights": {},
     "weights per head": {"average_attn_weights": False},
-    "padded": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])},
+    "padded": {
+        "key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    },
     "masked": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(1), "need_weights": False},
-    "masked by head": {"attn_mask": torch.rand(3 * HEADS, 5, 5, generator=torch.Generator().manual_seed(5)) > 0.7},
+    "masked by head": {
+        "attn_mask": torch.rand(3 * HEADS, 5, 5, generator=torch.Generator().manual_seed(5)) > 0.7
+    },
 }
 
 
@@ -78,7 +85,9 @@ def inputs(form: str = "batch first", dtype: torch.dtype = torch.float64) -> tup
     torch.manual_seed(8)
     widths = (EMBED, 6, 5) if form == "kdim and vdim" else (EMBED,)
     batches = tuple(torch.randn(3, 5, width, dtype=dtype) for width in widths)
-    return batches if FORMS[form].get("batch_first") else tuple(x.transpose(0, 1).contiguous() for x in batches)
+    return (
+        batches if FORMS[form].get("batch_first") else tuple(x.transpose(0, 1).contiguous() for x in batches)
+    )
 
 
 def dense(model: nn.Module, task: str, weight: float = 1.0) -> dict[str, Tensor]:
@@ -90,6 +99,8 @@ def dense(model: nn.Module, task: str, weight: float = 1.0) -> dict[str, Tensor]
         assert isinstance(slot, Slot)
         W = model.get_parameter(name)
         V = W + slot.coefficient * slot.up.weight @ slot.down.weight
+        if slot.start is not None:
+            V = V - slot.coefficient * slot.start.up.weight @ slot.start.down.weight
         if slot.magnitude is not None:
             V = slot.magnitude.weight[:, None] * V / V.detach().norm(dim=1, keepdim=True)
         found[name] = W + weight * (V - W)
@@ -103,7 +114,9 @@ def oracle(model: nn.Module, weights: dict[str, Tensor], *args: Tensor, **option
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_output_and_gradients_equal_the_dense_layers(form: str, variant: str, fill: Callable[..., None]) -> None:
+def test_output_and_gradients_equal_the_dense_layers(
+    form: str, variant: str, fill: Callable[..., None]
+) -> None:
     model, x = make(form), inputs(form)
     before = model(*x)[0]
     report = inject(model, AdapterConfig(r=2, alpha=3, targets=("attn",), **VARIANTS[variant]), "a")
@@ -190,7 +203,9 @@ def test_merging_is_exact_both_ways(dtype: torch.dtype, dora: bool, fill: Callab
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_compute_the_same_and_stand_alone(copied: Callable[[Any], Any], fill: Callable[..., None]) -> None:
+def test_copies_compute_the_same_and_stand_alone(
+    copied: Callable[[Any], Any], fill: Callable[..., None]
+) -> None:
     model, (x,) = make(), inputs()
     inject(model, AdapterConfig(r=2, targets=("attn",)), "a")
     fill(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from orbit.adapter import (
     AdapterConfig,
     ConfigError,
+    GraftError,
     TaskError,
     adapter_parameters,
     base_state_dict,
@@ -30,9 +31,11 @@ from orbit.adapter import (
     unmerge,
 )
 from orbit.adapter.config import INITS
+from tests.laws.peft_oracle import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+DENSE_KINDS = [kind for kind in KINDS if "xperts" not in kind and "Multihead" not in kind]
 Make = Callable[..., nn.Module]
 Fill = Callable[..., None]
 STARTED = ("pissa", "olora")
@@ -220,13 +223,16 @@ def test_on_disk_it_is_a_lora_of_twice_the_rank(
 ) -> None:
     model, x = mlp_of(init, **options).eval(), torch.randn(3, 6)
     fill(model)
-    save(model, tmp_path / "a")
+    save(model, tmp_path / "a", peft=True)
+    save(model, tmp_path / "exact")
     torch.manual_seed(7)
     base = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8, bias=False), nn.Linear(8, 3))
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
-    load(base, tmp_path / "a")
+    load(base, tmp_path / "a", "plain")
     torch.testing.assert_close(base.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+    load(base, tmp_path / "exact", "exact")
+    assert torch.equal(base.eval()(x, task="exact"), model(x))
 
 
 def test_an_unknown_init_is_refused() -> None:
@@ -335,3 +341,100 @@ def test_eva_finds_the_subspace_that_peft_finds() -> None:
     A = ours[0].low_rank_slot("default").down.weight
     B = theirs.base_model.model[0].lora_A["default"].weight
     assert torch.linalg.svdvals(A @ B.T).min() > 0.99
+
+
+# -- every kind ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", DENSE_KINDS)
+def test_every_kind_starts_unchanged_and_then_is_its_dense_weight(
+    kind: str, init: str, dora: bool, fill: Fill
+) -> None:
+    model, batch = KINDS[kind].make(), KINDS[kind].batch()
+    before = model(*batch)
+    inject(model, AdapterConfig(r=2, alpha=3, init=init, dora=dora, targets=("layer",)))
+    layer = model.layer
+    slot = layer.low_rank_slot("default")
+    assert torch.equal(model.train()(*batch), before)
+    A, B = (factor.detach() for factor in layer.factors(slot))
+    if init == "orthogonal":
+        random = A if A.count_nonzero() else B.mT
+        torch.testing.assert_close(random @ random.mT, torch.eye(2), rtol=1e-5, atol=1e-5)
+    if init == "pissa":
+        left = torch.linalg.matrix_norm(layer.matrix() - slot.up.scale * B @ A)
+        torch.testing.assert_close(left, torch.linalg.svdvals(layer.matrix())[2:].square().sum().sqrt())
+    fill(model)
+    V = layer.matrix() + layer.delta(slot)
+    if dora:
+        V = slot.magnitude.weight.detach()[:, None] * V / V.norm(dim=1, keepdim=True)
+    plain = KINDS[kind].make()
+    plain.layer.weight.data.copy_(layer.as_weight(V))
+    torch.testing.assert_close(model(*batch), plain(*batch), rtol=1e-4, atol=1e-5)
+    merge(model.eval())
+    with torch.no_grad():
+        torch.testing.assert_close(model(*batch), plain(*batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Embedding with scale_grad_by_freq", "Conv2d with groups", "Conv1D"])
+def test_gradients_of_a_start_are_those_of_the_moved_base(kind: str) -> None:
+    """The same factors beside W − s·B₀·A₀, as PiSSA's authors do it, get the same gradients."""
+    ours, theirs, batch = KINDS[kind].make(), KINDS[kind].make(), KINDS[kind].batch()
+    inject(ours, AdapterConfig(r=2, alpha=3, init="pissa", targets=("layer",)))
+    inject(theirs, AdapterConfig(r=2, alpha=3, targets=("layer",)))
+    slot, other = (model.layer.low_rank_slot("default") for model in (ours, theirs))
+    with torch.no_grad():
+        other.down.weight.copy_(slot.down.weight)
+        other.up.weight.copy_(slot.up.weight)
+        theirs.layer.weight -= theirs.layer.as_weight(theirs.layer.delta(other))
+    torch.testing.assert_close(ours(*batch), theirs(*batch), rtol=1e-4, atol=1e-5)
+    for model in (ours, theirs):
+        model(*batch).square().sum().backward()
+    torch.testing.assert_close(slot.down.weight.grad, other.down.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(slot.up.weight.grad, other.up.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_eva_refuses_layers_without_rows() -> None:
+    model = KINDS["Embedding"].make()
+    inject(model, AdapterConfig(r=2, targets=("layer",)))
+    with pytest.raises(GraftError, match=r"layer 'layer' \(.*Embedding\) does not multiply the rows"):
+        init_eva(model, [KINDS["Embedding"].batch()])
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", ["MultiheadAttention", "Experts", "Experts stored (in, out)"])
+def test_modules_adapted_as_a_whole_start_unchanged(kind: str, init: str, fill: Fill) -> None:
+    model, batch = KINDS[kind].make().requires_grad_(False), KINDS[kind].batch()
+    before = model(*batch)
+    places = (
+        {"targets": ("layer",)}
+        if "Multi" in kind
+        else {"targets": (), "parameters": ("layer.up", "layer.down")}
+    )
+    inject(model, AdapterConfig(r=2, init=init, **places))
+    assert torch.equal(model(*batch), before)
+    for layer in task_layers(model, "default").values():
+        slot = layer.slots()["default"]
+        assert not layer.delta(slot).count_nonzero()
+        A, B = (factor.detach() for factor in layer.factors(slot))
+        if init == "orthogonal":
+            torch.testing.assert_close(
+                A @ A.mT, torch.eye(2).expand(*A.shape[:-2], 2, 2), rtol=1e-5, atol=1e-5
+            )
+        if init == "pissa":
+            left = torch.linalg.matrix_norm(layer.matrix() - slot.up.scale * B @ A)
+            torch.testing.assert_close(left, torch.linalg.svdvals(layer.matrix())[..., 2:].norm(dim=-1))
+    fill(model)
+    assert not torch.equal(model(*batch), before)
+
+
+def test_eva_knows_transformers_conv1d() -> None:
+    model, (x,) = KINDS["Conv1D"].make(), KINDS["Conv1D"].batch()
+    inject(model, AdapterConfig(r=2, targets=("layer",)))
+    seen: list[Tensor] = []
+    with model.layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].detach())):
+        init_eva(model, [x])
+    A = model.layer.low_rank_slot("default").down.weight
+    V = torch.linalg.svd(seen[0].flatten(0, 1)).Vh[:2]
+    torch.testing.assert_close(A.T @ A, V.T @ V, rtol=1e-4, atol=1e-4)

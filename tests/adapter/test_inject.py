@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from orbit.adapter import (
     task_layers,
     tasks,
 )
+from orbit.core.events import Plugin
+from orbit.engine import Engine
 
 Make = Callable[..., nn.Module]
 
@@ -163,6 +166,50 @@ def test_only_tasks_that_ran_must_have_gradients(mlp: Make) -> None:
     model.zero_grad()
     with pytest.raises(GradientError, match=r"0\.lora_A\.b"):
         check_gradients(model)  # nothing ran at all
+
+
+def test_rows_and_sums_ask_for_the_gradients_of_their_tasks() -> None:
+    """Each in the layers that carry it; what no row uses needs none."""
+    model, x = Bypassing(), torch.randn(3, 4)
+    inject(model, AdapterConfig(r=2, targets=("used",)), "a")
+    inject(model, AdapterConfig(r=2, targets=("used", "head")), "b")
+    inject(model, AdapterConfig(r=2, targets=("read",)), "c")
+    model(x, task=["a", None, "a"]).sum().backward()
+    check_gradients(model)
+    for options in ({"task": ["a", "b", None]}, {"tasks": {"a": 1.0, "b": -1.0}}):
+        model(x, **options).sum().backward()
+        with pytest.raises(GradientError, match=r"2 trainable .* head\.lora_A\.b\.weight, head\.lora_B"):
+            check_gradients(model)
+    model(x, task=["a", "c", None]).sum().backward()
+    with pytest.raises(GradientError, match=r"2 trainable .* read\.lora_A\.c"):
+        check_gradients(model)
+
+
+def test_a_call_that_no_backward_reaches_asks_for_nothing(mlp: Make) -> None:
+    """A micro-batch of weight 0 under a task that had no other in the window."""
+    model, x = mlp(), torch.randn(4, 6)
+    inject(model, AdapterConfig(r=2), "a")
+    inject(model, AdapterConfig(r=2), "b")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Checks(Plugin):
+        def on_before_optimizer_step(self, trainer: object) -> None:
+            check_gradients(model, may_be_empty=True)
+
+    engine = Engine(model, optimizer, plugins=[Checks()], gradient_accumulation_steps=2, device="cpu")
+    weights = {"b": 0.0, "a": 1.0}
+    for _, task in zip(engine.train([x, x]), weights, strict=True):
+        engine.update(model(x, task=task).sum(), weight=weights[task])
+    assert engine.global_step == 1
+
+
+def test_outputs_can_be_saved(mlp: Make, tmp_path: Path) -> None:
+    """With the hooks that tell whether a backward pass reached them."""
+    model = mlp().train()
+    inject(model, AdapterConfig(r=2))
+    out = model(torch.randn(4, 6))
+    torch.save(out, tmp_path / "out.pt")
+    assert torch.equal(torch.load(tmp_path / "out.pt"), out)
 
 
 @pytest.fixture

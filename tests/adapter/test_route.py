@@ -20,6 +20,7 @@ from orbit.adapter import (
     remove,
     route,
     set_route,
+    task_config,
     tasks,
 )
 from orbit.adapter.route import find_state
@@ -297,9 +298,20 @@ def test_parts_adapted_apart_are_united(fill: Callable[..., None]) -> None:
 def test_parts_with_different_tasks_of_one_name_are_refused() -> None:
     model = nn.ModuleDict({"left": nn.Sequential(nn.Linear(3, 3)), "right": nn.Sequential(nn.Linear(3, 3))})
     inject(model["left"], AdapterConfig(r=1))
-    inject(model["right"], AdapterConfig(r=2))
-    with pytest.raises(TaskError, match="different tasks named 'default'"):
+    inject(model["right"], AdapterConfig(r=1, dora=True))
+    with pytest.raises(
+        TaskError, match=r"different tasks named 'default' \(dora is False in one layer and True"
+    ):
         tasks(model)
+
+
+def test_parts_whose_tasks_differ_in_rank_are_one_task_of_several_ranks() -> None:
+    model = nn.ModuleDict({"left": nn.Sequential(nn.Linear(3, 3)), "right": nn.Sequential(nn.Linear(3, 3))})
+    inject(model["left"], AdapterConfig(r=1, alpha=4))
+    inject(model["right"], AdapterConfig(r=2))
+    config = task_config(model, "default")
+    assert (config.rank_of("left.0"), config.alpha_of("left.0")) == (1, 4)
+    assert (config.rank_of("right.0"), config.alpha_of("right.0")) == (2, 32)
 
 
 def test_a_layer_that_was_replaced_is_missed(two: nn.Module) -> None:

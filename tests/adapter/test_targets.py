@@ -107,3 +107,36 @@ def test_shared_layers_are_one_layer() -> None:
     layer = nn.Linear(3, 3)
     model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(3, 3)})
     assert names(model, "re:.*") == ["a", "c"]
+
+
+def test_convolutions_and_embeddings_are_adapted_where_they_are_named() -> None:
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(5, 4),
+            "body": nn.ModuleDict(
+                {"conv": nn.Conv2d(2, 2, 3), "lin": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}
+            ),
+            "act": nn.ReLU(),
+            "head": nn.Linear(4, 2),
+            "out": nn.Conv1d(2, 2, 1),
+        }
+    )
+    assert list(resolve(model, None)[0]) == ["body.lin"]
+    assert resolve(model, None)[1] == {"head": "the head"}
+    assert list(resolve(model, ["body"])[0]) == ["body.conv", "body.lin"]
+    assert list(resolve(model, ["embed", "out"])[0]) == ["embed", "out"]
+    assert list(resolve(model, ["re:body.*"])[0]) == ["body.conv", "body.lin"]
+    assert list(resolve(nn.Conv1d(2, 2, 1), None)[0]) == [""]
+    with pytest.raises(TargetError, match="to adapt its Conv2d, Embedding layers, name them"):
+        resolve(nn.Sequential(nn.Conv2d(2, 2, 3), nn.Embedding(4, 4)), None)
+
+
+def test_a_named_leaf_of_no_known_kind_is_an_error_and_a_pattern_passes_it_by() -> None:
+    model = nn.ModuleDict(
+        {"a": nn.ModuleDict({"x": nn.Linear(2, 2)}), "b": nn.ModuleDict({"x": nn.LayerNorm(2)})}
+    )
+    with pytest.raises(TargetError, match=r"target 'x' names 'b\.x', a LayerNorm"):
+        resolve(model, ["x"])
+    assert list(resolve(model, ["*.x"])[0]) == ["a.x"]
+    assert list(resolve(model, ["a", "a.x"])[0]) == ["a.x"]
+    assert list(resolve(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU()), ["0"])[0]) == ["0.0"]

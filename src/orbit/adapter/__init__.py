@@ -1,9 +1,11 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
+from orbit.adapter.algebra import CombineReport, LayerCombination, combine
 from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
 from orbit.adapter.conv1d import Conv1DGraft
+from orbit.adapter.diagnose import Diagnosis, Finding, LayerDiagnosis, LoRADiagnoser
 from orbit.adapter.embedding import EmbeddingGraft
 from orbit.adapter.errors import (
     AdapterError,
@@ -13,6 +15,7 @@ from orbit.adapter.errors import (
     GraftError,
     MergeError,
     RouteError,
+    StateError,
     TargetError,
     TaskError,
 )
@@ -27,6 +30,7 @@ from orbit.adapter.functions import (
     save_lora,
     unmerge_lora,
 )
+from orbit.adapter.groups import param_groups
 from orbit.adapter.inject import (
     InjectReport,
     adapter_parameters,
@@ -42,8 +46,9 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.kinds import register_forward, register_kind
 from orbit.adapter.linear import LinearGraft
-from orbit.adapter.merge import merge, merged, unmerge
+from orbit.adapter.merge import merge, merged, merged_state_dict, unmerge
 from orbit.adapter.modules import register_base_module_wrapper
+from orbit.adapter.optimizers import TaskOptimizers, per_task_loss
 from orbit.adapter.plan import PerRow, Route, Scaled, Together
 from orbit.adapter.route import current_route, route, set_route
 
@@ -52,27 +57,36 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "AttentionGraft",
+    "CombineReport",
     "ConfigError",
     "Conv1DGraft",
     "Conv1dGraft",
     "Conv2dGraft",
     "Conv3dGraft",
+    "Diagnosis",
     "EmbeddingGraft",
+    "Finding",
     "GradientError",
     "GraftError",
     "InjectReport",
+    "LayerCombination",
+    "LayerDiagnosis",
     "LinearGraft",
+    "LoRADiagnoser",
     "MergeError",
     "PerRow",
     "Route",
     "RouteError",
     "Scaled",
+    "StateError",
     "TargetError",
     "TaskError",
+    "TaskOptimizers",
     "Together",
     "adapter_parameters",
     "base_state_dict",
     "check_gradients",
+    "combine",
     "current_route",
     "freeze_backbone_only",
     "init_eva",
@@ -84,6 +98,9 @@ __all__ = [
     "merge",
     "merge_lora",
     "merged",
+    "merged_state_dict",
+    "param_groups",
+    "per_task_loss",
     "register_base_module_wrapper",
     "register_forward",
     "register_kind",

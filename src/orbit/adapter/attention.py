@@ -36,6 +36,9 @@ _OUT = "out_proj.weight"
 class AttentionGraft(WholeGraft, nn.MultiheadAttention):
     """The mixin for `nn.MultiheadAttention`."""
 
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        return Graft.base(self, *args, **kwargs)  # which does not go through its children
+
     def mixed(self, mix: Mix, *args: Any, **kwargs: Any) -> Any:
         if mix.rows is None:
             return super().mixed(mix, *args, **kwargs)

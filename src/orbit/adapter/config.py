@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,6 +116,34 @@ class AdapterConfig:
             _layer_pattern(key)
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+
+    @classmethod
+    def of_layers(cls, layers: Mapping[str, LayerConfig]) -> AdapterConfig:
+        """The config that gives each of these layers, by dotted name, its settings.
+
+        Raises:
+            ConfigError: they differ in more than rank and alpha.
+        """
+        first, *others = layers.values()
+        for label in ("dropout", "dora", "rslora", "gated"):
+            for other in others:
+                if getattr(other, label) != getattr(first, label):
+                    raise ConfigError(
+                        f"{label} is {getattr(first, label)} in one layer and {getattr(other, label)} in another"
+                    )
+        # The first pattern that matches counts, and "0" matches "1.0" too: longer names first.
+        names = sorted(layers, key=len, reverse=True)
+        return cls(
+            r=first.r,
+            alpha=first.alpha,
+            dropout=first.dropout,
+            dora=first.dora,
+            rslora=first.rslora,
+            gated=first.gated,
+            targets=tuple(layers),
+            rank_pattern={re.escape(name): layers[name].r for name in names},
+            alpha_pattern={re.escape(name): layers[name].alpha for name in names},
+        )
 
     def at(self, layer: str) -> LayerConfig:
         """What holds for the layer of this dotted name."""

@@ -1,16 +1,16 @@
 """Adapted convolutions: `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and their subclasses.
 
     y = W' ⋆ x + b,    W' = W + ΔW,    ΔW = s·B·A  in the matrix view, (out, in/g·∏k)
-    groups = 1:   y = base + B ⋆₁ (A ⋆ x)·s      A ⋆ is the layer's own convolution, B ⋆₁ one of kernel 1
-    groups > 1:   y = base + ΔW ⋆ x              one A for all groups
+    y = base + s·B ⋆₁ (A ⋆ x)        A ⋆ is the layer's own convolution, the same A in every group; B ⋆₁ is
+                                     one of kernel 1 from the r channels of a group to its out/g
+    y = base + ΔW ⋆ x                where g·r > out, so that ΔW ⋆ is the shorter product (depthwise layers)
 
 x (N, in, …)   y (N, out, …), both also without N   W (out, in/g, *k)   A (r, in/g, *k)   B (out, r, 1, …)   m (out,)
 
 A has the layer's stride, padding, dilation and padding mode, so that ΔW is exactly an update of W. (PEFT's A
 ignores the last two. With groups it sees all channels, which no update of W does.)
 
-A grouped convolution maps in/g to out/g channels, and these are as few as the ranks: there ΔW, no larger than
-W, is the cheaper way. It is a second product beside the base's, for W + ΔW would round ΔW away in half precision.
+The base is a product of its own in either form: W + ΔW would round ΔW away in half precision.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ class ConvGraft(DenseGraft):
         dtype = compute_dtype(x, slot.down.weight)
         x, A, B = x.to(dtype), slot.down.weight.to(dtype), slot.up.weight.to(dtype)
         sB = slot.coefficient.to(dtype) * B
-        if self.groups == 1:
-            update = _POINTWISE[len(self.kernel_size)](self._conv_forward(x, A, None), sB)
-        else:
+        if self.groups * slot.up.r > self.out_channels:
             update = self._conv_forward(x, self.as_weight(sB.flatten(1) @ A.flatten(1)), None)
+        else:
+            As = A if self.groups == 1 else A.repeat(self.groups, *[1] * (A.dim() - 1))
+            h = self._conv_forward(x, As, None)
+            update = _POINTWISE[len(self.kernel_size)](h, sB, groups=self.groups)
         return (base + update).to(base.dtype)
 
     def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:

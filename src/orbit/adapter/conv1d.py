@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orbit.adapter.dense import DenseGraft
 from orbit.adapter.kinds import register_kind
-from orbit.adapter.lora import low_rank
+from orbit.adapter.linear import linear_branch
 from orbit.adapter.owners import Slot
 
 
@@ -25,7 +25,7 @@ class Conv1DGraft(DenseGraft):
     nx: int
 
     def branch(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
-        return low_rank(base, x, slot.down.weight, slot.up.weight, slot.coefficient)
+        return linear_branch(base, x, slot)
 
     @staticmethod
     def as_matrix(W: Tensor) -> Tensor:

@@ -40,7 +40,6 @@ from orbit.adapter.plan import Mix
 class EmbeddingGraft(DenseGraft, nn.Embedding):
     """The mixin for `nn.Embedding`."""
 
-    STARTS = False
     FILE_NAMES: ClassVar[Mapping[str, str]] = {
         "lora_embedding_A.weight": "lora_embedding_A",
         "lora_embedding_B.weight": "lora_embedding_B",
@@ -55,17 +54,25 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
     )
 
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._refuse_misfit(slot)
-        A, B = slot.down.weight, slot.up.weight
-        dtype = compute_dtype(base, A)
-        h = slot.coefficient * F.embedding(input, A.T).to(dtype)
         share = self._gradient_share(input)
-        update = _share_gradient(h @ B.to(dtype).T, share)
-        u = (base + update).to(base.dtype)
+        u = (base + self._update(base, slot, input, share)).to(base.dtype)
         if slot.magnitude is None:
             return u
         c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
         return dora.rescale(u, None, _share_gradient(c.expand(u.shape), share))
+
+    def _update(self, base: Tensor, slot: Slot, input: Tensor, share: Tensor | None) -> Tensor:
+        """The rows of ΔW (…, dim) for these indices, in the dtype in which the branch multiplies."""
+        self._refuse_misfit(slot)
+        update = self._rows_of_update(base, slot, input)
+        if slot.start is not None:
+            update = update - self._rows_of_update(base, slot.start, input)
+        return _share_gradient(update, share)
+
+    def _rows_of_update(self, base: Tensor, slot: Slot, input: Tensor) -> Tensor:
+        A, B = slot.down.weight, slot.up.weight
+        dtype = compute_dtype(base, A)
+        return (slot.coefficient * F.embedding(input, A.T).to(dtype)) @ B.to(dtype).T
 
     def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Several tasks. Indices (1, …) that all rows share, such as positions, are repeated for every row.
@@ -83,17 +90,33 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
                     f"an embedding was given indices {tuple(input.shape)} under a route for {rows} rows; "
                     "give it (rows, …), or (1, …) if all rows share them"
                 )
-        return super().mixed(mix, input, *args, **kwargs)
+        low_rank = all(isinstance(slot, Slot) and slot.magnitude is None for slot in mix.slots)
+        if mix.rows is None or not low_rank or torch.compiler.is_compiling():
+            return super().mixed(mix, input, *args, **kwargs)
+        return self._low_rank_rows(self.fitted(mix, input), input, *args, **kwargs)
+
+    def _low_rank_rows(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One task per row: the base once, and on it the updates of the rows that have one."""
+        assert mix.rows is not None
+        base = self.base(input, *args, **kwargs)
+        used = [(slot, rows) for slot, rows in zip(mix.slots, mix.rows, strict=False) if len(rows)]
+        updates = []
+        for slot, rows in used:
+            own = input.index_select(0, rows)
+            updates.append(self._update(base, slot, own, self._gradient_share(own)))  # type: ignore[arg-type]
+        update = torch.cat(updates)
+        wide = torch.promote_types(base.dtype, update.dtype)
+        order = torch.cat([rows for _, rows in used])
+        return base.to(wide).index_add(0, order, update.to(wide)).to(base.dtype)
 
     def _gradient_share(self, input: Tensor) -> Tensor | None:
         """w (…, 1): which share of the gradient of each position reaches its row."""
         if not torch.is_grad_enabled() or (self.padding_idx is None and not self.scale_grad_by_freq):
             return None
-        share = torch.ones(input.shape, device=input.device, dtype=torch.float32)
+        share = torch.ones(input.shape, device=input.device, dtype=dora.wide(self.weight.dtype))
         if self.scale_grad_by_freq:
-            ones = share.flatten()
-            counts = torch.zeros(self.num_embeddings, device=input.device)
-            share = 1 / counts.index_add(0, input.flatten().long(), ones)[input]
+            counts = share.new_zeros(self.num_embeddings).index_add(0, input.flatten(), share.flatten())
+            share = 1 / counts[input.long()]
         if self.padding_idx is not None:
             share = share.masked_fill(input == self.padding_idx, 0)
         return share[..., None]

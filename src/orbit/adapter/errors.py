@@ -35,5 +35,9 @@ class GradientError(AdapterError, RuntimeError):
     """A routed, trainable adapter received no gradient."""
 
 
+class StateError(AdapterError, RuntimeError):
+    """A state_dict of a task lacks tensors, has others, or they have other shapes."""
+
+
 class AdapterFileError(AdapterError, ValueError):
     """An adapter's file is incomplete, damaged, or does not belong to this model."""

@@ -44,19 +44,17 @@ from orbit.adapter.inject import (
     tasks,
     unwrapped,
 )
-from orbit.adapter.kinds import kind_of
+from orbit.adapter.kinds import kind_of, own_class
 from orbit.adapter.owners import Owner, Tasks
 from orbit.adapter.patterns import Pattern
 from orbit.adapter.peft_config import from_peft, to_peft
+from orbit.adapter.peft_keys import Named, clean, key_of, named_in, places, targets_of
 from orbit.adapter.route import find_state
-from orbit.adapter.targets import nearest
 from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?:(?P<layer>.+?)\.)?(?P<end>lora_\w+(?:\.\w+)*)")
 _COPY = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 
 def save(
@@ -74,17 +72,24 @@ def save(
     """
     model = _root(model)
     path = Path(path)
-    layers = {_clean(raw): layer for raw, layer in task_layers(model, name).items()}
-    tensors: dict[str, Tensor] = {}
     config = task_config(model, name)
-    for layer_name, layer in layers.items():
+    layers = places(model, name)
+    tensors: dict[str, Tensor] = {}
+    for place, layer in layers.items():
         why = layer.not_for_peft(name)
         if peft and why is not None:
-            raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {layer_name!r}: {why}")
+            raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
-        tensors.update({_key(layer_name, end): t.detach().cpu().contiguous() for end, t in found.items()})
-    own = not peft and any(layer.only_ours(name) for layer in layers.values())
-    fields = to_peft(config.as_plain() if peft else config, _target_modules(model, set(layers)), own=own)
+        tensors.update({key_of(place, end): t.detach().cpu().contiguous() for end, t in found.items()})
+    targets, parameters, copies = targets_of(model, name)
+    fields = to_peft(
+        config.as_plain() if peft else config,
+        _target_modules(model, targets),
+        parameters,
+        copies,
+        fan_in_fan_out=any(own_class(layer).__name__ == "Conv1D" for layer in layers.values()),
+        own=not peft and any(layer.only_ours(name) for layer in layers.values()),
+    )
     fields["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     fields["task_type"] = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
     text = json.dumps(fields, indent=2, sort_keys=True)
@@ -119,16 +124,14 @@ def load(
     model = _root(model)
     fields, tensors = read(path)
     _check_auto_mapping(path, fields, model)
-    modules = {_clean(raw): (raw, module) for raw, module in model.named_modules()}
-    tensors = _without_copies(tensors, {clean: module for clean, (_, module) in modules.items()})
+    tensors = _without_copies(tensors, {clean(raw): module for raw, module in model.named_modules()})
     if not tensors:
         raise AdapterFileError(f"{path} holds no tensors")
-    adaptable = {clean for clean, (_, module) in modules.items() if kind_of(module) is not None}
-    found = _layers_in(path, tensors, adaptable, model)
-    config = from_peft(fields, [modules[layer][0] for layer in found])
-    _check_coverage(path, fields, set(found), adaptable)
+    named = named_in(path, fields, tensors, model)
+    config = from_peft(fields, *named)
+    _check_coverage(path, fields, named, model)
     if name in tasks(model):
-        _check_same(path, model, name, config, {modules[layer][0] for layer in found})
+        _check_same(path, model, name, config)
         _fill(path, model, name, tensors)
         return None
     with _undone_on_error(model, name), preserved():  # what `inject` draws at random is overwritten at once
@@ -184,8 +187,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors into the task, if they are exactly those that it has."""
     own = {
-        _key(_clean(raw), end): tensor
-        for raw, layer in task_layers(model, name).items()
+        key_of(place, end): tensor
+        for place, layer in places(model, name).items()
         for end, tensor in layer.file_tensors(name).items()
     }
     theirs = {_plain_key(key): (key, tensor) for key, tensor in tensors.items()}
@@ -258,51 +261,35 @@ def _without_copies(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Modu
     return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
 
 
-def _layers_in(path: Any, tensors: Mapping[str, Tensor], adaptable: set[str], model: nn.Module) -> list[str]:
-    """The layers that the keys name, in the file's order."""
-    found: dict[str, None] = {}
-    for key in tensors:
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise AdapterFileError(
-                f"{path}: {key} is unexpected: no tensor of an adapter (a weight that differs from the base model's, "
-                "or of a kind of adapter that cannot be loaded)"
-            )
-        layer = match["layer"] or ""
-        if layer not in adaptable:
-            close = nearest(layer, adaptable)
-            hint = f"; the nearest layer is {close!r}" if close else ""
-            raise AdapterFileError(
-                f"{path}: {key} belongs to no adaptable layer of {type(model).__name__}{hint}"
-            )
-        found[layer] = None
-    return list(found)
-
-
-def _check_coverage(path: Any, fields: Mapping[str, Any], found: set[str], layers: set[str]) -> None:
+def _check_coverage(path: Any, fields: Mapping[str, Any], named: Named, model: nn.Module) -> None:
     """The layers that PEFT's targets name must be those that the file has."""
     targets, exclude = fields.get("target_modules"), fields.get("exclude_modules")
     if not targets or targets == "all-linear" or fields.get("layers_to_transform") not in (None, []):
         return
+    names = {clean(raw): module for raw, module in model.named_modules()}
+    found = {clean(raw) for raw in named.layers}
     meant = {
-        name for name in layers if _peft_match(targets, name) and not (exclude and _peft_match(exclude, name))
+        name
+        for name, module in names.items()
+        if kind_of(module) is not None
+        and not isinstance(names.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+        and not any(name == raw or name.startswith(f"{raw}.") for raw in map(clean, named.copies))
+        and _peft_match(targets, name)
+        and not (exclude and _peft_match(exclude, name))
     }
     for name in sorted(meant - found):
         raise AdapterFileError(
-            f"{path}: {_key(name, 'lora_A.weight')} is missing; target_modules={targets!r} names the layer"
+            f"{path}: {key_of(name, 'lora_A.weight')} is missing; target_modules={targets!r} names the layer"
         )
     for name in sorted(found - meant):
         raise AdapterFileError(
-            f"{path}: {_key(name, 'lora_A.weight')} is unexpected; target_modules={targets!r} omits it"
+            f"{path}: {key_of(name, 'lora_A.weight')} is unexpected; target_modules={targets!r} omits it"
         )
 
 
-def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig, layers: set[str]) -> None:
+def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -> None:
     own = task_config(model, name)
     have = task_layers(model, name)
-    for raw in sorted(layers ^ set(have)):
-        side = "the model" if raw in have else "the file"
-        raise AdapterFileError(f"{path}: only {side} adapts layer {raw!r}; load under another name")
     for label, theirs, ours in [
         *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated")),
         *((f"rank of {raw}", config.rank_of(raw), own.rank_of(raw)) for raw in have),
@@ -322,15 +309,6 @@ def _root(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _clean(name: str) -> str:
-    """A layer's name without the segments that torch.compile and checkpoint wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _key(layer: str, end: str) -> str:
-    return ".".join(part for part in ("base_model.model", layer, end) if part)
-
-
 def _plain_key(key: str) -> str:
     """PEFT writes a magnitude's key without `.weight`, and reads it with."""
     return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
@@ -338,7 +316,7 @@ def _plain_key(key: str) -> str:
 
 def _target_modules(model: nn.Module, layers: set[str]) -> list[str] | str:
     """The adapted layers as PEFT finds just them: last segments, else full names, else an expression."""
-    names = [_clean(raw) for raw, module in model.named_modules() if not isinstance(module, (Tasks, Owner))]
+    names = [clean(raw) for raw, module in model.named_modules() if not isinstance(module, (Tasks, Owner))]
     for candidate in (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers)):
         if {name for name in names if _peft_match(candidate, name)} == layers:
             return candidate

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from orbit.adapter.config import LayerConfig
 from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
-from orbit.adapter.kinds import grafted_bases, whole_kind
+from orbit.adapter.kinds import grafted_bases, own_class, whole_kind
 from orbit.adapter.mixing import mixed
-from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, Tasks, escape
+from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, Tasks, Whole, escape
 from orbit.adapter.plan import Mix, Plan, plan_of
 from orbit.adapter.replay import in_backward
 from orbit.adapter.state import RouteState
@@ -169,6 +169,9 @@ class Graft(nn.Module):
 
     def file_tensors(self, task: str) -> dict[str, Tensor]:
         """A task's tensors, as views in the shapes that PEFT's files have, by the ends of their keys there."""
+        slot = self.slots()[task]
+        if self.holds_copy(task):  # it has the base's names
+            return dict(slot.module.state_dict(keep_vars=True))  # type: ignore[union-attr]
         return {
             self.FILE_NAMES.get(f"{bank}.{name}", f"{bank}.{name}"): self.file_view(bank, tensor)
             for bank, owner in self.owners(task).items()
@@ -182,24 +185,40 @@ class Graft(nn.Module):
     def only_ours(self, task: str) -> bool:
         """Does the task hold tensors that PEFT would drop or misread?"""
         slot = self.slots()[task]
-        return not isinstance(slot, Slot) or slot.gate is not None or slot.start is not None
+        if isinstance(slot, ModuleSlot):
+            return not self.holds_copy(task)
+        return isinstance(slot, Slot) and (slot.gate is not None or slot.start is not None)
 
     def not_for_peft(self, task: str) -> str | None:
         """Why `peft_tensors` would not mean to PEFT what the task computes, or None."""
+        slot = self.slots()[task]
+        if isinstance(slot, ModuleSlot) and not self.holds_copy(task):
+            return f"it is a module of your own, a {type(slot.module).__name__}"
         return None
 
     def peft_tensors(self, task: str) -> dict[str, Tensor]:
         """`file_tensors` as PEFT can hold them: the gate folded into B, a start as extra ranks."""
-        slot = self.low_rank_slot(task)
         found = self.file_tensors(task)
+        slot = self.slots()[task]
+        if not isinstance(slot, Slot):
+            return found
         ends = {bank: self.FILE_NAMES.get(f"{bank}.weight", f"{bank}.weight") for bank in self.BANKS}
         down, up, _, gate = self.BANKS
         if slot.start is not None:
-            found[ends[down]] = torch.cat([slot.down.weight, slot.start.down.weight], 0)
-            found[ends[up]] = torch.cat([slot.up.weight, -slot.start.up.weight], 1)
+            found[ends[down]], found[ends[up]] = self.stacked(slot, slot.start)
         if slot.gate is not None:
             found[ends[up]] = found[ends[up]] * slot.gate.weight
         return {end: t for end, t in found.items() if ".start." not in end and not end.startswith(gate)}
+
+    def stacked(self, slot: Slot, start: Slot) -> tuple[Tensor, Tensor]:
+        """[A; A₀] and [B, −B₀] in the shapes of the owners' tensors."""
+        A = torch.cat([slot.down.weight, start.down.weight], 0)
+        return A, torch.cat([slot.up.weight, -start.up.weight], 1)
+
+    def holds_copy(self, task: str) -> bool:
+        """Is the task here a copy of the module, trained whole?"""
+        slot = self.slots().get(task)
+        return isinstance(slot, ModuleSlot) and type(slot.module) is own_class(self)
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
@@ -223,6 +242,18 @@ class Graft(nn.Module):
         assert isinstance(slot, Slot)
         return slot
 
+    def settings(self, task: str) -> LayerConfig:
+        """The settings of a low-rank task here, as its owners have them."""
+        slot = self.low_rank_slot(task)
+        return LayerConfig(
+            r=slot.up.r,
+            alpha=slot.up.alpha,
+            dropout=slot.down.dropout,
+            dora=slot.magnitude is not None,
+            rslora=slot.up.rslora,
+            gated=slot.gate is not None,
+        )
+
     def banks(self) -> tuple[str, ...]:
         """The names of the containers that hold this layer's tasks."""
         return tuple(bank for bank in (*self.BANKS, _MODULES) if bank in self._modules)
@@ -232,6 +263,7 @@ class Graft(nn.Module):
         slot = self.slots()[task]
         if isinstance(slot, ModuleSlot):
             return {_MODULES: slot.module}
+        assert isinstance(slot, Slot)
         return {bank: owner for bank, owner in zip(self.BANKS, slot, strict=True) if owner is not None}
 
     def carries(self, task: str) -> bool:
@@ -255,6 +287,7 @@ class Graft(nn.Module):
 
     def put_task(self, task: str, slot: AnySlot) -> None:
         """Attach a task's owners."""
+        assert not isinstance(slot, Whole)
         names = (_MODULES,) if isinstance(slot, ModuleSlot) else self.BANKS
         for bank, owner in zip(names, slot, strict=True):
             if owner is not None:
@@ -418,7 +451,7 @@ def grafted_class(cls: type[nn.Module]) -> type[nn.Module]:
         try:
             bases = grafted_bases(cls)
         except GraftError:  # the layer as a whole
-            bases = (whole_kind(), cls)
+            bases = (whole_kind(cls), cls)
         _CLASSES[cls] = type(f"Grafted{cls.__name__}", bases, body)
     return _CLASSES[cls]
 

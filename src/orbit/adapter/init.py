@@ -8,6 +8,8 @@
 
     W (…, out, in), a layer's weight as a matrix (`Graft.matrix`)   A (…, r, in)   B (…, out, r)   s: the scale
 
+Embeddings, which start with A = 0 and a random B, take these for B in the place of A.
+
 PiSSA and OLoRA train B·A from B₀·A₀. Their authors, and PEFT, subtract s·B₀·A₀ from W, which changes the base under
 every other task and rounds it in half precision. Here W stays, and A₀ and B₀ are kept beside A and B instead:
 
@@ -54,8 +56,11 @@ def initialise(layer: Graft, slot: Slot, init: str) -> None:
             start = _pissa if init == "pissa" else _olora
             A, B = start(W, A.shape[-2], float(slot.up.scale))
         else:
-            A = torch.randn_like(A) / A.shape[-2] if init == "gaussian" else _orthonormal_rows(A)
-            B = torch.zeros_like(B)
+            random = _gaussian_rows if init == "gaussian" else _orthonormal_rows
+            if B.count_nonzero():  # an embedding, whose B is random and whose A is 0
+                A, B = torch.zeros_like(A), random(B.mT).mT
+            else:
+                A, B = random(A), torch.zeros_like(B)
         layer.set_factors(slot, A, B)
     if init in STARTS_FROM_WEIGHT:
         slot.start_here()
@@ -73,6 +78,10 @@ def _pissa(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
 def _olora(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(W)
     return R[..., :r, :], Q[..., :, :r]
+
+
+def _gaussian_rows(A: Tensor) -> Tensor:
+    return torch.randn_like(A) / A.shape[-2]
 
 
 def _orthonormal_rows(A: Tensor) -> Tensor:

@@ -229,32 +229,38 @@ def set_trainable(model: nn.Module, name: str, trainable: bool = True) -> None:
 
 def freeze(model: nn.Module) -> None:
     """Stop the training of every parameter that belongs to no adapter."""
+    for parameter in base_parameters(model):
+        parameter.requires_grad_(False)
+
+
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter that belongs to no adapter."""
     ours = {id(parameter) for parameter in adapter_parameters(model).values()}
-    for parameter in model.parameters():
-        if id(parameter) not in ours:
-            parameter.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if id(parameter) not in ours]
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def base_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
     """`model.state_dict()` without the adapters: the keys and values of the model before grafting.
 
     For `model.save_pretrained(folder, state_dict=base_state_dict(model))`.
     """
     prefixes = tuple(
-        f"{path}.{bank}." if path else f"{bank}."
+        f"{prefix}{path}.{bank}." if path else f"{prefix}{bank}."
         for path, layer in model.named_modules(remove_duplicate=False)  # a layer used twice has two names
         if isinstance(layer, Graft)
         for bank in layer.banks()
     )
-    return {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
+    state = model.state_dict(prefix=prefix, keep_vars=keep_vars)
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
 
 
 def check_gradients(model: nn.Module, *, may_be_empty: bool = False) -> None:
     """Raise if a routed, trainable adapter has no gradient. Call it after a window's backward passes.
 
-    Routed are the tasks under which the model was called with gradients, in training mode, since the last
-    check. Where no such call was seen (only parts of the model were called, or it is compiled as a whole),
-    they are the tasks of which some parameter has a gradient, and if there is none, the default one.
+    Routed are the tasks of calls in training mode whose outputs a backward pass has reached since the last
+    check; a micro-batch of weight 0 has no backward pass and asks for nothing. Where no such call was seen (only
+    parts of the model were called, or it is compiled as a whole), they are the tasks of which some parameter has
+    a gradient, and if there is none, the default one.
 
     Args:
         may_be_empty: accept a window in which nothing has a gradient: every micro-batch had weight 0, say.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
 
 _KINDS: dict[type[nn.Module], type[Graft]] = {}
+_WHOLE: dict[type[nn.Module], type[Graft]] = {}
 _WRAPPERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 _KINDS_BY_PATH: dict[str, type[Graft]] = {}  # of packages that may not be installed, and are not imported
 
@@ -60,14 +61,24 @@ def wrapper_of(module: nn.Module) -> Callable[[Any], nn.Module] | None:
     return _WRAPPERS.get(_base_of(own_class(module)) or nn.Module)
 
 
+def mixin_of(module: nn.Module) -> type[Graft] | None:
+    """The mixin of the kind by which `module` is adapted; None if it has none, or a registered constructor."""
+    return None if wrapper_of(module) is not None else _KINDS.get(_base_of(own_class(module)) or nn.Module)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or the one that it had before it was adapted."""
     return type(module).__dict__.get("_orbit_original", type(module))
 
 
-def whole_kind() -> type[Graft]:
+def register_whole_kind(base: type[nn.Module], mixin: type[Graft]) -> None:
+    """Use `mixin` for modules of class `base` and its subclasses that are of no kind."""
+    _WHOLE[base] = mixin
+
+
+def whole_kind(cls: type[nn.Module]) -> type[Graft]:
     """The mixin for modules of any class, which are replaced or run with other weights as a whole."""
-    return _KINDS[nn.Module]
+    return _WHOLE[_whole_base(cls)]
 
 
 def register_forward(cls: type[nn.Module]) -> None:
@@ -144,17 +155,16 @@ def refusal(layer: nn.Module, parent: nn.Module | None, *, whole: bool = False) 
 def _taken_names(layer: nn.Module) -> set[str]:
     """Names that the layer uses and its mixin would give another meaning."""
     base = _base_of(type(layer))
-    if base not in _KINDS:
-        base = nn.Module
-    added = {name for name in dir(_KINDS[base]) if not name.startswith("__") and not hasattr(base, name)}
+    if base is None or base not in _KINDS:
+        base = _whole_base(type(layer))
+    mixin = _KINDS.get(base) or _WHOLE[base]
+    added = {name for name in dir(mixin) if not name.startswith("__") and not hasattr(base, name)}
     return added & {*dir(type(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
 
 
 def _base_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The registered class that is nearest among the ancestors of `cls`."""
     for ancestor in cls.__mro__:
-        if ancestor is nn.Module:
-            continue  # whole_kind, for those that are of no kind
         if ancestor in _KINDS or ancestor in _WRAPPERS:
             return ancestor
         mixin = _KINDS_BY_PATH.get(_path(ancestor))
@@ -162,6 +172,10 @@ def _base_of(cls: type[nn.Module]) -> type[nn.Module] | None:
             _KINDS[ancestor] = type(mixin.__name__, (mixin, ancestor), {"__module__": mixin.__module__})
             return ancestor
     return None
+
+
+def _whole_base(cls: type[nn.Module]) -> type[nn.Module]:
+    return next(ancestor for ancestor in cls.__mro__ if ancestor in _WHOLE)
 
 
 def _calls_super(forward: object) -> bool:
@@ -174,4 +188,4 @@ def _path(cls: type) -> str:
 
 
 def _names() -> str:
-    return ", ".join(dict.fromkeys(base.__name__ for base in _KINDS if base is not nn.Module))
+    return ", ".join(dict.fromkeys(base.__name__ for base in _KINDS))

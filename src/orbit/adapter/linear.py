@@ -147,7 +147,7 @@ class LinearGraft(DenseGraft, nn.Linear):
             )
 
     def branch(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
-        return low_rank(base, x, slot.down.weight, slot.up.weight, slot.coefficient)
+        return linear_branch(base, x, slot)
 
     def matrix_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -156,6 +156,11 @@ class LinearGraft(DenseGraft, nn.Linear):
         """W·Aᵀ (out, r) of a quantised weight: the layer's own forward multiplies by it."""
         product = self.base(A)
         return (product if self.bias is None else product - self.bias).T
+
+
+def linear_branch(base: Tensor, x: Tensor, slot: Slot) -> Tensor:
+    """base + g·s·x·Aᵀ·Bᵀ: what the branch of a layer that maps (…, in) to (…, out) computes."""
+    return low_rank(base, x, slot.down.weight, slot.up.weight, slot.coefficient)
 
 
 register_kind(nn.Linear, LinearGraft)

@@ -3,7 +3,8 @@
     W' = W + s·B·A        or, for DoRA,        W' = m∘(W + s·B·A)/‖W + s·B·A‖
 
 Subtracting s·B·A again would leave rounding behind (in bf16 0.02 after a hundred rounds), so the Parameter W
-is set aside untouched and put back. While a task is merged the model's `state_dict()` is still that of the
+is set aside untouched and put back. A module that stands in for a layer (`modules.py`) has no W': while its task
+is merged it stands in for good. While a task is merged the model's `state_dict()` is still that of the
 unmerged model, no route can be taken, and a training forward raises.
 """
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from orbit.adapter.errors import MergeError, RouteError
 from orbit.adapter.graft import Graft
-from orbit.adapter.inject import task_layers, tasks, unwrapped
+from orbit.adapter.inject import base_state_dict, task_layers, tasks, unwrapped
+from orbit.adapter.owners import AnySlot, ModuleSlot, Slot
 from orbit.adapter.route import find_state, state_of
 
 
@@ -45,7 +47,7 @@ def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> 
         raise RouteError(f"task {name!r} cannot be merged while a call or a `with route` is running")
     if not untie:
         for path, layer in layers.items():
-            shared = _sharers(model, layer)
+            shared = _sharers(model, layer) if isinstance(layer.slots()[name], Slot) else []
             if shared:
                 raise MergeError(
                     f"{path}.weight shares its storage with {', '.join(shared)}, which would change too; "
@@ -87,9 +89,58 @@ def merged(model: nn.Module) -> str | None:
     return None if state is None else state.merged
 
 
+def merged_state_dict(model: nn.Module, name: str | None = None, *, untie: bool = False) -> dict[str, Tensor]:
+    """The state dict of the base model with a task folded in: base names, no adapters.
+
+    For `model.save_pretrained(folder, state_dict=merged_state_dict(model, "math"))`, or to load into a fresh base
+    model. The model itself stays as it is; the folded weights are new tensors and the others are the model's own.
+
+    Args:
+        model: a model with tasks.
+        name: the task; None means the merged one, else the current one.
+        untie: allow a task on a weight that other modules share. Their entries keep the old weight, so a model that
+            ties them again on loading would lose one or the other.
+
+    Raises:
+        TaskError, MergeError, RouteError: as `merge`, and if another task is merged.
+    """
+    model = unwrapped(model)
+    before = merged(model)
+    if before is not None and name not in (None, before):
+        raise MergeError(f"task {before!r} is merged already; unmerge it first")
+    state = base_state_dict(model)
+    if before is None:
+        merge(model, name, untie=untie)
+    try:
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            if key in state:
+                state[key] = parameter.detach()
+        for path, layer in model.named_modules(remove_duplicate=False):
+            if isinstance(layer, Graft) and layer._orbit_merged is not None:
+                _put_stand_in(state, path, layer.slots().get(layer._orbit_merged))
+    finally:
+        if before is None:
+            unmerge(model)
+    return state
+
+
+def _put_stand_in(state: dict[str, Tensor], path: str, slot: AnySlot | None) -> None:
+    """Write the tensors of the module that stands in for a layer in the place of the layer's own."""
+    if isinstance(slot, ModuleSlot):
+        own = {f"{path}.{key}" if path else key: value for key, value in slot.module.state_dict().items()}
+        for key in own:
+            if key not in state:
+                raise MergeError(
+                    f"layer {path!r} is a {type(slot.module).__name__} under this task, and the base model has no "
+                    f"place for its {key}; save the task by itself"
+                )
+        state.update(own)
+
+
 def _sharers(model: nn.Module, layer: Graft) -> list[str]:
     """Names of the other parameters that lie in the storage of the layer's weight."""
-    weight = layer._parameters.get("weight")
+    home, own_name = layer.home()
+    weight = home._parameters.get(own_name)
     if weight is None or not _is_plain(weight):
         return []
     own = weight.untyped_storage().data_ptr()
@@ -99,7 +150,7 @@ def _sharers(model: nn.Module, layer: Graft) -> list[str]:
         for key, parameter in module._parameters.items()
         if parameter is not None
         and _is_plain(parameter)
-        and not (module is layer and key == "weight")
+        and not (module is home and key == own_name)
         and own != 0
         and parameter.untyped_storage().data_ptr() == own
     ]

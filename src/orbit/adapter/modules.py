@@ -6,7 +6,8 @@
 A constructor is given a shell of the layer: an object of a subclass of the layer's class that shares the layer's
 `__dict__`, so that calling it is the layer's own forward, without adapters and without the hooks, which the layer
 itself runs. The module may keep it, or modules and parameters below it: they are moved out of what is registered,
-so that the module's parameters and `state_dict()` are the task's alone. Nothing below such a layer is adapted.
+so that the module's parameters and `state_dict()` are the task's alone. (Keep modules rather than parameters:
+`load_state_dict(assign=True)` replaces the latter.) Nothing below such a layer is adapted.
 
 That a new task changes nothing is here the constructor's promise: it should start as the layer itself.
 
@@ -157,18 +158,16 @@ _SHELLS: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _disown(module: nn.Module, modules: set[int], tensors: set[int]) -> None:
     """Keep the base's modules and tensors as plain attributes of `module` and what is below it."""
-    for registry, theirs in (
-        (module._modules, modules),
-        (module._parameters, tensors),
-        (module._buffers, tensors),
-    ):
-        for name, value in list(registry.items()):  # type: ignore[attr-defined]
-            if id(value) in theirs or isinstance(value, Shell):
-                if isinstance(module, (nn.Sequential, *_CONTAINERS)):
-                    registry[name] = _Reference(value)  # type: ignore[index]
-                else:
-                    del registry[name]  # type: ignore[attr-defined]
-                    module.__dict__[name] = value
+    for name, child in list(module._modules.items()):
+        if child is not None and (id(child) in modules or isinstance(child, Shell)):
+            if isinstance(module, (nn.Sequential, *_CONTAINERS)):
+                module._modules[name] = _Reference(child)
+            else:
+                module.__dict__[name] = module._modules.pop(name)
+    registry: dict[str, Any]
+    for registry in (module._parameters, module._buffers):
+        for name in [name for name, tensor in registry.items() if id(tensor) in tensors]:
+            module.__dict__[name] = registry.pop(name)
     for child in module.children():
         _disown(child, modules, tensors)
 

@@ -44,7 +44,8 @@ def execution_device(layer: nn.Module) -> torch.device:
 @contextmanager
 def weights_at_hand(layer: nn.Module) -> Iterator[None]:
     """Inside, the weight of an offloaded layer is on its execution device."""
-    hook = offload_hook(layer) if layer.weight.is_meta else None
+    weight = getattr(layer, "weight", None)  # which the site of a module's parameter has not (`whole.py`)
+    hook = offload_hook(layer) if isinstance(weight, torch.Tensor) and weight.is_meta else None
     if hook is None:
         yield
         return

@@ -19,7 +19,7 @@ _OWN = ("gated", "init")
 _READ = {
     *("peft_type", "orbit", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("rank_pattern", "alpha_pattern"),
+    *("rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save"),
     # These describe the file or PEFT's own run, or follow from the layer, and say nothing about ΔW.
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("megatron_core", "ephemeral_gpu_offload", "eva_config", "loftq_config", "runtime_config"),
@@ -32,12 +32,20 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def to_peft(
-    config: AdapterConfig, target_modules: Sequence[str] | str, *, own: bool = False
+    config: AdapterConfig,
+    target_modules: Sequence[str] | str,
+    target_parameters: Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+    *,
+    fan_in_fan_out: bool = False,
+    own: bool = False,
 ) -> dict[str, Any]:
     """The fields of PEFT's `LoraConfig`.
 
     Args:
-        target_modules: the layers as PEFT is to find them.
+        target_modules, target_parameters, modules_to_save: the layers, parameters and modules trained whole, as PEFT
+            is to find them.
+        fan_in_fan_out: whether weights are (in, out), as those of Conv1D are.
         own: write our own type, with the settings that PEFT has no field for.
     """
     return {
@@ -52,19 +60,26 @@ def to_peft(
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "target_parameters": list(target_parameters) or None,
+        "modules_to_save": list(modules_to_save) or None,
         "inference_mode": True,
     }
 
 
-def from_peft(fields: Mapping[str, Any], layers: Sequence[str]) -> AdapterConfig:
+def from_peft(
+    fields: Mapping[str, Any],
+    layers: Sequence[str],
+    parameters: Sequence[str] = (),
+    copies: Sequence[str] = (),
+) -> AdapterConfig:
     """The config that PEFT's fields describe.
 
     Args:
         fields: the content of an `adapter_config.json`.
-        layers: full names of the adapted layers, which the file's keys tell; they replace PEFT's targets.
+        layers, parameters, copies: full names of the adapted layers and parameters and of the modules that are
+            trained whole, which the file's keys tell; they replace PEFT's ways to name them.
 
     Raises:
         ConfigError: naming the field, if one of them cannot be honoured.
@@ -90,6 +105,8 @@ def from_peft(fields: Mapping[str, Any], layers: Sequence[str]) -> AdapterConfig
             rslora=fields.get("use_rslora", False),
             init=init if init in STARTS_FROM_WEIGHT else "kaiming",
             targets=tuple(layer or "re:" for layer in layers),  # "": the model itself is the layer
+            parameters=tuple(parameters),
+            save_modules=tuple(copies),
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from orbit.adapter.errors import ConfigError, TargetError
 from orbit.adapter.experts import resolve_parameters
 from orbit.adapter.graft import Graft, original_class
 from orbit.adapter.init import initialise
-from orbit.adapter.kinds import wrapper_of
+from orbit.adapter.kinds import mixin_of, wrapper_of
 from orbit.adapter.modules import resolve_saved, saved, wrapped
 from orbit.adapter.owners import AnySlot, Slot
 from orbit.adapter.targets import at_or_below, resolve, tree
@@ -92,6 +93,18 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
             skipped.pop(f"{path}.out_proj" if path else "out_proj", None)
     order = [path for path in tree(model)[0] if path in found]
     return {path: found[path] for path in order}, skipped
+
+
+def fitting_ranks(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The config with a smaller rank for each layer whose weight has none as large."""
+    small = {}
+    layers = {} if config.targets == () else resolve(model, config.targets, config.exclude)[0]
+    for path, layer in layers.items():
+        mixin = mixin_of(layer)
+        limit = min(mixin.matrix_shape(layer)) if mixin is not None else config.r  # type: ignore[arg-type]
+        if config.rank_of(path) > limit:
+            small[re.escape(path)] = limit
+    return replace(config, rank_pattern={**small, **config.rank_pattern})
 
 
 def _replaced_above(path: str, found: dict[str, Planned]) -> bool:

@@ -8,6 +8,10 @@
 `tasks=`, a list of names to add up or a dict of their weights: `plan.py` says what each of these computes. A new
 task becomes current when it is injected. Layers read their plan from an attribute of their own, owner modules
 and tensors, so that a compiled graph sees modules change and never a name.
+One graph serves all tasks of equal shape, all sums of as many, and all assignments of as many tasks to the rows of
+a batch. With one task per row another batch size is another graph, also under dynamic=True, unless
+`torch._dynamo.config.force_nn_module_property_static_shapes` is False.
+
 Threads may share a route but not change it under each other: a call that would is an error. `state.py` keeps
 the books.
 """
@@ -20,7 +24,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import nn
 
-from orbit.adapter.errors import RouteError, TaskError
+from orbit.adapter.config import AdapterConfig
+from orbit.adapter.errors import ConfigError, RouteError, TaskError
+from orbit.adapter.owners import ModuleSlot
 from orbit.adapter.plan import Route, as_route, names_in
 from orbit.adapter.state import RouteState
 
@@ -33,6 +39,9 @@ TasksArgument: TypeAlias = "Sequence[str] | Mapping[str, float] | None"
 
 class route:
     """`with route(model, task):` the model uses `task` inside the block.
+
+    It is also the way to generate: transformers' `generate` takes no keywords that the model's forward does not name.
+    Rows then mean prompts, and the beams or samples of a prompt follow its task.
 
     Args:
         task: a task's name; None, the base model; or a list with one of these per row of the batch.
@@ -85,39 +94,51 @@ def find_state(model: nn.Module, way: Route = None) -> RouteState | None:
     Parts of a model that were adapted separately have one each; they are united here.
 
     Raises:
-        TaskError: two parts have a task of the same name with different configs.
+        TaskError: two parts have a task of the same name that differs in more than rank and alpha.
     """
     for hook in model._forward_pre_hooks.values():
         state = getattr(hook, "__self__", None)
         if isinstance(state, RouteState) and all(task in state.configs for task in names_in(way)):
             return state
     states: list[RouteState] = []
-    grafts: list[Graft] = []
-    for module in model.modules():
+    grafts: dict[str, Graft] = {}
+    for path, module in model.named_modules():
         state = module.__dict__.get("_orbit_route")
         if state is not None:
-            grafts.append(module)  # type: ignore[arg-type]
+            grafts[path] = module
             if state not in states:
                 states.append(state)
     if not states:
         return None
     first, *others = states
+    united: dict[str, AdapterConfig] = {}
     for other in others:
-        clash = [n for n, c in other.configs.items() if first.configs.get(n, c) != c]
-        if clash:
-            raise TaskError(
-                f"parts of this model have different tasks named {clash[0]!r}; rename one of them"
-            )
+        clash = [n for n, c in other.configs.items() if first.configs.get(n, c) != c and n not in united]
+        united.update((name, _united(grafts, name)) for name in clash)
         if first.merged != other.merged or first._holds or other._holds:
             raise RouteError("parts of this model are merged or running; unmerge and finish them first")
     for other in others:
-        first.configs.update(other.configs)
+        first.configs.update({**other.configs, **united})
         _rehook(model, other, first)
-    for layer in grafts:
+    for layer in grafts.values():
         if layer.__dict__["_orbit_route"] is not first:
             layer.__dict__["_orbit_route"] = first
             first.attach(layer)
     return first
+
+
+def _united(grafts: Mapping[str, Graft], task: str) -> AdapterConfig:
+    """The one config of a task that parts of a model have each with their own."""
+    layers = {path: layer.slots()[task] for path, layer in grafts.items() if task in layer.slots()}
+    why = "one of them is a module of its own"
+    if not any(isinstance(slot, ModuleSlot) for slot in layers.values()):
+        try:
+            return AdapterConfig.of_layers({path: grafts[path].settings(task) for path in layers})
+        except ConfigError as error:
+            why = str(error)
+    raise TaskError(
+        f"there are different tasks named {task!r} ({why}) in parts of this model; give them different names"
+    )
 
 
 def state_of(model: nn.Module, way: Route = None) -> RouteState:

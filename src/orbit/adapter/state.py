@@ -75,7 +75,7 @@ class RouteState:
         default: the task that is current outside of calls and blocks.
         current: the task that is current now.
         merged: the task that is merged into the weights, if any.
-        routed: tasks that ran with gradients since the last `check_gradients`.
+        routed: tasks whose calls a backward pass has reached since the last `check_gradients`.
     """
 
     def __init__(self) -> None:
@@ -215,8 +215,6 @@ class RouteState:
                 if self._shown != self.current:  # a backward pass failed before it could put this right
                     self._show(self.current)
                 self._history.note(self.current)
-            if root is not None and root.training and torch.is_grad_enabled():
-                self.routed.update(names_in(self.current))
 
     def leave(self) -> None:
         """End this thread's last call or block and put back the route that it found."""
@@ -365,18 +363,30 @@ class RouteState:
     @_outside_graphs
     def _leave_call(self, model: nn.Module, output: Any) -> None:
         me = threading.get_ident()
-        if torch.is_grad_enabled() and not in_backward() and has_compiled_parts(model):
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(functools.partial(self._begin_backward, self.current))
+        if torch.is_grad_enabled() and not in_backward():
+            self._watch(model, [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad])
         last = next((h for h in reversed(self._holds) if h.thread == me), None)
         if last is not None and last.root is not None and last.root() is model:
             self.calls -= last.changes
             self.leave()
 
-    # -- the hook on a call's outputs, where parts of the model are compiled ---------------------------------
+    # -- the hooks on a call's outputs -----------------------------------------------------------------------
 
-    def _begin_backward(self, route: Route, grad: Tensor) -> None:
+    def _watch(self, model: nn.Module, outputs: list[Tensor]) -> None:
+        names = names_in(self.current) if model.training else ()
+        hooks: list[Callable[..., None]] = []
+        if names:
+            hooks.append(functools.partial(self._reached, names))
+        if outputs and has_compiled_parts(model):
+            hooks.append(functools.partial(self._begin_backward, self.current))
+        for hook in hooks:
+            for node in {output.grad_fn for output in outputs if output.grad_fn is not None}:
+                node.register_prehook(hook)  # not on the tensor, which could then not be pickled
+
+    def _reached(self, names: tuple[str, ...], *grads: Tensor) -> None:
+        self.routed.update(names)
+
+    def _begin_backward(self, route: Route, *grads: Tensor) -> None:
         if self._shown == route:
             return
         with self._lock:

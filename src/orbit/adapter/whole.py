@@ -22,20 +22,21 @@ Where the module has a child layer whose weight it reads without calling it (`at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from orbit.adapter import dora
 from orbit.adapter.config import LayerConfig
 from orbit.adapter.errors import ConfigError, GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.init import initialise
-from orbit.adapter.kinds import own_class, register_kind
+from orbit.adapter.kinds import own_class, register_whole_kind
 from orbit.adapter.lora import fresh_factors
-from orbit.adapter.mixing import mixed
+from orbit.adapter.mixing import mixed, weighted
 from orbit.adapter.owners import AnySlot, Down, Gate, Magnitude, Slot, Tasks, Up, Whole
 from orbit.adapter.plan import Mix
 
@@ -43,7 +44,19 @@ SITES = "lora_parameters"
 
 
 class WholeGraft(Graft):
-    """The mixin for modules of any class."""
+    """The mixin for modules of any class.
+
+    Their own forward always runs on a shell: it may go through its children, among which are the tasks' containers.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.current_plan()
+        if plan is None:
+            return self.base(*args, **kwargs)
+        return self.mixed(plan, *args, **kwargs) if type(plan) is Mix else self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]
+
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run_with({}, args, kwargs)
 
     def one(self, slot: Whole, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         sites = self.sites()
@@ -53,7 +66,16 @@ class WholeGraft(Graft):
     def mixed(self, mix: Mix, *args: Any, **kwargs: Any) -> Any:
         if mix.rows is None and mix.weights.dim() == 1 and all(type(slot) is Whole for slot in mix.slots):
             return self.run_with(self._summed(mix), args, kwargs)
-        return mixed(self, mix, args, kwargs)
+        if mix.rows is None or not self._has_layers_below():
+            return mixed(self, mix, args, kwargs)
+        # Adapted layers below follow the route of all rows, so that these may not be taken apart.
+        first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        each = (self.adapted(slot, *args, **kwargs) for slot in mix.slots)
+        return weighted(self.base(*args, **kwargs), each, self.fitted(mix, first))
+
+    def _has_layers_below(self) -> bool:
+        own = {self, *self.sites().values()}
+        return any(isinstance(module, Graft) and module not in own for module in self.modules())
 
     def _summed(self, mix: Mix) -> dict[str, Tensor]:
         """The weights of several tasks together."""
@@ -153,12 +175,26 @@ class WholeGraft(Graft):
         super().drop_task(task)
 
 
+class SequentialGraft(WholeGraft, nn.Sequential):
+    """The mixin for `nn.Sequential`, whose children are counted and indexed."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(_shell(self, {}))  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(_shell(self, {}))  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        return _shell(self, {})[index]  # type: ignore[index]
+
+
 class ParameterSite(Graft):
     """Holds the owners of one parameter of `host`, and stands for it wherever layers are listed."""
 
     STARTS = True
 
     _orbit_host: WholeGraft
+    parameter: str
 
     def __init__(self, host: WholeGraft, name: str) -> None:
         super().__init__()
@@ -173,6 +209,11 @@ class ParameterSite(Graft):
 
     def home(self) -> tuple[nn.Module, str]:
         return self._orbit_host, self.parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter itself."""
+        return dense_weight(self)
 
     @property
     def transposed(self) -> bool:
@@ -215,12 +256,35 @@ class ParameterSite(Graft):
             slot = slot._replace(magnitude=Magnitude(_row_norm(W.detach().to(dora.wide(W.dtype))).to(dtype)))
         return slot
 
+    def renorm(self, slot: Slot) -> None:
+        assert slot.magnitude is not None
+        with torch.no_grad():
+            slot.magnitude.weight.copy_(
+                _row_norm(adapted_weight(self, slot._replace(magnitude=None), rounded=False))
+            )
+
     def merged_weight(self, slot: Slot) -> Tensor:
         try:
             with torch.no_grad():
                 return adapted_weight(self, slot)
         except GraftError as error:
             raise MergeError(str(error)) from None
+
+    def only_ours(self, task: str) -> bool:
+        return self.not_for_peft(task) is not None or super().only_ours(task)
+
+    def not_for_peft(self, task: str) -> str | None:
+        if self.low_rank_slot(task).magnitude is not None:
+            return f"PEFT has no DoRA for {self.parameter}"
+        if self.parameter in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            return "PEFT refuses attention with separate projections (kdim, vdim)"
+        return None
+
+    def stacked(self, slot: Slot, start: Slot) -> tuple[Tensor, Tensor]:
+        (A, B), n = self.update(slot), slot.up.experts
+        if n == 1:
+            return A, B
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
     def merge(self, task: str) -> None:
         super().merge(task)
@@ -260,7 +324,9 @@ def adapted_weight(layer: Graft, slot: Slot, *, rounded: bool = True) -> Tensor:
             delta = delta.mT
         V = W.to(dtype) + delta
         if slot.magnitude is not None:
-            V = dora.ratio(slot.magnitude.weight.to(dtype), _row_norm(V.detach()))[:, None] * V
+            # A layer of its own kind has its own formula, by which m was made: a fresh one is 1 to the bit.
+            n = _row_norm(V.detach()) if isinstance(layer, ParameterSite) else layer.row_norm(slot)  # type: ignore[operator]
+            V = dora.ratio(slot.magnitude.weight.to(dtype), n.to(dtype))[:, None] * V
     return V.to(W.dtype) if rounded else V
 
 
@@ -312,13 +378,16 @@ def _shell(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         if dot:
             below.setdefault(child, {})[rest] = tensor
     children = {child: _shell(module._modules[child], inside) for child, inside in below.items()}  # type: ignore[arg-type]
-    shell.__dict__["_modules"] = {**module._modules, **children}
+    hidden = module.banks() if isinstance(module, Graft) else ()
+    kept = {name: child for name, child in module._modules.items() if name not in hidden}
+    shell.__dict__["_modules"] = {**kept, **children}
     return shell
 
 
 def _own_forward(layer: Graft) -> Callable[..., Any]:
     """The forward that `layer.base` calls, not bound to the layer."""
-    return super(Graft, layer).forward.__func__  # type: ignore[attr-defined,no-any-return]
+    return super(Graft, layer).forward.__func__  # type: ignore[attr-defined]
 
 
-register_kind(nn.Module, WholeGraft)
+register_whole_kind(nn.Sequential, SequentialGraft)
+register_whole_kind(nn.Module, WholeGraft)

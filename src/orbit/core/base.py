@@ -306,14 +306,19 @@ class Base:
             self._pending = state
 
     def _model_state(self) -> dict[str, Any]:
-        return self.unwrapped_model.state_dict()
+        return self._stateful_model.state_dict()
+
+    @property
+    def _stateful_model(self) -> nn.Module:
+        """The module whose `state_dict()` is the whole model's: one may name another than itself."""
+        return getattr(self.unwrapped_model, "checkpoint_module", self.unwrapped_model)
 
     def _optimizer_state(self) -> dict[str, Any] | None:
         return None if self.optimizer is None else self.optimizer.state_dict()
 
     def _load_parts(self, state: dict[str, Any]) -> None:
         """Load model and optimizer; both are checked before either is touched."""
-        model = self.unwrapped_model
+        model = self._stateful_model
         training_state.check_same_tensors(model.state_dict(), state["model"])
         if self.optimizer is not None:
             # Checks its groups before it changes anything. A copy, since it would share the state's tensors.

@@ -3,7 +3,8 @@
 A plugin that injects adapters or freezes layers changes what trains, after the optimizer was made. Its `param_groups`
 are edited in place, so that a scheduler and the optimizer's identity stay: parameters that were frozen leave (with
 their state), and new ones join the group of the weight they adapt. Which weight that is follows from the
-structure: the nearest enclosing module that has parameters of its own in the optimizer.
+structure: the nearest enclosing module that has parameters of its own in the optimizer. Below the weight's own
+layer, siblings come first: a new task's B joins the group of the other tasks' Bs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def reconcile(optimizer: Optimizer, model: nn.Module, snapshot_before: Snapshot)
         (how many parameters left, how many joined).
 
     Raises:
-        ValueError: after the change the optimizer holds nothing that trains.
+        ValueError: after the change the optimizer holds nothing that trains; or parameters would join an optimizer
+            that keeps its parts apart.
     """
     before = {id(p): trains for p, trains in snapshot_before}
     home = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -46,6 +48,11 @@ def reconcile(optimizer: Optimizer, model: nn.Module, snapshot_before: Snapshot)
         for name, p in model.named_parameters()
         if p.requires_grad and id(p) not in home and not before.get(id(p), False)
     ]
+    if joining and getattr(optimizer, "keeps_apart", False):
+        raise ValueError(
+            f"{joining[0][0]} trains since the optimizer was made, and {type(optimizer).__name__} keeps its parts "
+            "apart: make it from the model as it is now, so that it says which part trains this"
+        )
     destinations = [_group_of(name, model, home, optimizer) for name, _ in joining]
     leaving = {
         id(p)
@@ -78,7 +85,8 @@ def require_trainable(optimizer: Optimizer) -> None:
 def _group_of(
     name: str, model: nn.Module, home: dict[int, dict[str, Any]], optimizer: Optimizer
 ) -> dict[str, Any]:
-    for module in _enclosing(name, model):
+    owner, *around = _enclosing(name, model)
+    for module in (owner, *_siblings(around), *around):
         own = dict(module.named_parameters(recurse=False))
         for p in [own["weight"], *own.values()] if "weight" in own else own.values():
             if id(p) in home:
@@ -91,3 +99,9 @@ def _enclosing(name: str, model: nn.Module) -> Iterator[nn.Module]:
     path = name.split(".")[:-1]
     for depth in range(len(path), -1, -1):
         yield model.get_submodule(".".join(path[:depth]))
+
+
+def _siblings(around: list[nn.Module]) -> Iterator[nn.Module]:
+    """What a layer holds beside a parameter's owner in a container: other tasks' tensors of the same role."""
+    if len(around) > 1 and not around[0]._parameters and around[1]._parameters:
+        yield from around[0].children()

@@ -42,7 +42,7 @@ class Updater:
         scheduler: stepped once after each optimizer step.
         scaler: a GradScaler for fp16; disabled or None otherwise.
         accumulation: micro-batches in a window.
-        grad_clip: largest gradient norm, None for no clipping.
+        grad_clip: largest gradient norm, None for no clipping; not beside an optimizer that `keeps_apart`.
         retries: how many windows in a row may be dropped for a non-finite gradient; None raises at the first.
         before_step, after_step, dropped: called around the step; gradients are final in `before_step`.
     """
@@ -69,6 +69,11 @@ class Updater:
         _require_plain_step(
             scheduler, "metrics", "leave it out here and step it yourself at the epoch's end, with the metric"
         )
+        if grad_clip is not None and getattr(optimizer, "keeps_apart", False):
+            raise ValueError(
+                f"grad_clip={grad_clip}: {type(optimizer).__name__} clips by itself, and a second clipping would mix "
+                "what it keeps apart; give the limit to the optimizer (clip=) and none here"
+            )
         self.optimizer, self.model, self.scheduler = optimizer, model, scheduler
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.accumulation, self.grad_clip, self.retries = accumulation, grad_clip, retries

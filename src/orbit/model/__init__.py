@@ -1,5 +1,22 @@
-"""What works on any `nn.Module`. So far: initialisation by layer kind."""
+"""What works on any `nn.Module`: initialisation by layer kind. And, as an index, document 000's adapted layers."""
+
+from typing import TYPE_CHECKING, Any
 
 from orbit.model.init import auto_initialize
 
-__all__ = ["auto_initialize"]
+if TYPE_CHECKING:
+    from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
+
+__all__ = ["Conv1dLoRA", "Conv2dLoRA", "EmbeddingLoRA", "LinearLoRA", "auto_initialize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from orbit.adapter import layers
+
+    return getattr(layers, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

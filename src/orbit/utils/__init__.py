@@ -1,6 +1,7 @@
 """The helpers of document 000 under their documented path. An index: nothing is defined here."""
 
 from orbit.adapter import (
+    LoRADiagnoser,
     freeze_backbone_only,
     inject_lora,
     inject_lora_file,
@@ -14,6 +15,7 @@ from orbit.data import build_sft, train_sft
 from orbit.model.init import auto_initialize
 
 __all__ = [
+    "LoRADiagnoser",
     "auto_initialize",
     "build_sft",
     "freeze_backbone_only",
