@@ -32,6 +32,7 @@ from torch import Tensor
 
 from benchmarks.__main__ import CLOCKS, table
 from benchmarks.adapter_pairs import (
+    ROUNDING,
     Frozen,
     InTurn,
     PeftServing,
@@ -211,7 +212,7 @@ def rows(setting: Setting) -> Iterator[Line]:
 
             us = Serving(mine, mine, tokens, chosen, repeat)
             them = PeftServing(theirs, theirs.get_base_model(), tokens, chosen, repeat)  # type: ignore[operator]
-            check_same(us(), them(), f"{what} logits")
+            check_same(us(), them(), f"{what} logits", rtol=ROUNDING[dtype])
             t = setting.times({"us": us, "them": them})
             measure = f"one task per row, {len(names)} tasks, {what} {count}x{length}, {kind}"
             yield timed(measure, t["us"], t["them"], bar)
@@ -226,7 +227,7 @@ def mixed(setting: Setting) -> Iterator[Line]:
         pairs = [training_pair(base, part) for part in tokens.split(each)]
         together = Together(base, [mine for mine, _ in pairs], tokens)
         alone = torch.stack([mine.loss() for mine, _ in pairs]).mean()
-        check_same(together(), alone, "loss of the mixed batch")
+        check_same(together(), alone, "loss of the mixed batch", rtol=ROUNDING[dtype])
         contenders: dict[str, Callable[[], object]] = {
             "together": together,
             "separate": InTurn([mine for mine, _ in pairs]),
