@@ -223,20 +223,21 @@ def mixed(setting: Setting) -> Iterator[Line]:
     tasks, each = 4, 2
     for kind, dtype in DTYPES.items():
         base = setting.shape.model(dtype, setting.device)
-        tokens = setting.shape.tokens(setting.device, each * tasks)
-        pairs = [training_pair(base, part) for part in tokens.split(each)]
-        together = Together(base, [mine for mine, _ in pairs], tokens)
-        alone = torch.stack([mine.loss() for mine, _ in pairs]).mean()
-        check_same(together(), alone, "loss of the mixed batch", rtol=ROUNDING[dtype])
-        contenders: dict[str, Callable[[], object]] = {
-            "together": together,
-            "separate": InTurn([mine for mine, _ in pairs]),
-            "peft": InTurn([theirs for _, theirs in pairs]),
-        }
-        t = setting.times(contenders)
-        measure = f"{tasks} tasks in mixed batches ÷ {tasks} runs, {kind}"
-        yield timed(measure, t["together"], t["peft"], 0.77)
-        yield timed(f"{measure}, both ours", t["together"], t["separate"], None, other="separate")
+        for length in (setting.shape.length, 32):
+            tokens = setting.shape.tokens(setting.device, each * tasks, length)
+            pairs = [training_pair(base, part) for part in tokens.split(each)]
+            together = Together(base, [mine for mine, _ in pairs], tokens)
+            alone = torch.stack([mine.loss() for mine, _ in pairs]).mean()
+            check_same(together(), alone, "loss of the mixed batch", rtol=ROUNDING[dtype])
+            contenders: dict[str, Callable[[], object]] = {
+                "together": together,
+                "separate": InTurn([mine for mine, _ in pairs]),
+                "peft": InTurn([theirs for _, theirs in pairs]),
+            }
+            t = setting.times(contenders)
+            measure = f"{tasks} tasks in mixed batches ÷ {tasks} runs, {each}x{length} each, {kind}"
+            yield timed(measure, t["together"], t["peft"], 0.77)
+            yield timed(f"{measure}, both ours", t["together"], t["separate"], None, other="separate")
 
 
 GROUPS: dict[str, Callable[[Setting], Iterator[Line]]] = {
