@@ -141,7 +141,11 @@ def stacked(terms: Sequence[Terms], none: bool) -> Stack:
 
 
 class Kept(NamedTuple):
-    """A layer's Stack, for as long as nothing that it was made from is replaced or written to."""
+    """A layer's Stack, for as long as nothing that it was made from is replaced or written to.
+
+    Writing through `parameter.data` leaves no mark on the parameter's version and is not seen; a route set anew
+    starts without anything kept.
+    """
 
     sources: list[Tensor]
     versions: list[int]
