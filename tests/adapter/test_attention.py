@@ -290,3 +290,36 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
         inject(model, AdapterConfig(r=2, targets=("attn",)))
     assert type(model.attn) is nn.MultiheadAttention
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+ROUTES: dict[str, Callable[[str, str, int], dict[str, Any]]] = {
+    "one": lambda a, b, i: {"task": a},
+    "rows": lambda a, b, i: {"task": [a, b, None] if i % 2 else [None, b, a]},
+    "together": lambda a, b, i: {"tasks": {a: 0.5 + i, b: -1.0}},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+@pytest.mark.parametrize("way", ROUTES)
+@pytest.mark.parametrize("kind", ["attention", "experts"])
+def test_twenty_switches_compile_one_graph(way: str, kind: str, fill: Callable[..., None]) -> None:
+    from torch._dynamo.utils import counters
+
+    from tests.adapter import test_experts as experts
+
+    model, (x,) = (make(), inputs()) if kind == "attention" else (experts.make(), (experts.batch(),))
+    config = AdapterConfig(r=2, targets=("attn",)) if kind == "attention" else experts.config()
+    for seed, name in enumerate("abcd"):
+        inject(model, config, name)
+        fill(model, name, seed)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for i in range(20):
+        how = ROUTES[way]("abcd"[i % 4], "abcd"[(i + 1 + i // 4 % 3) % 4], i)
+        with route(model, how.get("task"), tasks=how.get("tasks")):
+            got, wanted = compiled(x), model(x)
+        for mine, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()

@@ -360,3 +360,14 @@ def test_a_replay_after_a_rename_finds_its_task(fill: Callable[..., None]) -> No
     got = torch.autograd.grad(loss, list(adapter_parameters(model, "c").values()))
     for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_sequential_is_still_counted_and_indexed() -> None:
+    model = headed()
+    own = list(model.score)
+    inject(model, SAVED, "a")
+    assert list(model.score) == own
+    assert len(model.score) == 3
+    assert model.score[-1] is own[-1]
+    assert type(model.score[1:]) is nn.Sequential
+    assert list(model.score[1:]) == own[1:]

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_leaves
 
 from orbit.adapter import dora
@@ -66,8 +67,8 @@ class WholeGraft(Graft):
     def mixed(self, mix: Mix, *args: Any, **kwargs: Any) -> Any:
         if mix.rows is None and mix.weights.dim() == 1 and all(type(slot) is Whole for slot in mix.slots):
             return self.run_with(self._summed(mix), args, kwargs)
-        if mix.rows is None or not self._has_layers_below():
-            return mixed(self, mix, args, kwargs)
+        if mix.rows is None or torch.compiler.is_compiling() or not self._has_layers_below():
+            return mixed(self, mix, args, kwargs)  # which takes no rows apart in a compiled graph
         # Adapted layers below follow the route of all rows, so that these may not be taken apart.
         first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         each = (self.adapted(slot, *args, **kwargs) for slot in mix.slots)
@@ -92,6 +93,9 @@ class WholeGraft(Graft):
 
     def run_with(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own forward with these tensors in the place of its parameters, by dotted name."""
+        if torch.compiler.is_compiling():  # nothing is changed but in the trace
+            with _reparametrize_module(self, dict(tensors)):
+                return Graft.base(self, *args, **kwargs)
         shell = _shell(self, tensors)
         before = dict(shell.__dict__)
         output = _own_forward(self)(shell, *args, **kwargs)
@@ -103,8 +107,7 @@ class WholeGraft(Graft):
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def sites(self) -> dict[str, Graft]:
-        container = self._bank(SITES)
-        return {name: container.get(name) for name in container}
+        return {site.parameter: site for site in self._bank(SITES)._modules.values()}  # type: ignore[union-attr, misc]
 
     def slots(self) -> dict[str, AnySlot]:
         if "_orbit_cache" not in self.__dict__:
