@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from orbit.adapter import (
     AdapterFileError,
     ConfigError,
     GraftError,
+    combine,
     inject,
     load,
     save,
+    set_route,
     task_config,
     task_layers,
     tasks,
@@ -286,6 +289,7 @@ def test_configs_that_do_not_fit_are_refused(
 
 def test_files_that_cannot_be_read_are_refused(llama: Make, saved: Path, tmp_path: Path) -> None:
     refuses(llama, tmp_path / "nowhere", "there is no file .*nowhere")
+    refuses(llama, Path("someone/adapter"), "there is no file .*adapter_model.safetensors; a name on the Hub")
     weights = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(weights[: len(weights) // 2])
     refuses(llama, saved, "cannot be read")
@@ -525,3 +529,34 @@ def _one_process(folder: Path) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_names_are_those_without_wrappers(
+    llama: Make, fill: Callable[..., None], tokens: Tensor, tmp_path: Path
+) -> None:
+    model = llama()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    targets = ("layers.0.self_attn.q_proj", "layers.*.mlp.up_proj", "re:model.layers.0.mlp.gate_proj")
+    inject(model, AdapterConfig(r=4, targets=targets, rank_pattern={"layers.0.self_attn.q_proj": 2}), "a")
+    inject(model, AdapterConfig(r=3, targets=("q_proj",)), "b")
+    assert [layer.settings("a").r for layer in task_layers(model, "a").values()] == [2, 4, 4, 4]
+    fill(model)
+    combine(model, {"a": 1.0, "b": -1.0}, "both")
+    for task in ("a", "both"):
+        set_route(model, task)
+        fresh = llama()
+        load(fresh, save(model, tmp_path / task, task))
+        torch.testing.assert_close(logits(fresh, tokens), logits(model, tokens), rtol=0, atol=1e-5)
+        theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / task)
+        torch.testing.assert_close(logits(theirs, tokens), logits(model, tokens), rtol=0, atol=1e-5)
+
+
+def test_many_write_one_folder(mlp: Make, tmp_path: Path) -> None:
+    """As the ranks of a run do, if each of them saves."""
+    model = mlp()
+    inject(model, AdapterConfig(r=2))
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(8):
+            paths = [tmp_path / str(turn)] * 8
+            assert list(pool.map(lambda path: save(model, path), paths)) == paths
+            assert sorted(os.listdir(paths[0])) == [CONFIG, WEIGHTS]

@@ -47,9 +47,9 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.kinds import kind_of, own_class
 from orbit.adapter.owners import Owner, Tasks
-from orbit.adapter.patterns import Pattern
+from orbit.adapter.patterns import Pattern, clean
 from orbit.adapter.peft_config import from_peft, to_peft
-from orbit.adapter.peft_keys import Named, clean, key_of, named_in, places, targets_of
+from orbit.adapter.peft_keys import Named, key_of, named_in, places, targets_of
 from orbit.adapter.route import find_state, install, state_of
 from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
@@ -161,6 +161,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     if not weights.is_file():
         pickled = (path / "adapter_model.bin").is_file()
         hint = "; adapter_model.bin is a pickle, convert it to safetensors with PEFT" if pickled else ""
+        if not path.exists() and not path.is_absolute():
+            hint = "; a name on the Hub is downloaded with huggingface_hub.snapshot_download, which gives the folder"
         raise AdapterFileError(f"there is no file {weights}{hint}")
     try:
         with safe_open(weights, "pt") as file:
@@ -356,7 +358,12 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             write_synced(new / name, content)
         sync_folder(new)
-        os.rename(new, folder)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            _replace_files(folder, files)  # another process has made it meanwhile
     sync_folder(folder.parent)
 
 

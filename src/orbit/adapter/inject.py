@@ -192,9 +192,11 @@ def one_task(model: nn.Module, name: str | None = None) -> str:
     have = tasks(model)
     if name is not None:
         return name
+    if not have:
+        raise TaskError(f"{type(model).__name__} has no adapters; inject some first")
     if len(have) == 1:
         return have[0]
-    current = current_route(model) if have else None
+    current = current_route(model)
     if not isinstance(current, str):
         raise TaskError(f"say which task by name=: the model has {list(have)} and no single one is current")
     return current

@@ -21,12 +21,12 @@ from orbit.adapter.errors import AdapterFileError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import task_layers
 from orbit.adapter.kinds import kind_of, wrapper_of
+from orbit.adapter.patterns import clean
 from orbit.adapter.targets import nearest
 from orbit.adapter.whole import ParameterSite
 
 PREFIX = "base_model.model"
 _KEY = re.compile(r"(?:(?P<place>.+?)\.)?(?P<end>lora_\w+(?:\.\w+)*)")
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 _OUT = ".base_layer.out_proj"
 
 
@@ -41,11 +41,6 @@ class Named(NamedTuple):
 def key_of(place: str, end: str) -> str:
     """The key of a tensor."""
     return ".".join(part for part in (PREFIX, place, end) if part)
-
-
-def clean(name: str) -> str:
-    """A layer's name without the segments that torch.compile and checkpoint wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def places(model: nn.Module, task: str) -> dict[str, Graft]:

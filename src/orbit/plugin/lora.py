@@ -46,7 +46,9 @@ class LoRA(Plugin):
         rslora: scale alpha/√r.
         gated: learn one factor of the update in every layer.
         exclude_names: layers to leave out.
-        unlock_head_keywords: modules to train whole beside the adapter (see `freeze_backbone_only`).
+        unlock_head_keywords: modules to train whole beside the adapter (see `freeze_backbone_only`). They are in the
+            run's checkpoints and not in the adapter's file; a task that holds its head is injected before, with
+            `AdapterConfig(save_modules=...)`.
         name: the task's name.
         path: a folder (or a `.safetensors` file) to which the adapter is written, in PEFT's format, at every
             epoch's end and when training ends; a relative one lies in the trainer's workspace, if it has one.
