@@ -22,14 +22,17 @@ from orbit.adapter import (
     AdapterFileError,
     ConfigError,
     GraftError,
+    LoRADiagnoser,
     combine,
     inject,
     load,
+    merge,
     save,
     set_route,
     task_config,
     task_layers,
     tasks,
+    unmerge,
 )
 from orbit.adapter.files import CONFIG, WEIGHTS
 from orbit.adapter.peft_config import from_peft, to_peft
@@ -560,3 +563,21 @@ def test_many_write_one_folder(mlp: Make, tmp_path: Path) -> None:
             paths = [tmp_path / str(turn)] * 8
             assert list(pool.map(lambda path: save(model, path), paths)) == paths
             assert sorted(os.listdir(paths[0])) == [CONFIG, WEIGHTS]
+
+
+def test_a_rank_that_is_larger_than_a_small_layer(mlp: Make, tmp_path: Path) -> None:
+    """PEFT gives every layer of target_modules="all-linear" the same, as the gate of a shared expert, 32 -> 1."""
+    config = peft.LoraConfig(r=4, target_modules=["2", "3"], init_lora_weights=False)
+    theirs = peft.get_peft_model(mlp(), config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    model, x = mlp().eval(), torch.randn(2, 6)
+    load(model, tmp_path / "a", trainable=True)
+    torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=1e-5)
+    again = peft.PeftModel.from_pretrained(mlp(), save(model, tmp_path / "b")).eval()
+    torch.testing.assert_close(model(x), again(x), rtol=0, atol=1e-5)
+    expected = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    unmerge(model)
+    assert combine(model, {"default": 2.0}, "twice").layers["3"].rank == 3
+    assert len(LoRADiagnoser(model, "default").report().layers) == 2

@@ -141,7 +141,8 @@ def load(
         return None
     with _undone_on_error(model, name), preserved():  # what `inject` draws at random is overwritten at once
         # A task that only runs leaves alone what trains beside others: an unlocked head, say.
-        report = inject(model, config, name, freeze_base=trainable or len(tasks(model)) == 0)
+        freeze = trainable or len(tasks(model)) == 0
+        report = inject(model, config, name, freeze_base=freeze, any_rank=_has_ranks(config, tensors))
         if not trainable:
             set_trainable(model, name, False)
             report = replace(report, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -315,6 +316,12 @@ def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -
             raise AdapterFileError(
                 f"{path}: {label} is {theirs}, but {ours} in task {name!r}; load under another name"
             )
+
+
+def _has_ranks(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Are there tensors of the config's ranks? Else it asks for memory that the file itself does not need."""
+    most = max((len(t) for key, t in tensors.items() if "lora_A." in key or key.endswith("_A")), default=0)
+    return max(config.r, *config.rank_pattern.values(), 0) <= most
 
 
 def _start(config: AdapterConfig) -> str:

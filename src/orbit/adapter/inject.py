@@ -57,7 +57,12 @@ class InjectReport:
 
 
 def inject(
-    model: nn.Module, config: AdapterConfig | None = None, name: str = "default", *, freeze_base: bool = True
+    model: nn.Module,
+    config: AdapterConfig | None = None,
+    name: str = "default",
+    *,
+    freeze_base: bool = True,
+    any_rank: bool = False,
 ) -> InjectReport:
     """Graft a new task onto the layers that `config` targets; it becomes current and trainable.
 
@@ -68,6 +73,7 @@ def inject(
         config: settings; by default rank 16 on every linear layer but the head.
         name: the task's name, any non-empty string that the model does not use yet.
         freeze_base: stop the training of every parameter that belongs to no adapter.
+        any_rank: take ranks above min(in, out) of a layer too, which add nothing to it, as PEFT's files may have them.
 
     Raises:
         TargetError, TaskError, ConfigError, GraftError, RouteError: see their messages. The model is
@@ -86,7 +92,7 @@ def inject(
         raise RouteError(f"task {name!r} cannot be added while a call or a `with route` is running")
     plans, skipped = plan_injection(model, config)
     state = RouteState() if state is None else state
-    slots = _grafted_slots(plans, state)
+    slots = _grafted_slots(plans, state, any_rank and config.init == "kaiming")
     state.configs[name] = config
     for path, slot in slots.items():
         layer = plans[path].module
@@ -333,7 +339,7 @@ def _grafts(model: nn.Module) -> dict[str, Graft]:
     return found
 
 
-def _grafted_slots(plans: dict[str, Planned], state: RouteState) -> dict[str, AnySlot]:
+def _grafted_slots(plans: dict[str, Planned], state: RouteState, any_rank: bool) -> dict[str, AnySlot]:
     """Graft the modules that are not yet, and make each one's owners. If one fails, undo the grafts."""
     new: list[Graft] = []
     slots = {}
@@ -344,7 +350,8 @@ def _grafted_slots(plans: dict[str, Planned], state: RouteState) -> dict[str, An
             if not isinstance(layer, Graft):
                 graft(layer, state)
                 new.append(layer)  # type: ignore[arg-type]
-            check(layer)  # type: ignore[arg-type]
+            if not any_rank:
+                check(layer)  # type: ignore[arg-type]
         for path, (layer, _, make) in plans.items():
             slots[path] = make(layer)  # type: ignore[arg-type]
     except BaseException as error:
