@@ -337,3 +337,14 @@ def test_ranks_that_fit_layers_of_like_names(tmp_path: Path) -> None:
     fill(small, "a")
     adapter.load(bare, adapter.save(small, tmp_path / "b", "a"))
     assert torch.equal(bare(one), small(one, task="a"))
+
+
+def test_a_merged_task_is_not_loaded_into() -> None:
+    model, _ = make()
+    model.add_task("a")
+    state = model.state_dict(task="a")
+    adapter.merge(model, "a")
+    with pytest.raises(adapter.MergeError, match="unmerge it first"):
+        model.load_state_dict(state, task="a")
+    adapter.unmerge(model)
+    model.load_state_dict(state, task="a")

@@ -38,6 +38,7 @@ from orbit.adapter import (
     set_route,
 )
 from orbit.adapter.inject import base_parameters
+from orbit.adapter.merge import refuse_merged
 from orbit.adapter.reach import fitting_ranks
 
 __all__ = ["Model", "register_base_module_wrapper"]
@@ -164,7 +165,7 @@ class Model(nn.Module):
         """Set the base's parameters and buffers, or one task's.
 
         Raises:
-            TaskError: no such task.
+            TaskError: no such task. MergeError: it is merged.
             StateError: the task's tensors are missing, there are others, or they have other shapes.
             RuntimeError: the same of the base's, from torch.
         """
@@ -186,6 +187,7 @@ class Model(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool, assign: bool, task: str
     ) -> _IncompatibleKeys:
         own = self._task_state(task)
+        refuse_merged(self, task)
         missing = [key for key in own if key not in state_dict]
         unexpected = [key for key in state_dict if key not in own]
         wrong = [key for key in own if key in state_dict and _shape(state_dict[key]) != _shape(own[key])]

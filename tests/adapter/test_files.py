@@ -23,6 +23,7 @@ from orbit.adapter import (
     ConfigError,
     GraftError,
     LoRADiagnoser,
+    MergeError,
     combine,
     inject,
     load,
@@ -581,3 +582,26 @@ def test_a_rank_that_is_larger_than_a_small_layer(mlp: Make, tmp_path: Path) -> 
     unmerge(model)
     assert combine(model, {"default": 2.0}, "twice").layers["3"].rank == 3
     assert len(LoRADiagnoser(model, "default").report().layers) == 2
+
+
+def test_a_merged_task_is_not_loaded_into(llama: Make, saved: Path, tmp_path: Path) -> None:
+    model = llama()
+    load(model, saved)
+    merge(model, "default")
+    with pytest.raises(MergeError, match="'default' is merged into the weights.*unmerge it first"):
+        load(model, saved)
+    unmerge(model)
+    load(model, saved)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+def test_a_grouped_convolution_of_pefts_is_refused_with_the_reason(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    peft.get_peft_model(make(), config).save_pretrained(tmp_path)
+    model = make()
+    with pytest.raises(AdapterFileError, match="groups=2, and PEFT's A sees all channels"):
+        load(model, tmp_path)
+    assert tasks(model) == ()

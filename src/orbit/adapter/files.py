@@ -46,6 +46,7 @@ from orbit.adapter.inject import (
     unwrapped,
 )
 from orbit.adapter.kinds import kind_of, own_class
+from orbit.adapter.merge import refuse_merged
 from orbit.adapter.owners import Owner, Tasks
 from orbit.adapter.patterns import Pattern, clean
 from orbit.adapter.peft_config import from_peft, to_peft
@@ -122,7 +123,7 @@ def load(
         AdapterFileError: naming the key or field that is missing, unexpected, of the wrong shape or not
             finite.
         ConfigError: a field of PEFT's config cannot be honoured. GraftError: a new task for a model that is wrapped
-            by DistributedDataParallel or sharded. The model is unchanged.
+            by DistributedDataParallel or sharded. MergeError: the task is merged. The model is unchanged.
     """
     whole, model = unwrapped(model), bare(model)
     if name not in tasks(model):
@@ -136,6 +137,7 @@ def load(
     config = from_peft(fields, *named)
     _check_coverage(path, fields, named, model)
     if name in tasks(model):
+        refuse_merged(model, name)
         _check_same(path, model, name, config)
         _fill(path, model, name, tensors)
         return None
@@ -196,23 +198,24 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors into the task, if they are exactly those that it has."""
-    own = {
-        key_of(place, end): tensor
+    layers = {
+        key_of(place, end): (layer, tensor)
         for place, layer in places(model, name).items()
         for end, tensor in layer.file_tensors(name).items()
     }
+    own = {key: tensor for key, (_, tensor) in layers.items()}
     theirs = {_plain_key(key): (key, tensor) for key, tensor in tensors.items()}
     for key, tensor in own.items():
         if key not in theirs:
-            if (
-                ".start." in key
-            ):  # PEFT does not write it: `inject` has computed it from the weight, as PEFT would
+            if ".start." in key:  # PEFT does not write it: `inject` has computed it, as PEFT would
                 continue
             raise AdapterFileError(f"{path}: {key} is missing")
         have = theirs[key][1]
         if have.shape != tensor.shape:
+            why = layers[key][0].not_for_peft(name)
             raise AdapterFileError(
-                f"{path}: {key} has shape {tuple(have.shape)}, and the layer with this config has {tuple(tensor.shape)}"
+                f"{path}: {key} has shape {tuple(have.shape)}, and the layer with this config has "
+                f"{tuple(tensor.shape)}{'' if why is None else f'; of a file that PEFT wrote: {why}'}"
             )
     for key, (written, _) in theirs.items():
         if key not in own:

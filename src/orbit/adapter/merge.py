@@ -89,6 +89,14 @@ def merged(model: nn.Module) -> str | None:
     return None if state is None else state.merged
 
 
+def refuse_merged(model: nn.Module, name: str) -> None:
+    """Raise MergeError if the task is merged: its tensors are not what the model computes with."""
+    if merged(model) == name:
+        raise MergeError(
+            f"task {name!r} is merged into the weights, which loading would not change; unmerge it first"
+        )
+
+
 def merged_state_dict(model: nn.Module, name: str | None = None, *, untie: bool = False) -> dict[str, Tensor]:
     """The state dict of the base model with a task folded in: base names, no adapters.
 
