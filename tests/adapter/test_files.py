@@ -276,6 +276,11 @@ def test_files_that_do_not_fit_are_refused(
             AdapterFileError,
         ),
         ({"peft_type": "ORBIT"}, "malformed", ConfigError),
+        (
+            {"peft_type": "ORBIT", "orbit": {"gated": False, "init": "kaiming", "warp": 9}},
+            "'warp': …} cannot be honoured here",
+            ConfigError,
+        ),
         ({"from_the_future": 1}, "from_the_future=1 cannot be honoured", ConfigError),
         ({"rank_pattern": [1]}, "malformed", ConfigError),
         ({"target_modules": "("}, r"'\(' is not a regular expression", ConfigError),
@@ -605,3 +610,26 @@ def test_a_grouped_convolution_of_pefts_is_refused_with_the_reason(tmp_path: Pat
     with pytest.raises(AdapterFileError, match="groups=2, and PEFT's A sees all channels"):
         load(model, tmp_path)
     assert tasks(model) == ()
+
+
+def test_a_sharded_model_writes_and_reads_whole_tensors(
+    mlp: Make, fill: Callable[..., None], tmp_path: Path
+) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, fresh, x = mlp(), mlp(), torch.randn(2, 6)
+    inject(model, AdapterConfig(r=2, dora=True))
+    fill(model)
+    expected = model(x)
+    with _one_process(tmp_path):
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        path = save(model, tmp_path / "a")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(0)
+        load(model, path)
+        torch.testing.assert_close(model(x), expected)
+    load(fresh, path)
+    torch.testing.assert_close(fresh(x), expected)

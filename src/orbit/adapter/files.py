@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ from orbit.adapter.peft_keys import Named, key_of, named_in, places, targets_of
 from orbit.adapter.route import find_state, install, state_of
 from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
+from orbit.core.runtime import is_main_process
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight")
@@ -63,6 +65,8 @@ def save(
     model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, peft: bool = False
 ) -> Path:
     """Write a task to `path`: a folder in PEFT's format, or one file if it ends in `.safetensors`.
+
+    Of a model that `fully_shard` has sharded every rank must call it, and the first one writes.
 
     Args:
         peft: write only what PEFT reads: a gate is folded into B, a start that was kept beside the base doubles
@@ -82,7 +86,7 @@ def save(
         if peft and why is not None:
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
-        tensors.update({key_of(place, end): t.detach().cpu().contiguous() for end, t in found.items()})
+        tensors.update({key_of(place, end): _whole(t).cpu().contiguous() for end, t in found.items()})
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
@@ -95,12 +99,11 @@ def save(
     fields["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     fields["task_type"] = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
     text = json.dumps(fields, indent=2, sort_keys=True)
-    if path.suffix == ".safetensors":
-        content = to_bytes(tensors, {"format": "pt", "adapter_config": text})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_files(path.parent, {path.name: content})
-    else:
-        _write_folder(path, {WEIGHTS: to_bytes(tensors, {"format": "pt"}), CONFIG: text.encode()})
+    sharded = is_sharded(model)
+    if is_main_process() or not sharded:
+        _write(path, text, tensors)
+    if sharded:
+        dist.barrier()
     return path
 
 
@@ -225,7 +228,7 @@ def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor])
     with torch.no_grad():
         for key, tensor in own.items():
             if key in theirs:
-                tensor.copy_(theirs[key][1])
+                tensor.copy_(_placed(theirs[key][1], tensor))
 
 
 @contextmanager
@@ -354,7 +357,41 @@ def _peft_match(targets: Any, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+# -- sharded models ------------------------------------------------------------------------------------------
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Does each rank hold a part of the parameters only (DTensor)?"""
+    return any(_is_part(parameter) for parameter in model.parameters())
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # by its method: importing DTensor takes half a second
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _placed(value: Tensor, like: Any) -> Tensor:
+    if not _is_part(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 # -- writing -------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, text: str, tensors: dict[str, Tensor]) -> None:
+    if path.suffix == ".safetensors":
+        content = to_bytes(tensors, {"format": "pt", "adapter_config": text})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_files(path.parent, {path.name: content})
+    else:
+        _write_folder(path, {WEIGHTS: to_bytes(tensors, {"format": "pt"}), CONFIG: text.encode()})
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

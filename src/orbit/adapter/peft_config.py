@@ -111,6 +111,10 @@ def from_peft(
             alpha_pattern=fields.get("alpha_pattern") or {},
         )
         if kind == OWN_TYPE:
+            if unknown := [name for name in fields["orbit"] if name not in _OWN]:
+                raise ConfigError(
+                    f"orbit={{{unknown[0]!r}: …}} cannot be honoured here: it is of a later version"
+                )
             config = replace(config, **{name: fields["orbit"][name] for name in _OWN})
     except (TypeError, AttributeError, KeyError) as error:
         raise ConfigError(f"adapter_config.json is malformed: {error}") from None

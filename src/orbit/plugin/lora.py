@@ -14,7 +14,7 @@ from torch import nn
 
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import ConfigError
-from orbit.adapter.files import save
+from orbit.adapter.files import is_sharded, save
 from orbit.adapter.functions import Names, as_names, named_parameters_of, one_alpha
 from orbit.adapter.inject import (
     InjectReport,
@@ -164,7 +164,7 @@ class LoRA(Plugin):
         self._learns = None
 
     def _write(self, trainer: Any) -> None:
-        if self.path is None or not is_main_process():
+        if self.path is None or not (is_main_process() or is_sharded(_model(trainer))):
             return
         workspace = getattr(trainer, "workspace", None)
         save(_model(trainer), self.path if workspace is None else workspace / self.path, self.name)
