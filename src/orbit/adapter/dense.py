@@ -35,6 +35,7 @@ from orbit.adapter.mixing import weighted
 from orbit.adapter.offload import execution_device, weights_at_hand
 from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 from orbit.adapter.plan import Mix
+from orbit.adapter.quantised import dequantised
 
 
 class DenseGraft(Graft):
@@ -121,14 +122,19 @@ class DenseGraft(Graft):
         """W·Aᵀ (out, r)."""
         kind = "cpu" if A.is_meta else A.device.type  # autocast does not know the meta device
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            W = self.weight
-            if self._is_dense(W):
-                dtype = dora.wide(W.dtype)
-                return self.as_matrix(W).to(dtype) @ A.to(dtype).T
-            return self.times_hidden_weight(A)
+            W = self._readable()
+            if W is None:
+                return self.times_hidden_weight(A)
+            dtype = dora.wide(W.dtype)
+            return self.as_matrix(W).to(dtype) @ A.to(dtype).T
+
+    def _readable(self) -> Tensor | None:
+        """The weight as a plain tensor, dequantised if need be; None if it cannot be read."""
+        W = self.weight.detach()
+        return W if self._is_dense(W) else dequantised(self)
 
     def times_hidden_weight(self, A: Tensor) -> Tensor:
-        """W·Aᵀ (out, r) for a weight that is quantised, say, and cannot be read as a matrix."""
+        """W·Aᵀ (out, r) for a weight that cannot be read: sharded, say, or of an unknown library."""
         raise GraftError(
             f"the weight of {type(self).__name__} is no dense matrix of its kind's shape, so its norm is not known"
         )
@@ -143,8 +149,9 @@ class DenseGraft(Graft):
         ref, seen, w2 = self.__dict__.get("_orbit_w2", (None, None, None))
         if keep and ref is not None and ref() is W and seen == mark:
             return w2
-        if self._is_dense(W):
-            w2 = dora.squared_rows(self.as_matrix(W))
+        readable = self._readable()
+        if readable is not None:
+            w2 = dora.squared_rows(self.as_matrix(readable))
         else:
             eye = torch.eye(self.matrix_shape()[1], device=device)
             w2 = dora.squared_rows(self._times_weight(eye))
@@ -188,8 +195,8 @@ class DenseGraft(Graft):
         return fresh_factors(in_size, out_size, r, device=device, dtype=dtype)
 
     def matrix(self) -> Tensor:
-        W = self.weight.detach()
-        if not self._is_dense(W):
+        W = self._readable()
+        if W is None:
             return self._times_weight(torch.eye(self.matrix_shape()[1], device=execution_device(self)))
         return self.as_matrix(W).to(dora.wide(W.dtype))
 
@@ -206,7 +213,8 @@ class DenseGraft(Graft):
         W = self._parameters.get("weight")
         if W is None or not self._is_dense(W) or W.is_meta:
             raise MergeError(
-                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded"
+                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded; save the task and "
+                "merge it into a model with plain weights"
             )
         with torch.no_grad():
             dtype = dora.wide(W.dtype)

@@ -117,7 +117,14 @@ class LinearGraft(DenseGraft, nn.Linear):
         cls._torchs_forward = next(base for base in after if "forward" in vars(base)) is nn.Linear
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, low-rank {'fused' if self.fuses else 'beside'}"
+        return f"{super().extra_repr()}, {self._way()}"
+
+    def __repr__(self) -> str:
+        said, own = super().__repr__(), vars(self).get("extra_repr")  # torchao puts one on the instance
+        return said if own is None else said.replace(own(), f"{own()}, {self._way()}", 1)
+
+    def _way(self) -> str:
+        return f"low-rank {'fused' if self.fuses else 'beside'}"
 
     def _refuse_misfit(self, out: int, x: Tensor, A: Tensor, B: Tensor) -> None:
         if out != B.shape[-2]:
@@ -137,7 +144,7 @@ class LinearGraft(DenseGraft, nn.Linear):
         return self.out_features, self.in_features
 
     def times_hidden_weight(self, A: Tensor) -> Tensor:
-        """W·Aᵀ (out, r) of a quantised weight: the layer's own forward multiplies by it."""
+        """W·Aᵀ (out, r) of a weight that cannot be read: the layer's own forward multiplies by it."""
         product = self.base(A)
         return (product if self.bias is None else product - self.bias).T
 
