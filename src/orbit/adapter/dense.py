@@ -32,7 +32,7 @@ from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import weighted
-from orbit.adapter.offload import execution_device, weights_at_hand
+from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
 from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 from orbit.adapter.plan import Mix
 from orbit.adapter.quantised import dequantised
@@ -62,10 +62,7 @@ class DenseGraft(Graft):
 
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output under one task, given the layer's own."""
-        if slot.down.weight.is_meta and not base.is_meta:
-            raise GraftError(  # torch would multiply by it without a word, and return garbage
-                "an adapter is on the meta device: offload the model before injecting, not after"
-            )
+        refuse_meta(slot.down.weight, base)
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
         if slot.magnitude is None:

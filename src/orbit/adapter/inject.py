@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
+from orbit.adapter.offload import refuse_preloaded
 from orbit.adapter.owners import AnySlot, check_task_name
 from orbit.adapter.plan import names_in
 from orbit.adapter.quantised import may_pack, never_pack, refuse_packed
@@ -87,6 +88,7 @@ def inject(
     if state is not None and state.busy:
         raise RouteError(f"task {name!r} cannot be added while a call or a `with route` is running")
     plans, skipped = plan_injection(model, config)
+    refuse_preloaded(model, plans)
     state = RouteState() if state is None else state
     slots = _grafted_slots(plans, state)
     state.configs[name] = config

@@ -24,6 +24,7 @@ from orbit.adapter.errors import GraftError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import fused, low_rank
+from orbit.adapter.offload import refuse_meta
 from orbit.adapter.owners import Slot
 from orbit.adapter.plan import Mix
 from orbit.adapter.stacks import Terms, grouped, per_row, together
@@ -85,6 +86,7 @@ class LinearGraft(DenseGraft, nn.Linear):
         A, B = slot.down.weight, slot.up.weight
         if slot.magnitude is None:
             return Terms(A, B, slot.coefficient, None)
+        refuse_meta(A, self.weight)
         c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
         return Terms(A, c[:, None] * B, slot.coefficient, c - 1)
 
@@ -132,10 +134,7 @@ class LinearGraft(DenseGraft, nn.Linear):
                 f"a layer gives {out} features and its adapter {B.shape[-2]}: "
                 "its weight was replaced (resize_token_embeddings?); resize before injecting"
             )
-        if A.is_meta and not x.is_meta:
-            raise GraftError(  # torch would multiply by it without a word, and return garbage
-                "an adapter is on the meta device: offload the model before injecting, not after"
-            )
+        refuse_meta(A, x)
 
     def branch(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
         return linear_branch(base, x, slot)

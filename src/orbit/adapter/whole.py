@@ -37,6 +37,7 @@ from orbit.adapter.init import initialise
 from orbit.adapter.kinds import own_class, register_whole_kind
 from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import mixed, weighted
+from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
 from orbit.adapter.owners import AnySlot, Down, Gate, Magnitude, Slot, Tasks, Up, Whole
 from orbit.adapter.plan import Mix
 
@@ -247,23 +248,27 @@ class ParameterSite(Graft):
         _refuse_config(config, self.parameter, W)
         n = W.shape[0] if W.dim() == 3 else 1
         out, into = self.matrix_shape()
+        device = execution_device(self)
         dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
-        A, B = fresh_factors(into, out, config.r * n, device=W.device, dtype=dtype)
+        A, B = fresh_factors(into, out, config.r * n, device=device, dtype=dtype)
         slot = Slot(Down(A), Up(B, config.alpha, config.rslora, experts=n))
         if config.gated:
-            slot = slot._replace(gate=Gate(torch.ones((), device=W.device, dtype=dtype)))
+            slot = slot._replace(gate=Gate(torch.ones((), device=device, dtype=dtype)))
         if config.dora:
-            slot = slot._replace(magnitude=Magnitude(_row_norm(W.detach().to(dora.wide(W.dtype))).to(dtype)))
+            with weights_at_hand(self):
+                slot = slot._replace(magnitude=Magnitude(_row_norm(self.matrix()).to(dtype)))
         return slot
 
     def renorm(self, slot: Slot) -> None:
         assert slot.magnitude is not None
-        with torch.no_grad():
+        with torch.no_grad(), weights_at_hand(self):
             slot.magnitude.weight.copy_(
                 _row_norm(adapted_weight(self, slot._replace(magnitude=None), rounded=False))
             )
 
     def merged_weight(self, slot: Slot) -> Tensor:
+        if dense_weight(self).is_meta:
+            raise MergeError(f"{self.parameter} is offloaded; merge before the model is")
         try:
             with torch.no_grad():
                 return adapted_weight(self, slot)
@@ -311,6 +316,7 @@ def adapted_weight(layer: Graft, slot: Slot, *, rounded: bool = True) -> Tensor:
         GraftError: the weight is not dense, or not there.
     """
     W = dense_weight(layer)
+    refuse_meta(slot.down.weight, W)
     dtype = dora.wide(W.dtype)
     kind = "cpu" if W.is_meta else W.device.type
     with torch.autocast(kind, enabled=False):
