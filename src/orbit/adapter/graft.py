@@ -33,7 +33,7 @@ from orbit.adapter.state import RouteState
 
 _MODULES = "lora_module"  # the container of the ModuleSlots
 _BACKUP = "_orbit_backup"  # the unmerged weight, a non-persistent buffer
-_TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_w2")  # derived: made anew by copies
+_TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_sites", "_orbit_w2")  # derived: made anew by copies
 
 
 class Graft(nn.Module):

@@ -22,8 +22,8 @@ Where the module has a child layer whose weight it reads without calling it (`at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ class WholeGraft(Graft):
 
     Their own forward always runs on a shell: it may go through its children, among which are the tasks' containers.
     """
+
+    _orbit_forwards: ClassVar[type[nn.Module]]  # the class whose forward `base` means
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        after = cls.__mro__[cls.__mro__.index(Graft) + 1 :]
+        cls._orbit_forwards = next(base for base in after if "forward" in vars(base))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.current_plan()
@@ -95,7 +102,7 @@ class WholeGraft(Graft):
         """The module's own forward with these tensors in the place of its parameters, by dotted name."""
         shell = _shell(self, tensors)
         before = dict(shell.__dict__)
-        output = _own_forward(self)(shell, *args, **kwargs)
+        output = self._orbit_forwards.forward(shell, *args, **kwargs)
         for key, value in shell.__dict__.items():
             if before.get(key, _NOTHING) is not value:
                 self.__dict__[key] = value
@@ -104,8 +111,11 @@ class WholeGraft(Graft):
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def sites(self) -> dict[str, Graft]:
-        container = self._bank(SITES)
-        return {name: container.get(name) for name in container}
+        # Kept, because a compiled graph cannot look a name up in a container, which escapes it.
+        if "_orbit_sites" not in self.__dict__:
+            container = self._bank(SITES)
+            self.__dict__["_orbit_sites"] = {name: container.get(name) for name in container}
+        return self.__dict__["_orbit_sites"]
 
     def slots(self) -> dict[str, AnySlot]:
         if "_orbit_cache" not in self.__dict__:
@@ -162,6 +172,7 @@ class WholeGraft(Graft):
         container = self._bank(SITES)
         if name not in container:
             container.put(name, ParameterSite(self, name))
+            self.__dict__.pop("_orbit_sites", None)
         return container.get(name)
 
     def drop_task(self, task: str) -> None:
@@ -171,6 +182,7 @@ class WholeGraft(Graft):
             if isinstance(site, ParameterSite) and not site.slots():
                 self._orbit_route.detach(site)
                 self._bank(SITES).discard(name)
+                self.__dict__.pop("_orbit_sites", None)
         if SITES in self._modules and not len(self._bank(SITES)):
             del self._modules[SITES]
         super().drop_task(task)
@@ -388,11 +400,6 @@ def _shell(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     kept = {name: child for name, child in module._modules.items() if name not in hidden}
     shell.__dict__["_modules"] = {**kept, **children}
     return shell
-
-
-def _own_forward(layer: Graft) -> Callable[..., Any]:
-    """The forward that `layer.base` calls, not bound to the layer."""
-    return super(Graft, layer).forward.__func__  # type: ignore[attr-defined]
 
 
 register_whole_kind(nn.Sequential, SequentialGraft)
