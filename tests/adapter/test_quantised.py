@@ -186,6 +186,29 @@ def test_outputs_and_gradients_are_those_of_the_dense_twin(
             near(mine[name], value, 2e-3 if base == "LLM.int8" else 1e-5)  # it keeps scales in half precision
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "gated", "pissa", "dora, dropout"])
+@bases
+def test_under_autocast(base: str, variant: str, inside: bool, fill: Callable[..., None]) -> None:
+    """A quantised layer may give float32 there."""
+    model = adapt(BASES[base](), variant, fill)
+    found = []
+    for autocast in (True, False):
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x(), task="a")
+            if inside:
+                y.float().square().mean().backward()
+        if not inside:
+            y.float().square().mean().backward()
+        found.append([y.detach(), *(p.grad for p in adapter_parameters(model, "a").values())])
+        model.zero_grad()
+    for mine, true in zip(*found, strict=True):
+        assert mine is found[0][0] or mine.dtype == torch.float32
+        if true.dim():  # a gate's gradient is a sum of what cancels
+            near(mine.float(), true, 0.04)
+
+
 @variants
 @bases
 def test_training_moves_the_task_alone_also_after_an_evaluation(base: str, variant: str) -> None:

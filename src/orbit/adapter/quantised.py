@@ -49,8 +49,9 @@ def dequantised(layer: nn.Module) -> Tensor | None:
 def refuse_packed(model: nn.Module) -> None:
     """Raise GraftError if a layer was packed for inference, so that no gradient passes through it."""
     for path, layer in model.named_modules():
-        state = getattr(layer._parameters.get("weight"), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+        if not _is_a(layer, "Linear4bit"):
+            continue
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise GraftError(
                 f"bitsandbytes packed the weight of {path!r} for inference when it first ran in eval mode, and passes "
                 f"no gradient through it any more; inject before the model runs, or set {_PACKS}=False on its layers"
