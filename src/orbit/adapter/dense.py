@@ -32,9 +32,10 @@ from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import weighted
-from orbit.adapter.offload import execution_device, weights_at_hand
+from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
 from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 from orbit.adapter.plan import Mix
+from orbit.adapter.quantised import dequantised
 
 
 class DenseGraft(Graft):
@@ -61,10 +62,7 @@ class DenseGraft(Graft):
 
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output under one task, given the layer's own."""
-        if slot.down.weight.is_meta and not base.is_meta:
-            raise GraftError(  # torch would multiply by it without a word, and return garbage
-                "an adapter is on the meta device: offload the model before injecting, not after"
-            )
+        refuse_meta(slot.down.weight, base)
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
         if slot.magnitude is None:
@@ -121,14 +119,19 @@ class DenseGraft(Graft):
         """W·Aᵀ (out, r)."""
         kind = "cpu" if A.is_meta else A.device.type  # autocast does not know the meta device
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            W = self.weight
-            if self._is_dense(W):
-                dtype = dora.wide(W.dtype)
-                return self.as_matrix(W).to(dtype) @ A.to(dtype).T
-            return self.times_hidden_weight(A)
+            W = self._readable()
+            if W is None:
+                return self.times_hidden_weight(A)
+            dtype = dora.wide(W.dtype)
+            return self.as_matrix(W).to(dtype) @ A.to(dtype).T
+
+    def _readable(self) -> Tensor | None:
+        """The weight as a plain tensor, dequantised if need be; None if it cannot be read."""
+        W = self.weight.detach()
+        return W if self._is_dense(W) else dequantised(self)
 
     def times_hidden_weight(self, A: Tensor) -> Tensor:
-        """W·Aᵀ (out, r) for a weight that is quantised, say, and cannot be read as a matrix."""
+        """W·Aᵀ (out, r) for a weight that cannot be read: sharded, say, or of an unknown library."""
         raise GraftError(
             f"the weight of {type(self).__name__} is no dense matrix of its kind's shape, so its norm is not known"
         )
@@ -143,8 +146,9 @@ class DenseGraft(Graft):
         ref, seen, w2 = self.__dict__.get("_orbit_w2", (None, None, None))
         if keep and ref is not None and ref() is W and seen == mark:
             return w2
-        if self._is_dense(W):
-            w2 = dora.squared_rows(self.as_matrix(W))
+        readable = self._readable()
+        if readable is not None:
+            w2 = dora.squared_rows(self.as_matrix(readable))
         else:
             eye = torch.eye(self.matrix_shape()[1], device=device)
             w2 = dora.squared_rows(self._times_weight(eye))
@@ -188,8 +192,8 @@ class DenseGraft(Graft):
         return fresh_factors(in_size, out_size, r, device=device, dtype=dtype)
 
     def matrix(self) -> Tensor:
-        W = self.weight.detach()
-        if not self._is_dense(W):
+        W = self._readable()
+        if W is None:
             return self._times_weight(torch.eye(self.matrix_shape()[1], device=execution_device(self)))
         return self.as_matrix(W).to(dora.wide(W.dtype))
 
@@ -206,7 +210,8 @@ class DenseGraft(Graft):
         W = self._parameters.get("weight")
         if W is None or not self._is_dense(W) or W.is_meta:
             raise MergeError(
-                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded"
+                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded; save the task and "
+                "merge it into a model with plain weights"
             )
         with torch.no_grad():
             dtype = dora.wide(W.dtype)

@@ -70,8 +70,13 @@ def low_rank(
 ) -> Tensor:
     """The update on top of base = u (…, out), the layer's own output; shapes as in the module's legend.
 
-    b is only needed with D. Multiplies in the dtype of base.
+    b is only needed with D. Multiplies in the dtype of base, also where that is not autocast's: a quantised layer
+    may give float32 there.
     """
+    kind = base.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and base.dtype != torch.get_autocast_dtype(kind):
+        with torch.autocast(kind, enabled=False):
+            return _update(base, x, None, b, A, B, C, D)
     return _update(base, x, None, b, A, B, C, D)
 
 
