@@ -270,6 +270,24 @@ def test_history_stays_small(net: Net) -> None:
 
 
 @tracing
+def test_history_keeps_few_tensors(net: Net) -> None:
+    """What a route of rows derives for its layers is let go soon, though the route itself is remembered."""
+    with route(net, ["a", "b", None]):
+        first = non_reentrant(net, leaf()).square().sum()
+    routes = find_state(net)._history._switches[threading.get_ident()][1]  # type: ignore[union-attr]
+    for _ in range(40):
+        net(leaf(), task=["b", "a", "a"])
+    kept = [r for r in routes if getattr(r, "cache", None)]
+    assert len(routes) > 80
+    assert 0 < len(kept) <= 16
+    first.backward()  # and is made anew
+    got = grads(net)
+    with route(net, ["a", "b", None]):
+        net(leaf()).square().sum().backward()
+    for name, gradient in grads(net).items():
+        torch.testing.assert_close(got[name], gradient)
+
+
 @pytest.mark.parametrize("how", [non_reentrant, reentrant])
 def test_compiled_blocks(net: Net, how: Run) -> None:
     """A compiled layer cannot ask what its forward saw; the outputs' hooks tell it."""
