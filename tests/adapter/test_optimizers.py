@@ -516,3 +516,43 @@ def test_under_a_trainer(model: nn.Module) -> None:
     for task in CONFIGS:
         for name, parameter in adapter_parameters(model, task).items():
             torch.testing.assert_close(parameter, expected[task][name], atol=1e-5, rtol=0)
+
+
+def test_losses_of_a_window_before_its_first_backward() -> None:
+    """A loop of one's own knows the units of a window only when it has all of its losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    for task in ("a", "b"):
+        inject(model, AdapterConfig(r=2, targets=("0", "2")), task)
+        for parameter in adapter_parameters(model, task).values():
+            parameter.data.normal_().requires_grad_()
+    x, windows = torch.randn(2, 4, 4, dtype=torch.float64), [["a", "b", "a", "a"], ["b", None, "b", "a"]]
+    for dropped in (False, True):
+        alone = {}
+        for task in ("a", "b"):
+            losses = [
+                model(part[[name == task for name in rows]], task=task).square().mean(1)
+                for part, rows in zip(x, windows, strict=True)
+            ]
+            own = adapter_parameters(model, task)
+            alone.update(
+                zip(own, torch.autograd.grad(torch.cat(losses).mean(), list(own.values())), strict=True)
+            )
+        optimizer = TaskOptimizers(
+            {t: torch.optim.SGD(adapter_parameters(model, t).values(), lr=1.0) for t in ("a", "b")}
+        )
+        if dropped:  # without a word to the optimizer
+            optimizer.outcome(model(x[0], task=windows[1]).square().mean(1), windows[1]).loss.backward()
+            model.zero_grad()
+        before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+        outs = [
+            optimizer.outcome(model(part, task=rows).square().mean(1), rows)
+            for part, rows in zip(x, windows, strict=True)
+        ]
+        units = sum(out.weight for out in outs)
+        for out in outs:
+            (out.loss * out.weight / units).backward()
+        optimizer.step()
+        for name, parameter in adapter_parameters(model).items():
+            torch.testing.assert_close(before[name] - parameter, alone[name])
+        optimizer.zero_grad()

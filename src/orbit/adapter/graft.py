@@ -410,7 +410,13 @@ class Graft(nn.Module):
         self._orbit_route.attach(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        aside = {name: t for name, t in self._buffers.items() if isinstance(t, nn.Parameter)}  # while merged
         super()._apply(fn, recurse)
+        for name, parameter in aside.items():
+            moved = self._buffers[name]
+            if torch._has_compatible_shallow_copy_type(parameter, moved):
+                parameter.data = moved.detach()
+                self._buffers[name] = parameter  # type: ignore[assignment]
         if isinstance(self._orbit_plan, Mix):  # its weights lie on the former device
             self._orbit_route.attach(self)
         return self

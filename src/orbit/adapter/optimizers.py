@@ -34,6 +34,7 @@ In an Engine it stands where an optimizer does, and the loop's body is
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -144,13 +145,19 @@ class TaskOptimizers(Optimizer):
             raise TaskError(
                 f"a row is of task {unknown[0]!r}, which has no optimizer; there are {list(self.tasks)}"
             )
-        if losses.requires_grad:
-            if all(p.grad is None for group in self.param_groups for p in group["params"]):
-                self._units.clear()  # a new window; the last one may have been dropped
-            for task, rows in _rows_of(names).items():
-                self._units[task] = self._units.get(task, 0) + counts[rows].sum()
         total = counts.sum()
-        return Outcome(sums.sum() / torch.where(total > 0, total, 1.0), total)
+        loss = sums.sum() / torch.where(total > 0, total, 1.0)
+        if loss.grad_fn is not None:
+            units = {task: counts[rows].sum() for task, rows in _rows_of(names).items()}
+            loss.grad_fn.register_prehook(functools.partial(self._count, units))
+        return Outcome(loss, total)
+
+    def _count(self, units: Mapping[str, Tensor], *grads: Tensor) -> None:
+        """A backward pass brings the gradients of so many units into the window."""
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            self._units.clear()  # a new window; the last one may have been dropped
+        for task, count in units.items():
+            self._units[task] = self._units.get(task, 0) + count
 
     # -- the step --------------------------------------------------------------------------------------------
 
