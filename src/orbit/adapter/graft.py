@@ -280,6 +280,9 @@ class Graft(nn.Module):
 
     def owners_device(self) -> torch.device:
         """The device of the tasks' tensors."""
+        for slot in self.slots().values():
+            if type(slot) is Slot:
+                return slot.down.weight.device
         parameters = (
             p for task in self.slots() for owner in self.owners(task).values() for p in owner.parameters()
         )

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from orbit.adapter.batch import Batch, batch_of, order_of
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import RouteError, TaskError
+from orbit.adapter.owners import Tasks
 from orbit.adapter.plan import PerRow, Plan, Route, as_route, describe, names_in, plan_of, renamed
 from orbit.adapter.replay import History, in_backward
 
@@ -421,10 +422,17 @@ class RouteState:
 
 
 def has_compiled_parts(model: nn.Module) -> bool:
-    """Is any module of the model compiled by itself?"""
-    return any(
-        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
-    )
+    """Is any module of the model compiled by itself? Asked at every call that trains, so it skips the adapters."""
+    left, seen = [model], {model}
+    while left:
+        module = left.pop()
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            return True
+        for child in module._modules.values():
+            if child is not None and type(child) is not Tasks and child not in seen:
+                seen.add(child)
+                left.append(child)
+    return False
 
 
 def own_arguments(cls: type[nn.Module]) -> frozenset[str]:
