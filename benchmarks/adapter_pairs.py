@@ -1,7 +1,7 @@
 """The models that `adapters.py` times: one Llama with random weights, adapted by us and by PEFT.
 
 Both start from the same base and the same factors (ours are copied into PEFT's, B and m moved off their
-starting values, so that no product is with zeros) and must report the same losses before anything is timed.
+starting values, so that no product is with zeros) and must give the same logits and gradients before anything is timed.
 PEFT runs as its users run it: `get_peft_model`, all linear layers, its default float32 adapters on a bf16 base.
 """
 
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orbit.adapter import AdapterConfig, adapter_parameters, inject
+from orbit.adapter import AdapterConfig, adapter_parameters, inject, route
 
 RANK, ALPHA = 16, 32
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # how far two ways to compute the same may lie apart
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,45 @@ class Together:
         return loss.detach()
 
 
+@dataclass(frozen=True)
+class Serving:
+    """Forwards of a batch with a task for every row, under one route, as `generate` makes them."""
+
+    owner: nn.Module  # which knows the tasks
+    model: nn.Module  # whose forward is called
+    tokens: Tensor
+    rows: list[str]
+    forwards: int
+
+    def __call__(self) -> Tensor:
+        with torch.no_grad(), self.routed():
+            for _ in range(self.forwards):
+                logits: Tensor = self.model(input_ids=self.tokens).logits
+        return logits
+
+    def routed(self) -> AbstractContextManager[None]:
+        return route(self.owner, self.rows)
+
+
+class PeftServing(Serving):
+    """The same with what PEFT's own `generate` does with `adapter_names=`."""
+
+    def routed(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self.owner._enable_peft_forward_hooks(adapter_names=self.rows)  # type: ignore[operator]
+        return context
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """A step of each of several trainings."""
+
+    trainings: Sequence[Training]
+
+    def __call__(self) -> None:
+        for training in self.trainings:
+            training()
+
+
 class Frozen:
     """Forward and backward of the base alone: nothing trains, and the embeddings' output asks for a gradient."""
 
@@ -149,9 +190,8 @@ def pefts(
     return result
 
 
-def check_same(mine: Tensor, theirs: Tensor, what: str) -> None:
-    """AssertionError unless two results agree to the precision of their dtype."""
-    rtol = 3e-2 if mine.dtype == torch.bfloat16 else 1e-3
+def check_same(mine: Tensor, theirs: Tensor, what: str, *, rtol: float) -> None:
+    """AssertionError unless ‖ours − PEFT's‖ is at most rtol times ‖PEFT's‖."""
     mine, theirs = mine.detach().float(), theirs.detach().float()
     error = ((mine - theirs).norm() / theirs.norm()).item()
     assert error < rtol, (
@@ -160,7 +200,7 @@ def check_same(mine: Tensor, theirs: Tensor, what: str) -> None:
 
 
 def training_pair(base: nn.Module, tokens: Tensor, *, dora: bool = False) -> tuple[Training, Training]:
-    """Ours and PEFT's, after two steps of each whose losses were the same."""
+    """Ours and PEFT's, after two steps of each that were found the same."""
     mine = ours(base, dora=dora)
     theirs = pefts(base, mine, dora=dora)
     pair = (
@@ -169,6 +209,29 @@ def training_pair(base: nn.Module, tokens: Tensor, *, dora: bool = False) -> tup
     )
     counts = [sum(p.numel() for p in t.optimizer.param_groups[0]["params"]) for t in pair]
     assert counts[0] == counts[1], f"ours trains {counts[0]} numbers and PEFT {counts[1]}"
-    for step in range(2):
-        check_same(pair[0](), pair[1](), f"{'DoRA' if dora else 'LoRA'} loss of step {step}")
+    check_training(*pair, "DoRA" if dora else "LoRA")
     return pair
+
+
+def check_training(mine: Training, theirs: Training, what: str) -> None:
+    """AssertionError unless two trainings have the same logits and the same gradients, and go on to the same."""
+    rtol = ROUNDING[mine.model.dtype]  # type: ignore[index]
+    for step in range(2):
+        with torch.no_grad():
+            logits, expected = (t.model(input_ids=t.tokens).logits for t in (mine, theirs))
+        check_same(logits, expected, f"{what} logits before step {step}", rtol=rtol)
+        for training in (mine, theirs):
+            training.loss().backward()
+        check_same(gradient(mine), gradient(theirs), f"{what} gradient of step {step}", rtol=rtol)
+        for training in (mine, theirs):
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+
+
+def gradient(training: Training) -> Tensor:
+    """All gradients end to end, in the order of our names."""
+    found = {
+        name.removeprefix("base_model.model.").replace("lora_magnitude_vector.", "lora_magnitude."): p.grad
+        for name, p in training.model.named_parameters()
+    }
+    return torch.cat([grad.flatten().float() for _, grad in sorted(found.items()) if grad is not None])

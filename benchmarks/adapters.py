@@ -4,7 +4,8 @@
     overhead  (ours − frozen) / (PEFT's − frozen), where frozen is forward and backward of the base alone
     memory    peak of a training step above what lay there before it
     saved     bytes that forward keeps for backward: distinct storages, the model's own left out
-    rows      one task per row of the batch, 8 tasks, inference, against PEFT's `adapter_names=`
+    rows      one task per row of the batch, 8 tasks, inference, against PEFT's `adapter_names=`: one prefill, or
+              10 steps of decoding under one route
     mixed     four tasks trained together, 2 rows of each a batch, against four runs with 2 rows each: PEFT's,
               which cannot mix while it trains, and ours
 
@@ -27,10 +28,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.__main__ import CLOCKS, table
-from benchmarks.adapter_pairs import Frozen, Shape, Together, Training, check_same, ours, pefts, training_pair
+from benchmarks.adapter_pairs import (
+    ROUNDING,
+    Frozen,
+    InTurn,
+    PeftServing,
+    Serving,
+    Shape,
+    Together,
+    Training,
+    check_same,
+    ours,
+    pefts,
+    training_pair,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -76,11 +90,10 @@ class Setting:
                 gc.collect()
                 self.settle()
                 start = self.clock()
-                for _ in range(repeat):
-                    contenders[name]()
+                contenders[name]()
                 self.settle()
                 if turn >= 0:
-                    times[name].append((self.clock() - start) / repeat)
+                    times[name].append(self.clock() - start)
         return times
 
     def settle(self) -> None:
@@ -197,20 +210,10 @@ def rows(setting: Setting) -> Iterator[Line]:
             tokens = setting.shape.tokens(setting.device, count, length)
             chosen = [names[row % len(names)] for row in range(count)]
 
-            @torch.no_grad()
-            def us(tokens: Tensor = tokens, chosen: list[str] = chosen, model: nn.Module = mine) -> Tensor:
-                logits: Tensor = model(input_ids=tokens, task=chosen).logits
-                return logits
-
-            @torch.no_grad()
-            def them(
-                tokens: Tensor = tokens, chosen: list[str] = chosen, model: nn.Module = theirs
-            ) -> Tensor:
-                logits: Tensor = model(input_ids=tokens, adapter_names=chosen).logits
-                return logits
-
-            check_same(us(), them(), f"{what} logits")
-            t = setting.times({"us": us, "them": them}, repeat)
+            us = Serving(mine, mine, tokens, chosen, repeat)
+            them = PeftServing(theirs, theirs.get_base_model(), tokens, chosen, repeat)  # type: ignore[operator]
+            check_same(us(), them(), f"{what} logits", rtol=ROUNDING[dtype])
+            t = setting.times({"us": us, "them": them})
             measure = f"one task per row, {len(names)} tasks, {what} {count}x{length}, {kind}"
             yield timed(measure, t["us"], t["them"], bar)
 
@@ -220,20 +223,21 @@ def mixed(setting: Setting) -> Iterator[Line]:
     tasks, each = 4, 2
     for kind, dtype in DTYPES.items():
         base = setting.shape.model(dtype, setting.device)
-        tokens = setting.shape.tokens(setting.device, each * tasks)
-        pairs = [training_pair(base, part) for part in tokens.split(each)]
-        together = Together(base, [mine for mine, _ in pairs], tokens)
-        alone = torch.stack([mine.loss() for mine, _ in pairs]).mean()
-        check_same(together(), alone, "loss of the mixed batch")
-        contenders: dict[str, Callable[[], object]] = {
-            "together": together,
-            "separate": lambda pairs=pairs: [mine() for mine, _ in pairs],
-            "peft": lambda pairs=pairs: [theirs() for _, theirs in pairs],
-        }
-        t = setting.times(contenders)
-        measure = f"{tasks} tasks in mixed batches ÷ {tasks} runs, {kind}"
-        yield timed(measure, t["together"], t["peft"], 0.77)
-        yield timed(f"{measure}, both ours", t["together"], t["separate"], None, other="separate")
+        for length in (setting.shape.length, 32):
+            tokens = setting.shape.tokens(setting.device, each * tasks, length)
+            pairs = [training_pair(base, part) for part in tokens.split(each)]
+            together = Together(base, [mine for mine, _ in pairs], tokens)
+            alone = torch.stack([mine.loss() for mine, _ in pairs]).mean()
+            check_same(together(), alone, "loss of the mixed batch", rtol=ROUNDING[dtype])
+            contenders: dict[str, Callable[[], object]] = {
+                "together": together,
+                "separate": InTurn([mine for mine, _ in pairs]),
+                "peft": InTurn([theirs for _, theirs in pairs]),
+            }
+            t = setting.times(contenders)
+            measure = f"{tasks} tasks in mixed batches ÷ {tasks} runs, {each}x{length} each, {kind}"
+            yield timed(measure, t["together"], t["peft"], 0.77)
+            yield timed(f"{measure}, both ours", t["together"], t["separate"], None, other="separate")
 
 
 GROUPS: dict[str, Callable[[Setting], Iterator[Line]]] = {

@@ -175,3 +175,22 @@ def test_shapes_on_the_meta_device(kind: dict[str, bool], mlp: Callable[[], nn.M
     model = mlp()
     inject(model, AdapterConfig(r=2, **kind))
     assert model.to("meta")(torch.empty(4, 6, device="meta")).shape == (4, 3)
+
+
+def test_a_layer_says_whether_it_is_fused_with_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(2 * x)
+
+    monkeypatch.setattr("orbit.adapter.kinds._IN_FRONT", set())
+    register_forward(Int8Linear)
+    dense, quantised, sub = nn.Linear(6, 4), Int8Linear(nn.Linear(6, 4)), Doubled(6, 4)
+    for layer in (dense, quantised, sub):
+        inject(layer, AdapterConfig(r=3))
+    assert "low-rank fused" in repr(dense)
+    assert "low-rank beside" in repr(quantised)
+    assert "low-rank fused" in repr(sub)  # what it passes on to torch's forward is what the adapter sees
+    dense.double()
+    assert "low-rank fused" in repr(dense)
+    nn.utils.parametrize.register_parametrization(dense, "weight", nn.Identity())
+    assert "low-rank beside" in repr(dense)

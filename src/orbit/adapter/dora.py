@@ -5,6 +5,7 @@
 
     W (out, in)   A (r, in)   B (out, r)   m, n, c (out,)   base = x·Wᵀ + b   u, y (…, out)
 
+Linear layers put c − 1 and c∘B into the one form of `lora.py` (its D and B), which gives the same.
 The right-hand form of y leaves a fresh adapter's output unchanged to the last bit: m starts as n, so c − 1 =
 0. There is no epsilon; a row whose V is exactly zero has no direction and gets c = 1 instead of 0/0.
 

@@ -26,7 +26,7 @@ from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import fused, low_rank
 from orbit.adapter.owners import Slot
 from orbit.adapter.plan import Mix
-from orbit.adapter.stacks import Terms, grouped, per_row, together
+from orbit.adapter.stacks import Kept, Sorting, Stack, Terms, grouped, per_row, stacked, together
 
 
 class LinearGraft(DenseGraft, nn.Linear):
@@ -57,28 +57,44 @@ class LinearGraft(DenseGraft, nn.Linear):
             return super().mixed(mix, input, *args, **kwargs)
         if mix.rows is not None:
             mix = self.fitted(mix, input)
-        terms = [self._terms(slot) for slot in slots]
         if torch.compiler.is_compiling() or mix.order is None:
-            return self._together(mix, terms, input, args, kwargs)
-        most = max(t.A.shape[0] for t in terms)
+            return self._together(mix, slots, input, args, kwargs)
+        most = max(slot.up.r for slot in slots)
         if input.numel() >= most * len(mix.weights) * input.shape[-1]:
-            return self._low_rank(input, *per_row(terms, mix.order, input.dim()), args, kwargs)
+            stack = stacked([self._terms(slot) for slot in slots], mix.order.none)
+            return self._low_rank(input, *per_row(stack, mix.order, input.dim()), args, kwargs)
         if torch.is_grad_enabled():
-            return self._together(mix, terms, input, args, kwargs)
+            return self._together(mix, slots, input, args, kwargs)
         u = self.base(input, *args, **kwargs)
-        self._refuse_misfit(u.shape[-1], input, terms[0].A, terms[0].B)
-        return grouped(u, self.bias, input, terms, mix.order)
+        stack = self._kept_stack(slots, mix.order, u.dtype)
+        self._refuse_misfit(u.shape[-1], input, stack.A, stack.B)
+        return grouped(u, self.bias, input, stack, mix.order)
+
+    def _kept_stack(self, slots: list[Slot], order: Sorting, dtype: torch.dtype) -> Stack:
+        """The tasks side by side in this dtype, made once under a route: rows of a few tokens are decoded often."""
+        owners = [owner for slot in slots for owner in slot if owner is not None]
+        parameters = [owner._parameters["weight"] for owner in owners] + [*self._parameters.values()]
+        sources: list[Tensor] = [t for t in parameters if t is not None]
+        kept = order.kept.get(id(self))
+        if kept is not None and kept.stack.A.dtype == dtype and kept.holds(sources):
+            return kept.stack
+        stack = stacked([self._terms(slot) for slot in slots], order.none)
+        stack = Stack(stack.A.to(dtype), stack.B.to(dtype), stack.D)
+        if not any(t.is_inference() for t in sources):
+            order.kept[id(self)] = Kept(sources, [t._version for t in sources], stack)
+        return stack
 
     def _is_short(self, slot: Slot) -> bool:
         """Is the task's update one product of A and B, of the layer's very input?"""
         return slot.down.start is None and not (self.training and slot.down.dropout)
 
     def _together(
-        self, mix: Mix, terms: list[Terms], input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, mix: Mix, slots: list[Slot], input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         weights = mix.weights
         if mix.rows is not None:
             weights = weights.view(len(weights), *[1] * (input.dim() - 2), -1)
+        terms = [self._terms(slot) for slot in slots]
         return self._low_rank(input, *together(terms, weights), args, kwargs)
 
     def _terms(self, slot: Slot) -> Terms:

@@ -215,7 +215,7 @@ def _plain(
 
 
 # `Function.apply` without its look at the signature of `forward`, which takes longer than all the rest of it.
-_apply = super(torch.autograd.Function, LowRank).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, LowRank).apply
 
 
 def compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:

@@ -15,6 +15,7 @@ training on short rows.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,14 @@ class Terms(NamedTuple):
     D: Tensor | None
 
 
+class Stack(NamedTuple):
+    """The tasks of a layer: A (n, R, in), B (n, out, R) times C, D (n, out) or None."""
+
+    A: Tensor
+    B: Tensor
+    D: Tensor | None
+
+
 class Sorting(NamedTuple):
     """The rows of a batch by task. The last task may be none, the base model.
 
@@ -41,6 +50,7 @@ class Sorting(NamedTuple):
         place: (rows,) where each row is in the flattened `members`.
         blocks: do the tasks follow each other in order, with equally many rows each?
         none: does some row use none?
+        kept: what layers derived for inference under this route, by `id(layer)`.
     """
 
     task: Tensor
@@ -48,6 +58,7 @@ class Sorting(NamedTuple):
     place: Tensor
     blocks: bool
     none: bool
+    kept: dict[int, Kept]
 
 
 def sorting(rows: Sequence[Sequence[int]], device: torch.device) -> Sorting:
@@ -73,6 +84,7 @@ def sorting(rows: Sequence[Sequence[int]], device: torch.device) -> Sorting:
         place=tensor([order[row][0] * most + order[row][1] for row in range(len(order))]),
         blocks=flat == list(range(len(order))),
         none=none,
+        kept={},
     )
 
 
@@ -89,32 +101,32 @@ def together(terms: Sequence[Terms], weights: Tensor) -> tuple[Tensor, Tensor, T
     return torch.cat([t.A for t in terms]), torch.cat([t.B for t in terms], 1), C, D
 
 
-def per_row(terms: Sequence[Terms], order: Sorting, dims: int) -> tuple[Tensor, Tensor, None, Tensor | None]:
-    """A (n, R, in), B (n, out, R) and D (rows, 1, …, out) for a batch with so many dimensions."""
-    A, B, C, D = stacked(terms, order.none)
-    B = C * B
+def per_row(stack: Stack, order: Sorting, dims: int) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    """A (n, R, in), B (n, out, R), C and D (rows, 1, …, out) for a batch with so many dimensions."""
+    A, B = stack.A, stack.B
     if not order.blocks:
         A, B = A.index_select(0, order.task), B.index_select(0, order.task)
-    if D is not None:
-        D = D.index_select(0, order.task).view(-1, *[1] * (dims - 2), D.shape[1])
-    return A, B, None, D
+    return A, B, None, _of_rows(stack.D, order, dims)
 
 
-def grouped(u: Tensor, b: Tensor | None, x: Tensor, terms: Sequence[Terms], order: Sorting) -> Tensor:
+def grouped(u: Tensor, b: Tensor | None, x: Tensor, stack: Stack, order: Sorting) -> Tensor:
     """y of the rows x (rows, …, in) under each row's task, given u (rows, …, out). For inference: writes into u."""
-    A, B, C, D = stacked(terms, order.none)
     tasks, most = order.members.shape
     each = x.index_select(0, order.members.flatten()).to(u.dtype).reshape(tasks, -1, x.shape[-1])
-    h = torch.bmm(each, A.to(u.dtype).mT).mul_(C.to(u.dtype))
-    added = torch.bmm(h, B.to(u.dtype).mT).view(tasks * most, *u.shape[1:]).index_select(0, order.place)
+    h = torch.bmm(each, stack.A.to(u.dtype).mT)
+    added = torch.bmm(h, stack.B.to(u.dtype).mT).view(tasks * most, *u.shape[1:]).index_select(0, order.place)
+    D = _of_rows(stack.D, order, u.dim())
     if D is not None:
-        D = D.index_select(0, order.task).view(-1, *[1] * (u.dim() - 2), u.shape[-1]).to(u.dtype)
-        u = torch.addcmul(u, u if b is None else u - b.to(u.dtype), D)
+        u = torch.addcmul(u, u if b is None else u - b.to(u.dtype), D.to(u.dtype))
     return u.add_(added)
 
 
-def stacked(terms: Sequence[Terms], none: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A (n, R, in), B (n, out, R), C (n, 1, 1), D (n, out) of tasks, padded to one rank, and of none."""
+def _of_rows(D: Tensor | None, order: Sorting, dims: int) -> Tensor | None:
+    return None if D is None else D.index_select(0, order.task).view(-1, *[1] * (dims - 2), D.shape[1])
+
+
+def stacked(terms: Sequence[Terms], none: bool) -> Stack:
+    """The terms of tasks, padded to one rank, and of none."""
     R = max(t.A.shape[0] for t in terms)
     As, Bs, Cs = [t.A for t in terms], [t.B for t in terms], [t.C for t in terms]
     if any(A.shape[0] < R for A in As):
@@ -126,9 +138,24 @@ def stacked(terms: Sequence[Terms], none: bool) -> tuple[Tensor, Tensor, Tensor,
         Ds = [zero if t.D is None else t.D for t in terms] + ([zero] if none else [])
     if none:
         As, Bs, Cs = ([*ts, torch.zeros_like(ts[0])] for ts in (As, Bs, Cs))
-    return (
-        torch.stack(As),
-        torch.stack(Bs),
-        torch.stack(Cs).view(-1, 1, 1),
-        None if Ds is None else torch.stack(Ds),
-    )
+    B = torch.stack(Cs).view(-1, 1, 1) * torch.stack(Bs)
+    return Stack(torch.stack(As), B, None if Ds is None else torch.stack(Ds))
+
+
+class Kept(NamedTuple):
+    """A layer's Stack, for as long as nothing that it was made from is replaced or written to.
+
+    Writing through `parameter.data` leaves no mark on the parameter's version and is not seen; a route set anew
+    starts without anything kept.
+    """
+
+    sources: list[Tensor]
+    versions: list[int]
+    stack: Stack
+
+    def holds(self, sources: list[Tensor]) -> bool:
+        return (
+            len(sources) == len(self.sources)
+            and all(map(operator.is_, sources, self.sources))
+            and [t._version for t in sources] == self.versions
+        )
