@@ -161,3 +161,14 @@ def test_an_ensemble_by_vmap(dora: bool) -> None:
     many = torch.func.vmap(lambda *given: torch.func.functional_call(hollow, given, (x,)))(*tensors)
     for model, y in zip(models, many, strict=True):
         torch.testing.assert_close(model(x), y)
+
+
+def test_a_weight_written_behind_torchs_back_is_seen_at_the_next_switch_of_mode() -> None:
+    """`weight.data.copy_(…)`, as older loaders do, leaves no mark on the weight."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 4), torch.randn(2, 5)
+    inject(layer, AdapterConfig(r=2, dora=True))
+    layer(x)
+    layer.weight.data.mul_(3)
+    layer.eval()
+    assert torch.equal(layer(x), copy.deepcopy(layer)(x))

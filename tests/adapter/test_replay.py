@@ -245,6 +245,17 @@ def test_a_replay_of_several_threads_forwards_raises(net: Net) -> None:
         results[0].sum().backward()
 
 
+@pytest.mark.parametrize("how", [non_reentrant, reentrant])
+def test_a_replay_of_a_task_that_was_removed_raises(net: Net, how: Run) -> None:
+    """A layer without the task would run its base, and the layers before it would get its gradients."""
+    net.how = how
+    with route(net, "a"):
+        loss = net(leaf()).square().sum()
+    remove(net, "a")
+    with pytest.raises(RouteError, match="under task 'a', which was removed"):
+        loss.backward()
+
+
 def test_one_route_needs_no_history(net: Net) -> None:
     """As long as nothing is switched, replays in any thread are plain."""
     for task in "ab":
@@ -269,7 +280,6 @@ def test_history_stays_small(net: Net) -> None:
     assert len(numbers) == len(tasks) < 20
 
 
-@tracing
 def test_history_keeps_few_tensors(net: Net) -> None:
     """What a route of rows derives for its layers is let go soon, though the route itself is remembered."""
     with route(net, ["a", "b", None]):
@@ -288,6 +298,7 @@ def test_history_keeps_few_tensors(net: Net) -> None:
         torch.testing.assert_close(got[name], gradient)
 
 
+@tracing
 @pytest.mark.parametrize("how", [non_reentrant, reentrant])
 def test_compiled_blocks(net: Net, how: Run) -> None:
     """A compiled layer cannot ask what its forward saw; the outputs' hooks tell it."""

@@ -136,7 +136,8 @@ class DenseGraft(Graft):
     def _squared_rows(self, device: torch.device) -> Tensor:
         """‖W‖² row by row, (out,), kept while W is frozen and unchanged.
 
-        Writing through `weight.data` leaves no mark on W and is not seen; write under `torch.no_grad()`.
+        Writing through `weight.data` leaves no mark on W and is seen after the next `train()` or `eval()` alone;
+        write under `torch.no_grad()` instead.
         """
         W = self.weight
         if torch.compiler.is_compiling() and self._is_dense(W):
@@ -161,6 +162,10 @@ class DenseGraft(Graft):
             return False
         shape = self.matrix_shape()
         return W.numel() == math.prod(shape) and self.as_matrix(W).shape == shape
+
+    def train(self, mode: bool = True) -> Any:
+        self.__dict__.pop("_orbit_w2", None)
+        return super().train(mode)
 
     # -- what Graft asks of a kind ---------------------------------------------------------------------------
 

@@ -280,6 +280,12 @@ class RouteState:
                 break
         else:
             route = self._history.route_of_replay()
+        for task in names_in(route):
+            if task not in self.configs:
+                raise RouteError(
+                    f"a forward is replayed that ran under task {task!r}, which was removed since; remove it after "
+                    "the backward pass"
+                )
         return None if self.merged is not None else plan_of(route, layer)
 
     def _check(self, route: Route) -> None:
