@@ -417,9 +417,9 @@ class Graft(nn.Module):
         super()._apply(fn, recurse)
         for name, parameter in aside.items():
             moved = self._buffers[name]
-            if torch._has_compatible_shallow_copy_type(parameter, moved):
+            if moved is not None and torch._has_compatible_shallow_copy_type(parameter, moved):
                 parameter.data = moved.detach()
-                self._buffers[name] = parameter  # type: ignore[assignment]
+                self._buffers[name] = parameter
         if isinstance(self._orbit_plan, Mix):  # its weights lie on the former device
             self._orbit_route.attach(self)
         return self

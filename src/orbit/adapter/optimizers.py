@@ -148,8 +148,8 @@ class TaskOptimizers(Optimizer):
         total = counts.sum()
         loss = sums.sum() / torch.where(total > 0, total, 1.0)
         if loss.grad_fn is not None:
-            units = {task: counts[rows].sum() for task, rows in _rows_of(names).items()}
-            loss.grad_fn.register_prehook(functools.partial(self._count, units))
+            of_tasks = {task: counts[rows].sum() for task, rows in _rows_of(names).items()}
+            loss.grad_fn.register_prehook(functools.partial(self._count, of_tasks))
         return Outcome(loss, total)
 
     def _count(self, units: Mapping[str, Tensor], *grads: Tensor) -> None:
