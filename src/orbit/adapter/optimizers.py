@@ -28,6 +28,9 @@ last bit: parameters, optimizer state and schedule.
 ('math', 'law')
 ('math',)
 
+Under DDP (`find_unused_parameters=True`) n_t is over all ranks, as N has to be: each rank's loss is
+Σ_i u_i·l_i/N times the number of ranks, by which DDP divides.
+
 In an Engine it stands where an optimizer does, and the loop's body is
 `engine.step_on(optimizer.outcome(losses, rows, labels != -100))`.
 """
@@ -40,12 +43,14 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orbit.adapter.errors import ConfigError, TaskError
 from orbit.adapter.plan import PerRow
 from orbit.core.outcome import Outcome
+from orbit.core.runtime import world_size
 
 Rows = Sequence["str | None"] | PerRow
 
@@ -195,10 +200,20 @@ class TaskOptimizers(Optimizer):
         return result
 
     def _read_units(self) -> dict[str, float]:
-        """n_t on the host: one wait a step."""
-        if not self._units:
-            return {}
-        return dict(zip(self._units, torch.stack([*self._units.values()]).tolist(), strict=True))
+        """n_t on the host, over all ranks: one wait a step."""
+        if world_size() == 1:
+            if not self._units:
+                return {}
+            return dict(zip(self._units, torch.stack([*self._units.values()]).tolist(), strict=True))
+        # A rank without a row of a task gets the task's gradient from the others, and must scale it as they do.
+        device = _parameters(next(iter(self._optimizers.values())))[0].device
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        total = torch.zeros(len(self._optimizers), dtype=exact, device=device)
+        for index, task in enumerate(self._optimizers):
+            total[index] += self._units.get(task, 0.0)
+        dist.all_reduce(total)
+        units = dict(zip(self._optimizers, total.tolist(), strict=True))
+        return units if any(units.values()) else {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient, and the window that they are of."""
