@@ -137,11 +137,15 @@ class DenseGraft(Graft):
         )
 
     def _squared_rows(self, device: torch.device) -> Tensor:
-        """‖W‖² row by row, (out,), kept while W is frozen and unchanged."""
+        """‖W‖² row by row, (out,), kept while W is frozen and unchanged.
+
+        Writing through `weight.data` leaves no mark on W and is seen after the next `train()` or `eval()` alone;
+        write under `torch.no_grad()` instead.
+        """
         W = self.weight
         if torch.compiler.is_compiling() and self._is_dense(W):
             return dora.squared_rows(self.as_matrix(W))  # fused with the product that needs W anyway
-        keep = not W.requires_grad and not W.is_inference()
+        keep = not (W.requires_grad or W.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(W))
         mark = (W._version, W.dtype, W.data_ptr() if self._is_dense(W) else None) if keep else None
         ref, seen, w2 = self.__dict__.get("_orbit_w2", (None, None, None))
         if keep and ref is not None and ref() is W and seen == mark:
@@ -163,11 +167,19 @@ class DenseGraft(Graft):
         shape = self.matrix_shape()
         return W.numel() == math.prod(shape) and self.as_matrix(W).shape == shape
 
+    def train(self, mode: bool = True) -> Any:
+        self.__dict__.pop("_orbit_w2", None)
+        return super().train(mode)
+
     # -- what Graft asks of a kind ---------------------------------------------------------------------------
 
     def new_slot(self, config: LayerConfig) -> Slot:
         """Fresh owners: ΔW = 0, g = 1, m = ‖W‖. float32 beside half-precision and quantised weights."""
         W = self.weight
+        if W.is_complex():
+            raise GraftError(
+                f"its weight is {str(W.dtype).removeprefix('torch.')}; only real ones have an update here"
+            )
         dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
         device = execution_device(self)
         A, B = self.fresh(config.r, device=device, dtype=dtype)

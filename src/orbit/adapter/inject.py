@@ -277,12 +277,18 @@ def check_gradients(model: nn.Module, *, may_be_empty: bool = False) -> None:
     state = find_state(model)
     if state is None:
         return
-    owned: dict[str, list[nn.Parameter]] = {task: [] for task in state.configs}
-    for layer in state.layers():
-        for task in layer.slots():
-            owned[task] += [p for owner in layer.owners(task).values() for p in owner.parameters()]
-    routed = {task for task in state.routed if task in owned}
+    routed = {task for task in state.routed if task in state.configs}
     state.routed.clear()
+    owned = {
+        task: [
+            p
+            for layer in state.layers()
+            if task in layer.slots()
+            for owner in layer.owners(task).values()
+            for p in owner.parameters()
+        ]
+        for task in routed or state.configs
+    }
     if not routed:
         routed = {task for task, found in owned.items() if any(p.grad is not None for p in found)}
     if not routed:
