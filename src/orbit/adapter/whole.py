@@ -181,7 +181,7 @@ class WholeGraft(Graft):
             if isinstance(site, ParameterSite) and not site.slots():
                 self._orbit_route.detach(site)
                 self._bank(SITES).discard(name)
-            if SITES in self._modules and not len(self._bank(SITES)):
+        if SITES in self._modules and not len(self._bank(SITES)):
             del self._modules[SITES]
         super().drop_task(task)
 
