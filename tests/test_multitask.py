@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import orbit.multitask as LoRA
+from orbit import adapter
 from orbit.adapter import ConfigError, StateError, TaskError, kinds
 
 
@@ -280,3 +281,70 @@ def test_a_training_runs_checkpoint_holds_base_and_tasks(tmp_path: Path) -> None
     second.load(tmp_path / "run.pt")
     assert torch.equal(second.model(x, task="a"), first.model(x, task="a"))
     assert not torch.equal(second.model(x, task="a"), second.model(x))
+
+
+def test_files_have_the_models_own_names(tmp_path: Path) -> None:
+    """What is written is an adapter of the wrapped model, and what was written for that is read."""
+    model, x = make()
+    model.add_task("a")
+    fill(model, "a")
+    adapter.save(model, tmp_path / "a", "a")
+    plain = make()[0].model
+    adapter.load(plain, tmp_path / "a")
+    assert torch.equal(plain(x), model(x, task="a"))
+    empty = make()[0]
+    adapter.load(empty, tmp_path / "a", "b")
+    assert torch.equal(empty(x, task="b"), model(x, task="a"))
+    empty.add_task("c")
+    adapter.load(empty, tmp_path / "a", "b")
+    empty.remove_task("b")
+    assert torch.equal(empty(x, task="c"), model(x))
+
+
+def test_merged_weights_under_the_models_own_names() -> None:
+    (model, x), fresh = make(), make()[0].model
+    model.add_task("a")
+    fill(model, "a")
+    fresh.load_state_dict(adapter.merged_state_dict(model, "a"))
+    torch.testing.assert_close(fresh(x), model(x, task="a"))
+
+
+def test_tasks_that_were_added_to_what_the_model_is_part_of() -> None:
+    body, x = make()
+    whole = nn.Sequential(body)
+    adapter.inject(whole, adapter.AdapterConfig(r=2), "a")
+    fill(body, "a")
+    assert body.tasks == ("a",)
+    assert torch.equal(body(x, task="a"), whole(x, task="a"))
+    assert torch.equal(body(x, tasks=["a"]), whole(x, tasks=["a"]))
+    with pytest.raises(TaskError, match="no task 'b'"):
+        body(x, task="b")
+
+
+def test_ranks_that_fit_layers_of_like_names(tmp_path: Path) -> None:
+    """A pattern for "1" would match "0.1" too."""
+    module = nn.Sequential(nn.Sequential(nn.Tanh(), nn.Linear(12, 12)), nn.Linear(12, 2))
+    model, x = LoRA.Model(copy.deepcopy(module)), torch.randn(3, 12)
+    model.add_task("a")
+    ranks = [layer.settings("a").r for layer in adapter.task_layers(model, "a").values()]
+    assert ranks == [8, 2]
+    fill(model, "a")
+    adapter.load(module, adapter.save(model, tmp_path / "a", "a"))
+    assert torch.equal(module(x), model(x, task="a"))
+    bare, one = nn.Linear(4, 3), torch.randn(2, 4)
+    small = LoRA.Model(copy.deepcopy(bare))
+    small.add_task("a")
+    fill(small, "a")
+    adapter.load(bare, adapter.save(small, tmp_path / "b", "a"))
+    assert torch.equal(bare(one), small(one, task="a"))
+
+
+def test_a_merged_task_is_not_loaded_into() -> None:
+    model, _ = make()
+    model.add_task("a")
+    state = model.state_dict(task="a")
+    adapter.merge(model, "a")
+    with pytest.raises(adapter.MergeError, match="unmerge it first"):
+        model.load_state_dict(state, task="a")
+    adapter.unmerge(model)
+    model.load_state_dict(state, task="a")

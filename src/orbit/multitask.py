@@ -38,6 +38,7 @@ from orbit.adapter import (
     set_route,
 )
 from orbit.adapter.inject import base_parameters
+from orbit.adapter.merge import refuse_merged
 from orbit.adapter.reach import fitting_ranks
 
 __all__ = ["Model", "register_base_module_wrapper"]
@@ -68,11 +69,14 @@ class Model(nn.Module):
         AdapterConfig(**self._settings)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward. `task=` and `tasks=` are taken before, where there is any task."""
-        for argument in ("task", "tasks"):
-            if kwargs.pop(argument, None) is not None:
-                raise TaskError(f"{argument}= names a task and the model has none; add_task(name) first")
-        return self.model(*args, **kwargs)
+        """The model's own forward. `task=` and `tasks=` are taken before, if the tasks were added here."""
+        given = {key: kwargs.pop(key) for key in ("task", "tasks") if key in kwargs}
+        if not any(way is not None for way in given.values()):
+            return self.model(*args, **kwargs)
+        if not self.tasks:
+            raise TaskError(f"{', '.join(given)}= names a task and the model has none; add_task(name) first")
+        with adapter.route(self, **given):  # they were added to a module that this one is part of
+            return self.model(*args, **kwargs)
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
@@ -93,7 +97,7 @@ class Model(nn.Module):
         """
         config = AdapterConfig(**{**self._settings, **settings})
         if "r" not in settings:
-            config = fitting_ranks(self, config)
+            config = fitting_ranks(self, config, _INNER)
         report = adapter.inject(self, config, name, freeze_base=False)
         set_route(self, None)
         return report
@@ -161,7 +165,7 @@ class Model(nn.Module):
         """Set the base's parameters and buffers, or one task's.
 
         Raises:
-            TaskError: no such task.
+            TaskError: no such task. MergeError: it is merged.
             StateError: the task's tensors are missing, there are others, or they have other shapes.
             RuntimeError: the same of the base's, from torch.
         """
@@ -183,6 +187,7 @@ class Model(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool, assign: bool, task: str
     ) -> _IncompatibleKeys:
         own = self._task_state(task)
+        refuse_merged(self, task)
         missing = [key for key in own if key not in state_dict]
         unexpected = [key for key in state_dict if key not in own]
         wrong = [key for key in own if key in state_dict and _shape(state_dict[key]) != _shape(own[key])]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -220,3 +223,17 @@ def test_experts_and_projections_are_judged_one_by_one(fill: Fill) -> None:
     inject(attends, AdapterConfig(r=2, targets=("layer",)))
     names = {found.layer for found in LoRADiagnoser(attends).report()}
     assert names == {"layer.in_proj_weight", "layer.out_proj"}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_diagnoser_is_copied_with_its_model(copied: Any, fill: Fill) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject(model, AdapterConfig(r=2))
+    fill(model)
+    doctor = LoRADiagnoser(model)
+    before = doctor.report()
+    twin = copied(doctor)
+    assert twin.report() == before
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert twin.report() == before != doctor.report()

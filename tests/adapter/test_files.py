@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,19 @@ from orbit.adapter import (
     AdapterError,
     AdapterFileError,
     ConfigError,
+    GraftError,
+    LoRADiagnoser,
+    MergeError,
+    combine,
     inject,
     load,
+    merge,
     save,
+    set_route,
     task_config,
     task_layers,
     tasks,
+    unmerge,
 )
 from orbit.adapter.files import CONFIG, WEIGHTS
 from orbit.adapter.peft_config import from_peft, to_peft
@@ -284,6 +293,7 @@ def test_configs_that_do_not_fit_are_refused(
 
 def test_files_that_cannot_be_read_are_refused(llama: Make, saved: Path, tmp_path: Path) -> None:
     refuses(llama, tmp_path / "nowhere", "there is no file .*nowhere")
+    refuses(llama, Path("someone/adapter"), "there is no file .*adapter_model.safetensors; a name on the Hub")
     weights = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(weights[: len(weights) // 2])
     refuses(llama, saved, "cannot be read")
@@ -433,3 +443,165 @@ def test_a_deeply_nested_config_is_refused(llama: Make, saved: Path) -> None:
     for text in ("[" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, (saved / CONFIG).read_text()[:-20]):
         (saved / CONFIG).write_text(text)
         refuses(llama, saved, "nested too deeply|not JSON")
+
+
+def test_a_classifiers_file(tmp_path: Path) -> None:
+    """PEFT lists "classifier" and "score" for every classifier; the model has one of them."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        return LlamaForSequenceClassification(
+            LlamaConfig(vocab_size=64, num_hidden_layers=1, pad_token_id=0, **sizes)
+        ).eval()
+
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(make(), config).eval()
+    with torch.no_grad():
+        theirs.base_model.model.score.modules_to_save["default"].weight.add_(0.1)
+    theirs.save_pretrained(tmp_path)
+    model, tokens = make(), torch.randint(1, 64, (3, 5))
+    assert load(model, tmp_path).layers == ("model.layers.0.self_attn.q_proj", "score")
+    torch.testing.assert_close(logits(model, tokens), logits(theirs, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("there", "written"), [("kaiming", "pissa"), ("pissa", True), ("pissa", "olora"), ("olora", "gaussian")]
+)
+def test_a_start_is_not_mixed_with_factors_that_were_not_counted_from_it(
+    there: str, written: Any, llama: Make, tmp_path: Path
+) -> None:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(init_lora_weights=written, **settings))
+    theirs.save_pretrained(tmp_path)
+    model = llama()
+    inject(model, AdapterConfig(r=4, alpha=8, targets=("q_proj",), init=there))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(AdapterFileError, match="the start .* load under another name"):
+        load(model, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    load(model, tmp_path, "another")
+
+
+def test_a_task_that_only_runs_does_not_stop_a_head_from_training(
+    llama: Make, saved: Path, tmp_path: Path
+) -> None:
+    model = llama()
+    inject(model, AdapterConfig(r=2, targets=("q_proj",)), "mine")
+    model.lm_head.weight.requires_grad_(True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    load(model, saved, "reference")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    load(model, saved, "more", trainable=True)
+    assert not model.lm_head.weight.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_embeddings_that_were_saved_beside_the_adapter(llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(), config).eval()
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / WEIGHTS)
+    model = llama()
+    load(model, tmp_path)
+    torch.testing.assert_close(logits(model, tokens), logits(theirs, tokens), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        (other := llama()).lm_head.weight[0, 0] += 1
+    with pytest.raises(AdapterFileError, match="lm_head.weight is unexpected"):
+        load(other, tmp_path)
+
+
+def test_a_new_task_is_refused_where_inject_refuses_it(mlp: Make, tmp_path: Path) -> None:
+    model = mlp()
+    inject(model, AdapterConfig(r=2))
+    save(model, tmp_path / "a")
+    with _one_process(tmp_path):
+        parallel = nn.parallel.DistributedDataParallel(model)
+        load(parallel, tmp_path / "a")
+        with pytest.raises(GraftError, match="DistributedDataParallel"):
+            load(parallel, tmp_path / "a", "new", trainable=True)
+    assert tasks(model) == ("default",)
+
+
+@contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_names_are_those_without_wrappers(
+    llama: Make, fill: Callable[..., None], tokens: Tensor, tmp_path: Path
+) -> None:
+    model = llama()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    targets = ("layers.0.self_attn.q_proj", "layers.*.mlp.up_proj", "re:model.layers.0.mlp.gate_proj")
+    inject(model, AdapterConfig(r=4, targets=targets, rank_pattern={"layers.0.self_attn.q_proj": 2}), "a")
+    inject(model, AdapterConfig(r=3, targets=("q_proj",)), "b")
+    assert [layer.settings("a").r for layer in task_layers(model, "a").values()] == [2, 4, 4, 4]
+    fill(model)
+    combine(model, {"a": 1.0, "b": -1.0}, "both")
+    for task in ("a", "both"):
+        set_route(model, task)
+        fresh = llama()
+        load(fresh, save(model, tmp_path / task, task))
+        torch.testing.assert_close(logits(fresh, tokens), logits(model, tokens), rtol=0, atol=1e-5)
+        theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / task)
+        torch.testing.assert_close(logits(theirs, tokens), logits(model, tokens), rtol=0, atol=1e-5)
+
+
+def test_many_write_one_folder(mlp: Make, tmp_path: Path) -> None:
+    """As the ranks of a run do, if each of them saves."""
+    model = mlp()
+    inject(model, AdapterConfig(r=2))
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(8):
+            paths = [tmp_path / str(turn)] * 8
+            assert list(pool.map(lambda path: save(model, path), paths)) == paths
+            assert sorted(os.listdir(paths[0])) == [CONFIG, WEIGHTS]
+
+
+def test_a_rank_that_is_larger_than_a_small_layer(mlp: Make, tmp_path: Path) -> None:
+    """PEFT gives every layer of target_modules="all-linear" the same, as the gate of a shared expert, 32 -> 1."""
+    config = peft.LoraConfig(r=4, target_modules=["2", "3"], init_lora_weights=False)
+    theirs = peft.get_peft_model(mlp(), config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    model, x = mlp().eval(), torch.randn(2, 6)
+    load(model, tmp_path / "a", trainable=True)
+    torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=1e-5)
+    again = peft.PeftModel.from_pretrained(mlp(), save(model, tmp_path / "b")).eval()
+    torch.testing.assert_close(model(x), again(x), rtol=0, atol=1e-5)
+    expected = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    unmerge(model)
+    assert combine(model, {"default": 2.0}, "twice").layers["3"].rank == 3
+    assert len(LoRADiagnoser(model, "default").report().layers) == 2
+
+
+def test_a_merged_task_is_not_loaded_into(llama: Make, saved: Path, tmp_path: Path) -> None:
+    model = llama()
+    load(model, saved)
+    merge(model, "default")
+    with pytest.raises(MergeError, match="'default' is merged into the weights.*unmerge it first"):
+        load(model, saved)
+    unmerge(model)
+    load(model, saved)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+def test_a_grouped_convolution_of_pefts_is_refused_with_the_reason(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    peft.get_peft_model(make(), config).save_pretrained(tmp_path)
+    model = make()
+    with pytest.raises(AdapterFileError, match="groups=2, and PEFT's A sees all channels"):
+        load(model, tmp_path)
+    assert tasks(model) == ()

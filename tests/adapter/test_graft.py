@@ -20,6 +20,7 @@ from orbit.adapter import (
     TaskError,
     adapter_parameters,
     inject,
+    merge,
     remove,
     route,
     set_route,
@@ -398,3 +399,14 @@ def test_complex_layers_are_refused() -> None:
     with pytest.raises(GraftError, match="layer '0' cannot be adapted: its weight is complex64"):
         inject(model, AdapterConfig(r=2))
     assert type(model[0]) is nn.Linear
+
+
+def test_repr_shows_names_as_they_were_given_and_what_holds(mlp: Make) -> None:
+    model = mlp()
+    inject(model, AdapterConfig(r=2, alpha=7, dropout=0.25, rslora=True, targets=("0",)), "a.b/c")
+    assert "(a.b/c): Down(2x6, dropout=0.25)" in repr(model)
+    assert "(a.b/c): Up(10x2, alpha=7, rslora)" in repr(model)
+    assert "merged" not in repr(model)
+    merge(model.eval(), "a.b/c")
+    assert "merged='a.b/c'" in repr(model[0])
+    assert "merged" not in repr(model[2])

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from orbit.adapter import (
     ConfigError,
     TaskError,
     base_state_dict,
+    load_lora,
     merge_lora,
     remove,
     save_lora,
@@ -129,3 +131,11 @@ def test_orbit_model_lists_them_and_imports_them_when_asked() -> None:
         "from orbit.model import Conv2dLoRA; assert 'orbit.adapter.layers' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_net_with_dropout_is_one_task(tmp_path: Path) -> None:
+    """An embedding has no dropout to differ in."""
+    net = nn.Sequential(EmbeddingLoRA(9, 8, r=2), LinearLoRA(8, 6, r=3, lora_dropout=0.5))
+    assert task_config(net, "default").dropout == 0.5
+    save_lora(net, tmp_path / "a")
+    load_lora(net, tmp_path / "a")

@@ -161,3 +161,21 @@ def test_the_adapter_is_written_at_every_epochs_end(tmp_path: Path) -> None:
     outputs = [m.eval()(data()[0][0]) for m in (model, fresh)]
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0], net()(data()[0][0]))
+
+
+def test_a_task_that_no_call_used_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    """Two plugins: the second one's task is current."""
+    model = net()
+    plugins = [LoRA(r=2, name="first"), LoRA(r=2, name="second")]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    engine = Engine(model, optimizer, nn.MSELoss(), plugins=plugins, device="cpu")
+    for _ in engine.train(data(), num_epochs=1):
+        engine.auto_update()
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "task 'first' got no gradient in this run: no call used it. The current route is 'second'; call "
+        "model(..., task='first') or set_route"
+    ]
+    caplog.clear()
+    for _ in engine.train(data(), num_epochs=2):
+        engine.update((model(engine.data, task=["first", "second"] * 3) - engine.target).square().mean())
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

@@ -46,6 +46,7 @@ from orbit.adapter.inject import inject, remove, set_trainable, task_layers, tas
 from orbit.adapter.matrices import SUMS, Factors, norm_of_product, svd, svd_of_product, truncated
 from orbit.adapter.offload import weights_at_hand
 from orbit.adapter.owners import Slot, check_task_name
+from orbit.adapter.patterns import clean
 from orbit.adapter.route import state_of
 from orbit.adapter.whole import ParameterSite
 
@@ -280,7 +281,7 @@ def _add(model: nn.Module, name: str, made: Mapping[str, Factors], layers: Mappi
     for path, one in made.items():
         ranks[names[path]] = max(ranks.get(names[path], 0), one.A.shape[-2])
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
+    pattern = {f"^{re.escape(clean(path))}": rank for path, rank in ranks.items() if rank != usual}
     alone = {path for path in made if names[path] == path and isinstance(layers[path], ParameterSite)}
     config = AdapterConfig(
         r=usual,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orbit.adapter.errors import ConfigError
-from orbit.adapter.patterns import Pattern
+from orbit.adapter.patterns import Pattern, clean
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 STARTS_FROM_WEIGHT = ("pissa", "olora")
@@ -132,7 +132,8 @@ class AdapterConfig:
                         f"{label} is {getattr(first, label)} in one layer and {getattr(other, label)} in another"
                     )
         # The first pattern that matches counts, and "0" matches "1.0" too: longer names first.
-        names = sorted(layers, key=len, reverse=True)
+        settings = {clean(name): config for name, config in layers.items()}
+        names = sorted(settings, key=len, reverse=True)
         return cls(
             r=first.r,
             alpha=first.alpha,
@@ -141,8 +142,8 @@ class AdapterConfig:
             rslora=first.rslora,
             gated=first.gated,
             targets=tuple(layers),
-            rank_pattern={re.escape(name): layers[name].r for name in names},
-            alpha_pattern={re.escape(name): layers[name].alpha for name in names},
+            rank_pattern={re.escape(name): settings[name].r for name in names},
+            alpha_pattern={re.escape(name): settings[name].alpha for name in names},
         )
 
     def at(self, layer: str) -> LayerConfig:
@@ -193,7 +194,7 @@ def _names(label: str, value: Any) -> tuple[str, ...]:
 
 def _lookup(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
     for key, value in pattern.items():
-        if _layer_pattern(key).fullmatch(layer):
+        if _layer_pattern(key).fullmatch(clean(layer)):
             return value
     return default
 

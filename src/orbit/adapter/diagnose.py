@@ -124,7 +124,10 @@ class Diagnosis:
 
 @dataclass
 class LoRADiagnoser:
-    """Look at a task, as often as wanted, also in the middle of training (best between backward and zero_grad).
+    """Look at a task, as often as wanted, also in the middle of training.
+
+    There are gradients between backward and zero_grad only: in a trainer's loop, inside a plugin's
+    `on_before_optimizer_step`.
 
     Args:
         model: a model with the task.
@@ -157,6 +160,12 @@ class LoRADiagnoser:
                 raise ConfigError(f"{label} must not be negative, got {getattr(self, label)!r}")
         self.name = one_task(unwrapped(self.model), self.name)
         task_layers(unwrapped(self.model), self.name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_norms": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _norms=weakref.WeakKeyDictionary())
 
     def report(self) -> Diagnosis:
         """The task as it is now. Layers where it is a module of its own are left out.

@@ -30,13 +30,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from orbit.adapter.config import AdapterConfig
+from orbit.adapter.config import STARTS_FROM_WEIGHT, AdapterConfig
 from orbit.adapter.errors import AdapterFileError
 from orbit.adapter.inject import (
     InjectReport,
+    bare,
     inject,
+    refuse_model,
     remove,
     set_trainable,
     task_config,
@@ -45,16 +46,17 @@ from orbit.adapter.inject import (
     unwrapped,
 )
 from orbit.adapter.kinds import kind_of, own_class
+from orbit.adapter.merge import refuse_merged
 from orbit.adapter.owners import Owner, Tasks
-from orbit.adapter.patterns import Pattern
+from orbit.adapter.patterns import Pattern, clean
 from orbit.adapter.peft_config import from_peft, to_peft
-from orbit.adapter.peft_keys import Named, clean, key_of, named_in, places, targets_of
-from orbit.adapter.route import find_state
+from orbit.adapter.peft_keys import Named, key_of, named_in, places, targets_of
+from orbit.adapter.route import find_state, install, state_of
 from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_COPY = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
+_COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight")
 
 
 def save(
@@ -70,7 +72,7 @@ def save(
         TaskError: no such task. AdapterFileError: `peft=True` for a task that PEFT's format cannot hold. OSError:
         from the file system; then the former content is still there.
     """
-    model = _root(model)
+    model = bare(model)
     path = Path(path)
     config = task_config(model, name)
     layers = places(model, name)
@@ -110,8 +112,9 @@ def load(
     Args:
         model: the base model that the adapter was trained on, with or without other tasks.
         path: a folder in PEFT's format or a `.safetensors` file written by `save`.
-        name: what to call the task; what it was called when saved does not matter.
-        trainable: whether an injected task trains. An existing one keeps its state.
+        name: what to call the task; what it was called when saved does not matter. It becomes current.
+        trainable: whether an injected task trains. An existing one keeps its state. The base model is frozen, unless
+            this task is not to train and the model has others, beside which a head may be training.
 
     Returns:
         The report of the injection, or None if the task was there.
@@ -119,27 +122,34 @@ def load(
     Raises:
         AdapterFileError: naming the key or field that is missing, unexpected, of the wrong shape or not
             finite.
-        ConfigError: a field of PEFT's config cannot be honoured. The model is unchanged.
+        ConfigError: a field of PEFT's config cannot be honoured. GraftError: a new task for a model that is wrapped
+            by DistributedDataParallel or sharded. MergeError: the task is merged. The model is unchanged.
     """
-    model = _root(model)
+    whole, model = unwrapped(model), bare(model)
+    if name not in tasks(model):
+        refuse_model(whole)
     fields, tensors = read(path)
     _check_auto_mapping(path, fields, model)
-    tensors = _without_copies(tensors, {clean(raw): module for raw, module in model.named_modules()})
+    tensors = _without_copies(fields, tensors, {clean(raw): module for raw, module in model.named_modules()})
     if not tensors:
         raise AdapterFileError(f"{path} holds no tensors")
     named = named_in(path, fields, tensors, model)
     config = from_peft(fields, *named)
     _check_coverage(path, fields, named, model)
     if name in tasks(model):
+        refuse_merged(model, name)
         _check_same(path, model, name, config)
         _fill(path, model, name, tensors)
         return None
     with _undone_on_error(model, name), preserved():  # what `inject` draws at random is overwritten at once
-        report = inject(model, config, name)
+        # A task that only runs leaves alone what trains beside others: an unlocked head, say.
+        freeze = trainable or len(tasks(model)) == 0
+        report = inject(model, config, name, freeze_base=freeze, any_rank=_has_ranks(config, tensors))
         if not trainable:
             set_trainable(model, name, False)
             report = replace(report, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
         _fill(path, model, name, tensors)
+    install(whole, state_of(model))
     return report
 
 
@@ -154,6 +164,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     if not weights.is_file():
         pickled = (path / "adapter_model.bin").is_file()
         hint = "; adapter_model.bin is a pickle, convert it to safetensors with PEFT" if pickled else ""
+        if not path.exists() and not path.is_absolute():
+            hint = "; a name on the Hub is downloaded with huggingface_hub.snapshot_download, which gives the folder"
         raise AdapterFileError(f"there is no file {weights}{hint}")
     try:
         with safe_open(weights, "pt") as file:
@@ -186,23 +198,24 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors into the task, if they are exactly those that it has."""
-    own = {
-        key_of(place, end): tensor
+    layers = {
+        key_of(place, end): (layer, tensor)
         for place, layer in places(model, name).items()
         for end, tensor in layer.file_tensors(name).items()
     }
+    own = {key: tensor for key, (_, tensor) in layers.items()}
     theirs = {_plain_key(key): (key, tensor) for key, tensor in tensors.items()}
     for key, tensor in own.items():
         if key not in theirs:
-            if (
-                ".start." in key
-            ):  # PEFT does not write it: `inject` has computed it from the weight, as PEFT would
+            if ".start." in key:  # PEFT does not write it: `inject` has computed it, as PEFT would
                 continue
             raise AdapterFileError(f"{path}: {key} is missing")
         have = theirs[key][1]
         if have.shape != tensor.shape:
+            why = layers[key][0].not_for_peft(name)
             raise AdapterFileError(
-                f"{path}: {key} has shape {tuple(have.shape)}, and the layer with this config has {tuple(tensor.shape)}"
+                f"{path}: {key} has shape {tuple(have.shape)}, and the layer with this config has "
+                f"{tuple(tensor.shape)}{'' if why is None else f'; of a file that PEFT wrote: {why}'}"
             )
     for key, (written, _) in theirs.items():
         if key not in own:
@@ -246,11 +259,17 @@ def _check_auto_mapping(path: Any, fields: Mapping[str, Any], model: nn.Module) 
         )
 
 
-def _without_copies(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Without the weights of an adapted head, which PEFT saves beside its adapter, where the model has the same."""
+def _without_copies(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Without the weights of embedding and head that PEFT saves beside an adapter, where the model has the same."""
+    trained = fields.get("modules_to_save")
+    trained = trained if isinstance(trained, list) else []
 
     def is_copy(key: str, tensor: Tensor) -> bool:
         match = _COPY.fullmatch(key)
+        if match and any(f".{name}." in f".{match['layer']}." for name in trained):
+            return False
         weight = getattr(modules.get(match["layer"]), "weight", None) if match else None
         return (
             isinstance(weight, Tensor)
@@ -292,6 +311,7 @@ def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -
     have = task_layers(model, name)
     for label, theirs, ours in [
         *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated")),
+        ("the start that A and B are counted from", _start(config), _start(own)),
         *((f"rank of {raw}", config.rank_of(raw), own.rank_of(raw)) for raw in have),
         *((f"alpha of {raw}", config.alpha_of(raw), own.alpha_of(raw)) for raw in have),
     ]:
@@ -301,12 +321,17 @@ def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -
             )
 
 
+def _has_ranks(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Are there tensors of the config's ranks? Else it asks for memory that the file itself does not need."""
+    most = max((len(t) for key, t in tensors.items() if "lora_A." in key or key.endswith("_A")), default=0)
+    return max(config.r, *config.rank_pattern.values(), 0) <= most
+
+
+def _start(config: AdapterConfig) -> str:
+    return config.init if config.init in STARTS_FROM_WEIGHT else "none"
+
+
 # -- names ---------------------------------------------------------------------------------------------------
-
-
-def _root(model: nn.Module) -> nn.Module:
-    model = unwrapped(model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _plain_key(key: str) -> str:
@@ -343,7 +368,12 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             write_synced(new / name, content)
         sync_folder(new)
-        os.rename(new, folder)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            _replace_files(folder, files)  # another process has made it meanwhile
     sync_folder(folder.parent)
 
 

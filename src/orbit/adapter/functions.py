@@ -90,6 +90,9 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str], name: str | None =
     Args:
         name: the task; None means the model's only one, else the current one.
 
+    A head that `freeze_backbone_only` has unlocked belongs to the model and not to the task; see `AdapterConfig`'s
+    `save_modules` for one that does.
+
     Raises:
         TaskError: no such task, or several and none current.
     """

@@ -396,6 +396,10 @@ class Graft(nn.Module):
             elif len(absent) < len(wanted):
                 missing_keys.extend(absent)
 
+    def extra_repr(self) -> str:
+        said = [super().extra_repr(), "" if self._orbit_merged is None else f"merged={self._orbit_merged!r}"]
+        return ", ".join(part for part in said if part)
+
     # -- copies ----------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

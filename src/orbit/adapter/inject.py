@@ -59,7 +59,12 @@ class InjectReport:
 
 
 def inject(
-    model: nn.Module, config: AdapterConfig | None = None, name: str = "default", *, freeze_base: bool = True
+    model: nn.Module,
+    config: AdapterConfig | None = None,
+    name: str = "default",
+    *,
+    freeze_base: bool = True,
+    any_rank: bool = False,
 ) -> InjectReport:
     """Graft a new task onto the layers that `config` targets; it becomes current and trainable.
 
@@ -70,6 +75,7 @@ def inject(
         config: settings; by default rank 16 on every linear layer but the head.
         name: the task's name, any non-empty string that the model does not use yet.
         freeze_base: stop the training of every parameter that belongs to no adapter.
+        any_rank: take ranks above min(in, out) of a layer too, which add nothing to it, as PEFT's files may have them.
 
     Raises:
         TargetError, TaskError, ConfigError, GraftError, RouteError: see their messages. The model is
@@ -78,7 +84,7 @@ def inject(
     config = AdapterConfig() if config is None else config
     check_task_name(name)
     model = unwrapped(model)
-    _refuse_model(model)
+    refuse_model(model)
     refuse_packed(model)
     state = find_state(model, name)
     if state is not None and name in state.configs:
@@ -90,7 +96,7 @@ def inject(
     plans, skipped = plan_injection(model, config)
     refuse_preloaded(model, plans)
     state = RouteState() if state is None else state
-    slots = _grafted_slots(plans, state)
+    slots = _grafted_slots(plans, state, any_rank and config.init == "kaiming")
     state.configs[name] = config
     for path, slot in slots.items():
         layer = plans[path].module
@@ -117,7 +123,7 @@ def remove(model: nn.Module, name: str) -> None:
         TaskError: no such task. RouteError: merged or running. GraftError: a layer's class was changed since.
     """
     model = unwrapped(model)
-    _refuse_model(model)
+    refuse_model(model)
     state = _state_with(model, name)
     if state.merged is not None or state.busy:
         raise RouteError(f"task {name!r} cannot be removed while one is merged or the model is running")
@@ -198,9 +204,11 @@ def one_task(model: nn.Module, name: str | None = None) -> str:
     have = tasks(model)
     if name is not None:
         return name
+    if not have:
+        raise TaskError(f"{type(model).__name__} has no adapters; inject some first")
     if len(have) == 1:
         return have[0]
-    current = current_route(model) if have else None
+    current = current_route(model)
     if not isinstance(current, str):
         raise TaskError(f"say which task by name=: the model has {list(have)} and no single one is current")
     return current
@@ -319,6 +327,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model whose names a checkpoint has: inside wrappers of `torch.compile`, DDP and `multitask.Model`."""
+    model = unwrapped(model)
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(model, "checkpoint_module", model)
+
+
 def _state_with(model: nn.Module, name: str) -> RouteState:
     state = state_of(model, name)
     if name not in state.configs:
@@ -336,7 +351,7 @@ def _grafts(model: nn.Module) -> dict[str, Graft]:
     return found
 
 
-def _grafted_slots(plans: dict[str, Planned], state: RouteState) -> dict[str, AnySlot]:
+def _grafted_slots(plans: dict[str, Planned], state: RouteState, any_rank: bool) -> dict[str, AnySlot]:
     """Graft the modules that are not yet, and make each one's owners. If one fails, undo the grafts."""
     new: list[Graft] = []
     slots = {}
@@ -347,7 +362,8 @@ def _grafted_slots(plans: dict[str, Planned], state: RouteState) -> dict[str, An
             if not isinstance(layer, Graft):
                 graft(layer, state)
                 new.append(layer)  # type: ignore[arg-type]
-            check(layer)  # type: ignore[arg-type]
+            if not any_rank:
+                check(layer)  # type: ignore[arg-type]
         for path, (layer, _, make) in plans.items():
             slots[path] = make(layer)  # type: ignore[arg-type]
     except BaseException as error:
@@ -373,7 +389,8 @@ def _close_fast_paths(model: nn.Module) -> None:
                 module.__dict__["_orbit_nested"] = True
 
 
-def _refuse_model(model: nn.Module) -> None:
+def refuse_model(model: nn.Module) -> None:
+    """Raise GraftError for a model that takes no new tasks: wrapped for training in parallel, scripted, PEFT's."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             raise GraftError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orbit.adapter.errors import MergeError, RouteError
 from orbit.adapter.graft import Graft
-from orbit.adapter.inject import base_state_dict, task_layers, tasks, unwrapped
+from orbit.adapter.inject import bare, base_state_dict, task_layers, tasks, unwrapped
 from orbit.adapter.owners import AnySlot, ModuleSlot, Slot
 from orbit.adapter.route import find_state, state_of
 
@@ -89,6 +89,14 @@ def merged(model: nn.Module) -> str | None:
     return None if state is None else state.merged
 
 
+def refuse_merged(model: nn.Module, name: str) -> None:
+    """Raise MergeError if the task is merged: its tensors are not what the model computes with."""
+    if merged(model) == name:
+        raise MergeError(
+            f"task {name!r} is merged into the weights, which loading would not change; unmerge it first"
+        )
+
+
 def merged_state_dict(model: nn.Module, name: str | None = None, *, untie: bool = False) -> dict[str, Tensor]:
     """The state dict of the base model with a task folded in: base names, no adapters.
 
@@ -104,7 +112,7 @@ def merged_state_dict(model: nn.Module, name: str | None = None, *, untie: bool 
     Raises:
         TaskError, MergeError, RouteError: as `merge`, and if another task is merged.
     """
-    model = unwrapped(model)
+    model = bare(model)
     before = merged(model)
     if before is not None and name not in (None, before):
         raise MergeError(f"task {before!r} is merged already; unmerge it first")

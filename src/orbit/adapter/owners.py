@@ -68,6 +68,9 @@ class Down(Owner):
         self.dropout = dropout
         self.start = None
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout={self.dropout}" if self.dropout else super().extra_repr()
+
 
 class Up(Owner):
     """B (out, r), and the scale s = alpha/r or alpha/sqrt(r); of n experts (out, r·n), and the same scale.
@@ -84,6 +87,9 @@ class Up(Owner):
         self.start = None
         self.alpha, self.rslora, self.experts = float(alpha), rslora, experts
         self.register_buffer("scale", self._exact_scale(), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, alpha={self.alpha:g}{', rslora' if self.rslora else ''}"
 
     @property
     def r(self) -> int:
@@ -187,6 +193,11 @@ class Tasks(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    def __repr__(self) -> str:
+        shown = nn.Module.__new__(Tasks)
+        shown.__dict__.update(self.__dict__, _modules={unescape(k): m for k, m in self._modules.items()})
+        return nn.Module.__repr__(shown)
 
 
 def escape(task: str) -> str:

@@ -15,6 +15,18 @@ from orbit.adapter.errors import AdapterError, ConfigError
 BUDGET = 1.0  # seconds for all the matches of one pattern; thousands of names take milliseconds
 
 
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+
+
+def clean(name: str) -> str:
+    """A layer's name without the segments that torch.compile and checkpoint wrappers put in.
+
+    >>> clean("layers.0._orig_mod.q_proj")
+    'layers.0.q_proj'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 class Pattern:
     """A compiled expression.
 

@@ -21,12 +21,12 @@ from orbit.adapter.errors import AdapterFileError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import task_layers
 from orbit.adapter.kinds import kind_of, wrapper_of
+from orbit.adapter.patterns import clean
 from orbit.adapter.targets import nearest
 from orbit.adapter.whole import ParameterSite
 
 PREFIX = "base_model.model"
 _KEY = re.compile(r"(?:(?P<place>.+?)\.)?(?P<end>lora_\w+(?:\.\w+)*)")
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 _OUT = ".base_layer.out_proj"
 
 
@@ -41,11 +41,6 @@ class Named(NamedTuple):
 def key_of(place: str, end: str) -> str:
     """The key of a tensor."""
     return ".".join(part for part in (PREFIX, place, end) if part)
-
-
-def clean(name: str) -> str:
-    """A layer's name without the segments that torch.compile and checkpoint wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def places(model: nn.Module, task: str) -> dict[str, Graft]:
@@ -101,7 +96,8 @@ def named_in(path: Any, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
         for key in module._parameters
     }
     parameters = _suffixed(path, "target_parameters", fields.get("target_parameters"), own)
-    copies = _suffixed(path, "modules_to_save", fields.get("modules_to_save"), modules)
+    # PEFT adds "classifier" and "score" for every classifier, whatever its head is called.
+    copies = _suffixed(path, "modules_to_save", fields.get("modules_to_save"), modules, all_of_them=False)
     hosts = {name.rpartition(".")[0] for name in parameters}
     layers: dict[str, None] = {}
     for key in tensors:
@@ -136,8 +132,10 @@ def _adaptable(module: nn.Module) -> bool:
     return kind_of(module) is not None or wrapper_of(module) is not None
 
 
-def _suffixed(path: Any, field: str, wanted: Any, names: Iterable[str]) -> list[str]:
-    """The names that end in one of those that the config lists."""
+def _suffixed(
+    path: Any, field: str, wanted: Any, names: Iterable[str], *, all_of_them: bool = True
+) -> list[str]:
+    """The names that end in one of those that the config lists, each of which must be an end of one."""
     if not wanted:
         return []
     if not isinstance(wanted, list) or not all(isinstance(name, str) and name for name in wanted):
@@ -145,7 +143,7 @@ def _suffixed(path: Any, field: str, wanted: Any, names: Iterable[str]) -> list[
     found = []
     for name in wanted:
         hits = [own for own in names if own == name or own.endswith(f".{name}")]
-        if not hits:
+        if not hits and all_of_them:
             raise AdapterFileError(f"{path}: {field} names {name!r}, which nothing in the model is called")
         found += [hit for hit in hits if hit not in found]
     return found

@@ -95,16 +95,28 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
     return {path: found[path] for path in order}, skipped
 
 
-def fitting_ranks(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """The config with a smaller rank for each layer whose weight has none as large."""
-    small = {}
+def fitting_ranks(model: nn.Module, config: AdapterConfig, prefix: str = "") -> AdapterConfig:
+    """The config with a smaller rank for each layer whose weight has none as large.
+
+    Args:
+        prefix: left out of the layers' names in the new config's patterns, which match ends of names.
+    """
     layers = {} if config.targets == () else resolve(model, config.targets, config.exclude)[0]
+    ranks = {}
     for path, layer in layers.items():
         mixin = mixin_of(layer)
         limit = min(mixin.matrix_shape(layer)) if mixin is not None else config.r  # type: ignore[arg-type]
-        if config.rank_of(path) > limit:
-            small[re.escape(path)] = limit
-    return replace(config, rank_pattern={**small, **config.rank_pattern})
+        ranks[path] = min(limit, config.rank_of(path))
+    small = [path for path, r in ranks.items() if r < config.rank_of(path)]
+    if len(ranks) == 1 and small:
+        return replace(config, r=ranks[small[0]])
+    # "0" is an end of "1.0" too, and the first pattern that matches counts: longer names first, with their own rank.
+    ends = [f".{path.removeprefix(prefix)}" for path in small]
+    named = [path for path in ranks if f".{path.removeprefix(prefix)}".endswith(tuple(ends))]
+    pattern = {
+        re.escape(path.removeprefix(prefix)): ranks[path] for path in sorted(named, key=len, reverse=True)
+    }
+    return replace(config, rank_pattern={**pattern, **config.rank_pattern})
 
 
 def _replaced_above(path: str, found: dict[str, Planned]) -> bool:

@@ -19,6 +19,7 @@ the books.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -133,7 +134,14 @@ def _united(grafts: Mapping[str, Graft], task: str) -> AdapterConfig:
     why = "one of them is a module of its own"
     if not any(isinstance(slot, ModuleSlot) for slot in layers.values()):
         try:
-            return AdapterConfig.of_layers({path: grafts[path].settings(task) for path in layers})
+            configs = {path: grafts[path].settings(task) for path in layers}
+            of_others = [
+                c.dropout for path, c in configs.items() if not isinstance(grafts[path], nn.Embedding)
+            ]
+            for path in configs:
+                if of_others and isinstance(grafts[path], nn.Embedding):  # it has no dropout to differ in
+                    configs[path] = replace(configs[path], dropout=of_others[0])
+            return AdapterConfig.of_layers(configs)
         except ConfigError as error:
             why = str(error)
     raise TaskError(

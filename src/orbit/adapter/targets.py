@@ -26,7 +26,7 @@ from torch import nn
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds import is_linear, kind_of, refusal
 from orbit.adapter.owners import Tasks
-from orbit.adapter.patterns import Pattern
+from orbit.adapter.patterns import Pattern, clean
 
 
 def resolve(
@@ -98,17 +98,18 @@ def resolve(
 
 
 def matches(target: str, names: Iterable[str]) -> list[str]:
-    """The names that `target` matches by the module's grammar.
+    """The names that `target` matches by the module's grammar, as they are or without wrappers (`patterns.clean`).
 
     >>> matches("q_proj", ["a.q_proj", "a.eq_proj", "q_proj.x"])
     ['a.q_proj']
     """
     if target.startswith("re:"):
-        pattern = Pattern(target[3:], "targets", TargetError)
-        return [name for name in names if pattern.fullmatch(name)]
-    if _is_pattern(target):
-        return [name for name in names if fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")]
-    return [name for name in names if name == target or name.endswith(f".{target}")]
+        is_meant = Pattern(target[3:], "targets", TargetError).fullmatch
+    elif _is_pattern(target):
+        is_meant = lambda name: fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")  # noqa: E731
+    else:
+        is_meant = lambda name: name == target or name.endswith(f".{target}")  # noqa: E731
+    return [name for name in names if is_meant(clean(name)) or (name != clean(name) and is_meant(name))]
 
 
 def nearest(wanted: str, names: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from orbit.adapter.files import save
 from orbit.adapter.functions import Names, as_names, named_parameters_of, one_alpha
 from orbit.adapter.inject import (
     InjectReport,
+    adapter_parameters,
     check_gradients,
     freeze,
     inject,
@@ -26,6 +27,7 @@ from orbit.adapter.inject import (
     task_layers,
     tasks,
 )
+from orbit.adapter.route import current_route
 from orbit.adapter.targets import resolve
 from orbit.core.events import Plugin
 from orbit.core.runtime import is_main_process
@@ -46,7 +48,9 @@ class LoRA(Plugin):
         rslora: scale alpha/√r.
         gated: learn one factor of the update in every layer.
         exclude_names: layers to leave out.
-        unlock_head_keywords: modules to train whole beside the adapter (see `freeze_backbone_only`).
+        unlock_head_keywords: modules to train whole beside the adapter (see `freeze_backbone_only`). They are in the
+            run's checkpoints and not in the adapter's file; a task that holds its head is injected before, with
+            `AdapterConfig(save_modules=...)`.
         name: the task's name.
         path: a folder (or a `.safetensors` file) to which the adapter is written, in PEFT's format, at every
             epoch's end and when training ends; a relative one lies in the trainer's workspace, if it has one.
@@ -101,6 +105,9 @@ class LoRA(Plugin):
         self.name = name
         self.path = None if path is None else Path(path)
         self.report: InjectReport | None = None
+        self._learns: bool | None = (
+            None  # has the task had a gradient in this run; None before the first step
+        )
 
     def on_build_model(self, trainer: Any) -> None:
         """Inject the task, unless the model has it already (a second `train()`, a model loaded with it)."""
@@ -134,15 +141,27 @@ class LoRA(Plugin):
 
     def on_before_optimizer_step(self, trainer: Any) -> None:
         """An adapter that was used and got no gradient would silently never train: say so."""
-        check_gradients(_model(trainer), may_be_empty=True)
+        model = _model(trainer)
+        check_gradients(model, may_be_empty=True)
+        if not self._learns:
+            self._learns = any(p.grad is not None for p in adapter_parameters(model, self.name).values())
 
     def on_after_epoch(self, trainer: Any) -> None:
         """Write the adapter."""
         self._write(trainer)
 
     def on_after_train(self, trainer: Any) -> None:
-        """Write the adapter as training left it."""
+        """Write the adapter as training left it, and say so if it was never used."""
         self._write(trainer)
+        if self._learns is False:
+            _logger.warning(
+                "task %r got no gradient in this run: no call used it. The current route is %r; call "
+                "model(..., task=%r) or set_route",
+                self.name,
+                current_route(_model(trainer)),
+                self.name,
+            )
+        self._learns = None
 
     def _write(self, trainer: Any) -> None:
         if self.path is None or not is_main_process():
