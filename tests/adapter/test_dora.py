@@ -144,3 +144,31 @@ def test_small_updates_survive_a_bf16_weight() -> None:
     assert torch.equal(layer.weight + delta.bfloat16(), layer.weight) or delta.abs().max() < 1e-3
     exact = (layer.weight.double() + delta.double()).norm(dim=1)
     torch.testing.assert_close(layer.row_norm(slot).double(), exact, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_an_ensemble_by_vmap(dora: bool) -> None:
+    """torch's model ensembling: every tensor is batched, the frozen weight whose norm is kept too."""
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)))
+        inject(models[-1], AdapterConfig(r=2, dora=dora, targets=("0", "2")))
+        for parameter in models[-1].parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    tensors, x = torch.func.stack_module_state(models), torch.randn(4, 5)
+    hollow = copy.deepcopy(models[0]).to("meta")
+    many = torch.func.vmap(lambda *given: torch.func.functional_call(hollow, given, (x,)))(*tensors)
+    for model, y in zip(models, many, strict=True):
+        torch.testing.assert_close(model(x), y)
+
+
+def test_a_weight_written_behind_torchs_back_is_seen_at_the_next_switch_of_mode() -> None:
+    """`weight.data.copy_(…)`, as older loaders do, leaves no mark on the weight."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 4), torch.randn(2, 5)
+    inject(layer, AdapterConfig(r=2, dora=True))
+    layer(x)
+    layer.weight.data.mul_(3)
+    layer.eval()
+    assert torch.equal(layer(x), copy.deepcopy(layer)(x))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from orbit.adapter import (
     AdapterConfig,
@@ -352,6 +353,52 @@ def test_moving_and_casting_keep_the_scale_exact(mlp: Make) -> None:
         assert up.scale.dtype in (torch.float32, torch.float64)
         assert abs(float(up.scale) - 32 / 5**0.5) < 1e-5
     assert model(torch.randn(2, 6).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("parametrise", [weight_norm, spectral_norm])
+def test_copies_of_parametrised_layers_follow_their_own_route(
+    parametrise: Callable[[nn.Module], nn.Module], fill: Callable[..., None]
+) -> None:
+    """torch's parametrizations bring a `__deepcopy__` of their own, which does not rebuild layers."""
+    torch.manual_seed(1)
+    model = nn.Sequential(parametrise(nn.Linear(5, 6)), nn.Linear(6, 3)).eval()
+    for seed, task in enumerate("ab"):
+        inject(model, AdapterConfig(r=2, targets=("0", "1")), task)
+        fill(model, task, seed)
+    twin, x = copy.deepcopy(model), torch.randn(2, 5)
+    for task in ("a", "b", None):
+        torch.testing.assert_close(twin(x, task=task), model(x, task=task))
+    assert not torch.equal(twin(x, task="a"), twin(x, task="b"))
+    before = model(x, task="a")
+    fill(twin, "a", 9)
+    assert not torch.equal(twin(x, task="a"), before)
+    assert torch.equal(model(x, task="a"), before)
+
+
+def test_a_class_with_its_own_deepcopy(fill: Callable[..., None]) -> None:
+    class Mine(nn.Linear):
+        def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
+            twin = type(self).__new__(type(self))
+            memo[id(self)] = twin
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo), copied=True)
+            return twin
+
+    model = nn.Sequential(Mine(5, 6), nn.Linear(6, 3))
+    inject(model, AdapterConfig(r=2, targets=("0",)), "a")
+    fill(model)
+    with route(model, tasks={"a": 0.5}):  # a plan with tensors
+        twin = copy.deepcopy(model)
+    x = torch.randn(2, 5)
+    assert twin[0].copied
+    torch.testing.assert_close(twin(x, task=None), model(x, task=None))
+    torch.testing.assert_close(twin(x), model(x, task="a"))
+
+
+def test_complex_layers_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(5, 6, dtype=torch.complex64))
+    with pytest.raises(GraftError, match="layer '0' cannot be adapted: its weight is complex64"):
+        inject(model, AdapterConfig(r=2))
+    assert type(model[0]) is nn.Linear
 
 
 def test_repr_shows_names_as_they_were_given_and_what_holds(mlp: Make) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,3 +244,23 @@ def test_fresh_factors() -> None:
     assert A.shape == (4, 50)
     assert not B.any()
     assert 0.5 * 50**-0.5 < A.abs().max() <= 50**-0.5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch scripts its decompositions
+@pytest.mark.parametrize("D", [None, "out"])
+@pytest.mark.parametrize("C", ["scalar", "rows"])
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_mode(way: str, C: str, D: str | None) -> None:
+    given = {n: None if t is None else t.detach() for n, t in inputs(2, 3, 4, C=C, D=D).items()}
+
+    def value(A: Tensor, x: Tensor, of: Callable[..., Tensor]) -> Tensor:
+        return of(**{**given, "A": A, "x": x}).sin()
+
+    at = given["A"], given["x"]
+    for of in (WAYS[way], formula):
+        forwards = torch.func.jacfwd(value, (0, 1))(*at, of)
+        torch.testing.assert_close(forwards, torch.func.jacrev(value, (0, 1))(*at, formula))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(at[0], torch.ones_like(at[0]))
+        one = torch.autograd.forward_ad.unpack_dual(value(dual, at[1], WAYS[way])).tangent
+    torch.testing.assert_close(one, forwards[0].sum((-1, -2)))

@@ -156,3 +156,20 @@ def test_a_merged_model_that_was_cast_is_unmerged_to_the_cast_original(
     unmerge(model)
     assert isinstance(model[0].weight, nn.Parameter)
     assert torch.equal(model[0].weight, expected)
+
+
+def test_moving_a_merged_model_keeps_its_parameters() -> None:
+    """The weights that are set aside move too, and stay the same Parameters, tied and trainable as they were."""
+    model = nn.Sequential(
+        nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    )
+    model[2].weight = model[0].weight
+    inject(model, AdapterConfig(r=2, targets=("0", "1", "2")), freeze_base=False)
+    before = list(model.parameters())
+    merge(model, untie=True)
+    model.double()
+    assert model[0].weight is not model[2].weight
+    unmerge(model)
+    assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
+    assert model[2].weight is model[0].weight
+    assert all(p.requires_grad and p.dtype == torch.float64 and p.grad_fn is None for p in before)

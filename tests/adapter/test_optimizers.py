@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR
 from torch.utils.data import DataLoader
@@ -516,3 +520,100 @@ def test_under_a_trainer(model: nn.Module) -> None:
     for task in CONFIGS:
         for name, parameter in adapter_parameters(model, task).items():
             torch.testing.assert_close(parameter, expected[task][name], atol=1e-5, rtol=0)
+
+
+def test_losses_of_a_window_before_its_first_backward() -> None:
+    """A loop of one's own knows the units of a window only when it has all of its losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    for task in ("a", "b"):
+        inject(model, AdapterConfig(r=2, targets=("0", "2")), task)
+        for parameter in adapter_parameters(model, task).values():
+            parameter.data.normal_().requires_grad_()
+    x, windows = torch.randn(2, 4, 4, dtype=torch.float64), [["a", "b", "a", "a"], ["b", None, "b", "a"]]
+    for dropped in (False, True):
+        alone = {}
+        for task in ("a", "b"):
+            losses = [
+                model(part[[name == task for name in rows]], task=task).square().mean(1)
+                for part, rows in zip(x, windows, strict=True)
+            ]
+            own = adapter_parameters(model, task)
+            alone.update(
+                zip(own, torch.autograd.grad(torch.cat(losses).mean(), list(own.values())), strict=True)
+            )
+        optimizer = TaskOptimizers(
+            {t: torch.optim.SGD(adapter_parameters(model, t).values(), lr=1.0) for t in ("a", "b")}
+        )
+        if dropped:  # without a word to the optimizer
+            optimizer.outcome(model(x[0], task=windows[1]).square().mean(1), windows[1]).loss.backward()
+            model.zero_grad()
+        before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+        outs = [
+            optimizer.outcome(model(part, task=rows).square().mean(1), rows)
+            for part, rows in zip(x, windows, strict=True)
+        ]
+        units = sum(out.weight for out in outs)
+        for out in outs:
+            (out.loss * out.weight / units).backward()
+        optimizer.step()
+        for name, parameter in adapter_parameters(model).items():
+            torch.testing.assert_close(before[name] - parameter, alone[name])
+        optimizer.zero_grad()
+
+
+ROWS_OF_RANKS = [
+    (["a", "a", "b", "a"], ["b", "b", "c", None]),  # step by step, the rows of each of two ranks
+    (["a", "b", "b", "b"], ["a", "a", "a", "b"]),
+    (["c", "c", "c", "c"], ["c", "a", "a", "c"]),
+]
+
+
+def three_tasks() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    for task in "abc":
+        inject(model, AdapterConfig(r=2, targets=("0", "2")), task)
+    for parameter in adapter_parameters(model).values():
+        nn.init.normal_(parameter, std=0.3)
+        parameter.requires_grad_()
+    return model, torch.randn(3, 2, 4, 5, dtype=torch.float64)
+
+
+def on_a_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=60), rank=rank, world_size=2
+    )
+    try:
+        model, x = three_tasks()
+        parts = {t: SGD(adapter_parameters(model, t).values(), lr=0.1, momentum=0.9) for t in "abc"}
+        optimizer = TaskOptimizers(parts)
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)
+        for step, rows in enumerate(ROWS_OF_RANKS):
+            out = optimizer.outcome(parallel(x[step, rank], task=rows[rank]).square().mean(1), rows[rank])
+            units = torch.tensor(float(out.weight))
+            dist.all_reduce(units)
+            (out.loss * out.weight / units * 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_train_together_what_one_process_would_train(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(on_a_rank, (str(tmp_path),), nprocs=2)
+    model, x = three_tasks()
+    for task in "abc":
+        optimizer = SGD(adapter_parameters(model, task).values(), lr=0.1, momentum=0.9)
+        for step, rows in enumerate(ROWS_OF_RANKS):
+            own = [x[step, k, [name == task for name in rows[k]]] for k in range(2)]
+            if sum(map(len, own)):
+                model(torch.cat(own), task=task).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, expected in model.state_dict().items():
+            torch.testing.assert_close(got[name], expected)

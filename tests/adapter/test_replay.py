@@ -245,6 +245,17 @@ def test_a_replay_of_several_threads_forwards_raises(net: Net) -> None:
         results[0].sum().backward()
 
 
+@pytest.mark.parametrize("how", [non_reentrant, reentrant])
+def test_a_replay_of_a_task_that_was_removed_raises(net: Net, how: Run) -> None:
+    """A layer without the task would run its base, and the layers before it would get its gradients."""
+    net.how = how
+    with route(net, "a"):
+        loss = net(leaf()).square().sum()
+    remove(net, "a")
+    with pytest.raises(RouteError, match="under task 'a', which was removed"):
+        loss.backward()
+
+
 def test_one_route_needs_no_history(net: Net) -> None:
     """As long as nothing is switched, replays in any thread are plain."""
     for task in "ab":
@@ -267,6 +278,24 @@ def test_history_stays_small(net: Net) -> None:
             net(leaf(), task="a")
     numbers, tasks = find_state(net)._history._switches[threading.get_ident()]
     assert len(numbers) == len(tasks) < 20
+
+
+def test_history_keeps_few_tensors(net: Net) -> None:
+    """What a route of rows derives for its layers is let go soon, though the route itself is remembered."""
+    with route(net, ["a", "b", None]):
+        first = non_reentrant(net, leaf()).square().sum()
+    routes = find_state(net)._history._switches[threading.get_ident()][1]  # type: ignore[union-attr]
+    for _ in range(40):
+        net(leaf(), task=["b", "a", "a"])
+    kept = [r for r in routes if getattr(r, "cache", None)]
+    assert len(routes) > 40
+    assert 0 < len(kept) <= 16
+    first.backward()  # and is made anew
+    got = grads(net)
+    with route(net, ["a", "b", None]):
+        net(leaf()).square().sum().backward()
+    for name, gradient in grads(net).items():
+        torch.testing.assert_close(got[name], gradient)
 
 
 @tracing

@@ -384,3 +384,40 @@ def test_compiled_models_take_task_where_the_graph_may_break(two: nn.Module) -> 
         torch.testing.assert_close(compiled(x), expected["b"])
     assert not find_state(two)._holds
     torch._dynamo.reset()
+
+
+def test_blocks_that_do_not_end_in_order_say_so(two: nn.Module) -> None:
+    """Two coroutines or generators of one thread, each with a block, one suspended inside of the other's."""
+    set_route(two, None)
+    one, other = route(two, "a"), route(two, "b")
+    one.__enter__()
+    other.__enter__()
+    with pytest.raises(RouteError, match="task 'a' ended while the one of task 'b'"):
+        one.__exit__(None, None, None)
+    assert current_route(two) == "b"  # whose block still runs
+    other.__exit__(None, None, None)
+    assert current_route(two) is None
+    set_route(two, "a")
+
+
+def test_a_block_may_end_in_another_thread(two: nn.Module) -> None:
+    """As that of a generator does which a server resumes in whatever thread is free."""
+    set_route(two, None)
+    block = route(two, "a")
+    thread = threading.Thread(target=block.__enter__)
+    thread.start()
+    thread.join()
+    assert current_route(two) == "a"
+    block.__exit__(None, None, None)
+    assert current_route(two) is None
+    set_route(two, "b")
+
+
+def test_a_route_used_inside_itself(two: nn.Module) -> None:
+    set_route(two, None)
+    block = route(two, "a")
+    with block:
+        with block:
+            pass
+        assert current_route(two) == "a"
+    assert current_route(two) is None

@@ -20,10 +20,12 @@ from orbit.adapter import (
     adapter_parameters,
     current_route,
     inject,
+    plan,
     route,
     set_route,
 )
 from orbit.adapter.route import find_state
+from orbit.adapter.stacks import Sorting, sorting
 
 Make = Callable[..., nn.Module]
 Fill = Callable[..., None]
@@ -526,3 +528,30 @@ def test_threads_share_rows_with_batches_of_their_own(many: nn.Module) -> None:
         thread.start()
         thread.join(30)
         assert "one route at a time" in str(errors[0])
+
+
+def test_rows_are_spread_once_for_each_size_of_batch(
+    many: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams and flattened tokens: all layers and calls under a route share what is derived of the size."""
+    made: list[int] = []
+
+    def counted(rows: Sequence[Sequence[int]], device: torch.device) -> Sorting:
+        made.append(sum(map(len, rows)))
+        return sorting(rows, device)
+
+    monkeypatch.setattr(plan, "sorting", counted)
+    with route(many, ["lora", None]), torch.no_grad():
+        for size in (4, 8, 4, 8, 2):
+            torch.testing.assert_close(
+                many(batch(size)), one_by_one(many, batch(size), ["lora", None]), check_stride=False
+            )
+        assert made == [2, 4, 8]
+        for size in range(2, 200, 2):
+            many(batch(size))
+    with torch.inference_mode(), route(many, ["lora", "dora"]):
+        many(batch(4))
+    set_route(many, ["lora", "dora"])
+    with torch.inference_mode():
+        many(batch(6))
+    many(batch(6)).sum().backward()  # of what inference derived nothing may be unfit for training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -308,3 +309,32 @@ def test_one_graph_serves_all_sums(kind: str, dora: bool, fill: Fill) -> None:
         assert_same(grads(model), expected)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_weights_are_not_rounded(default: torch.dtype, many: nn.Module) -> None:
+    """0.3 is neither a float32 nor a bfloat16 number, and the model's dtype counts, not torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = many(batch(4), tasks={"lora": 0.3, "dora": -1.7})
+        single = many(batch(4), tasks={"first": 0.3})
+    finally:
+        torch.set_default_dtype(before)
+    weights = {"lora": 0.3, "dora": -1.7}
+    expected = oracle(many, batch(4), lambda _, task: weights.get(task, 0.0))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    expected = oracle(many, batch(4), lambda _, task: 0.3 * (task == "first"))
+    torch.testing.assert_close(single, expected, rtol=1e-12, atol=1e-12)
+    assert many.float()(batch(4).float(), tasks=weights).dtype == torch.float32
+
+
+def test_scalings_are_not_copied_with_a_model(many: nn.Module) -> None:
+    """They are found by the identity of layers, which copies do not have: they would run their base."""
+    scaled = Scaled(("lora",), torch.ones(1, 4, 2, 1), places(many))
+    set_route(many, scaled)
+    with pytest.raises(RouteError, match="set_route"):
+        copy.deepcopy(many)
+    set_route(many, "lora")
+    with route(many, scaled):
+        torch.testing.assert_close(copy.deepcopy(many)(batch(1, 4)), many(batch(1, 4), task="lora"))

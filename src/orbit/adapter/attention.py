@@ -115,6 +115,10 @@ class AttentionGraft(WholeGraft, nn.MultiheadAttention):
             raise GraftError(
                 f"its out_proj, a {type(out).__name__}, cannot be adapted: {why or 'it is no Linear'}"
             )
+        if out.weight.is_meta:
+            raise GraftError(
+                "its out_proj is offloaded by itself, and nn.MultiheadAttention reads it without calling it"
+            )
         held = isinstance(out, LinearGraft)
         if not held:
             graft(out, self._orbit_route)

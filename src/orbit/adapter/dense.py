@@ -32,9 +32,10 @@ from orbit.adapter.errors import GraftError, MergeError
 from orbit.adapter.graft import Graft
 from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import weighted
-from orbit.adapter.offload import execution_device, weights_at_hand
+from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
 from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
 from orbit.adapter.plan import Mix
+from orbit.adapter.quantised import dequantised
 
 
 class DenseGraft(Graft):
@@ -61,10 +62,7 @@ class DenseGraft(Graft):
 
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output under one task, given the layer's own."""
-        if slot.down.weight.is_meta and not base.is_meta:
-            raise GraftError(  # torch would multiply by it without a word, and return garbage
-                "an adapter is on the meta device: offload the model before injecting, not after"
-            )
+        refuse_meta(slot.down.weight, base)
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
         if slot.magnitude is None:
@@ -121,30 +119,40 @@ class DenseGraft(Graft):
         """W·Aᵀ (out, r)."""
         kind = "cpu" if A.is_meta else A.device.type  # autocast does not know the meta device
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            W = self.weight
-            if self._is_dense(W):
-                dtype = dora.wide(W.dtype)
-                return self.as_matrix(W).to(dtype) @ A.to(dtype).T
-            return self.times_hidden_weight(A)
+            W = self._readable()
+            if W is None:
+                return self.times_hidden_weight(A)
+            dtype = dora.wide(W.dtype)
+            return self.as_matrix(W).to(dtype) @ A.to(dtype).T
+
+    def _readable(self) -> Tensor | None:
+        """The weight as a plain tensor, dequantised if need be; None if it cannot be read."""
+        W = self.weight.detach()
+        return W if self._is_dense(W) else dequantised(self)
 
     def times_hidden_weight(self, A: Tensor) -> Tensor:
-        """W·Aᵀ (out, r) for a weight that is quantised, say, and cannot be read as a matrix."""
+        """W·Aᵀ (out, r) for a weight that cannot be read: sharded, say, or of an unknown library."""
         raise GraftError(
             f"the weight of {type(self).__name__} is no dense matrix of its kind's shape, so its norm is not known"
         )
 
     def _squared_rows(self, device: torch.device) -> Tensor:
-        """‖W‖² row by row, (out,), kept while W is frozen and unchanged."""
+        """‖W‖² row by row, (out,), kept while W is frozen and unchanged.
+
+        Writing through `weight.data` leaves no mark on W and is seen after the next `train()` or `eval()` alone;
+        write under `torch.no_grad()` instead.
+        """
         W = self.weight
         if torch.compiler.is_compiling() and self._is_dense(W):
             return dora.squared_rows(self.as_matrix(W))  # fused with the product that needs W anyway
-        keep = not W.requires_grad and not W.is_inference()
+        keep = not (W.requires_grad or W.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(W))
         mark = (W._version, W.dtype, W.data_ptr() if self._is_dense(W) else None) if keep else None
         ref, seen, w2 = self.__dict__.get("_orbit_w2", (None, None, None))
         if keep and ref is not None and ref() is W and seen == mark:
             return w2
-        if self._is_dense(W):
-            w2 = dora.squared_rows(self.as_matrix(W))
+        readable = self._readable()
+        if readable is not None:
+            w2 = dora.squared_rows(self.as_matrix(readable))
         else:
             eye = torch.eye(self.matrix_shape()[1], device=device)
             w2 = dora.squared_rows(self._times_weight(eye))
@@ -159,11 +167,19 @@ class DenseGraft(Graft):
         shape = self.matrix_shape()
         return W.numel() == math.prod(shape) and self.as_matrix(W).shape == shape
 
+    def train(self, mode: bool = True) -> Any:
+        self.__dict__.pop("_orbit_w2", None)
+        return super().train(mode)
+
     # -- what Graft asks of a kind ---------------------------------------------------------------------------
 
     def new_slot(self, config: LayerConfig) -> Slot:
         """Fresh owners: ΔW = 0, g = 1, m = ‖W‖. float32 beside half-precision and quantised weights."""
         W = self.weight
+        if W.is_complex():
+            raise GraftError(
+                f"its weight is {str(W.dtype).removeprefix('torch.')}; only real ones have an update here"
+            )
         dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
         device = execution_device(self)
         A, B = self.fresh(config.r, device=device, dtype=dtype)
@@ -188,8 +204,8 @@ class DenseGraft(Graft):
         return fresh_factors(in_size, out_size, r, device=device, dtype=dtype)
 
     def matrix(self) -> Tensor:
-        W = self.weight.detach()
-        if not self._is_dense(W):
+        W = self._readable()
+        if W is None:
             return self._times_weight(torch.eye(self.matrix_shape()[1], device=execution_device(self)))
         return self.as_matrix(W).to(dora.wide(W.dtype))
 
@@ -206,7 +222,8 @@ class DenseGraft(Graft):
         W = self._parameters.get("weight")
         if W is None or not self._is_dense(W) or W.is_meta:
             raise MergeError(
-                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded"
+                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded; save the task and "
+                "merge it into a model with plain weights"
             )
         with torch.no_grad():
             dtype = dora.wide(W.dtype)

@@ -33,6 +33,7 @@ from orbit.adapter.dense import DenseGraft
 from orbit.adapter.errors import GraftError, MergeError, RouteError
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import compute_dtype
+from orbit.adapter.offload import refuse_meta
 from orbit.adapter.owners import Slot
 from orbit.adapter.plan import Mix
 
@@ -128,10 +129,7 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
                 f"an embedding has {self.weight.shape[0]} rows and its adapter {num}: its weight was replaced "
                 "(resize_token_embeddings?); resize before injecting"
             )
-        if slot.down.weight.is_meta and not self.weight.is_meta:
-            raise GraftError(
-                "an adapter is on the meta device: offload the model before injecting, not after"
-            )
+        refuse_meta(slot.down.weight, self.weight)
 
     # -- what DenseGraft asks of a kind ----------------------------------------------------------------------
 

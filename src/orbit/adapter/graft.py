@@ -280,6 +280,9 @@ class Graft(nn.Module):
 
     def owners_device(self) -> torch.device:
         """The device of the tasks' tensors."""
+        for slot in self.slots().values():
+            if type(slot) is Slot:
+                return slot.down.weight.device
         parameters = (
             p for task in self.slots() for owner in self.owners(task).values() for p in owner.parameters()
         )
@@ -403,7 +406,8 @@ class Graft(nn.Module):
         return _rebuild, (original_class(self),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(super().__getstate__())
+        inherited = getattr(super(), "__getstate__", None)  # which `object` has since Python 3.11
+        state = dict(self.__dict__ if inherited is None else inherited())
         for name in _TRANSIENT:
             state.pop(name, None)
         return state
@@ -413,7 +417,13 @@ class Graft(nn.Module):
         self._orbit_route.attach(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        aside = {name: t for name, t in self._buffers.items() if isinstance(t, nn.Parameter)}  # while merged
         super()._apply(fn, recurse)
+        for name, parameter in aside.items():
+            moved = self._buffers[name]
+            if moved is not None and torch._has_compatible_shallow_copy_type(parameter, moved):
+                parameter.data = moved.detach()
+                self._buffers[name] = parameter
         if isinstance(self._orbit_plan, Mix):  # its weights lie on the former device
             self._orbit_route.attach(self)
         return self
@@ -456,6 +466,8 @@ def grafted_class(cls: type[nn.Module]) -> type[nn.Module]:
             bases = grafted_bases(cls)
         except GraftError:  # the layer as a whole
             bases = (whole_kind(cls), cls)
+        if hasattr(cls, "__deepcopy__"):
+            body["__deepcopy__"] = _deepcopy
         _CLASSES[cls] = type(f"Grafted{cls.__name__}", bases, body)
     return _CLASSES[cls]
 
@@ -480,6 +492,18 @@ def original_class(layer: nn.Module) -> type[nn.Module]:
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
     grafted = grafted_class(cls)
     return grafted.__new__(grafted)
+
+
+def _deepcopy(layer: Graft, memo: dict[int, Any]) -> Any:
+    """A copy of a layer whose own class copies itself, as torch's parametrized ones do."""
+    for name in _TRANSIENT:
+        memo[id(layer.__dict__.get(name))] = None
+    twin = original_class(layer).__deepcopy__(layer, memo)  # type: ignore[attr-defined]
+    if isinstance(twin, Graft):
+        for name in _TRANSIENT:
+            twin.__dict__.pop(name, None)
+        twin._orbit_route.attach(twin)
+    return twin
 
 
 def _rebind_accelerate(layer: nn.Module) -> None:

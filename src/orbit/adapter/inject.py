@@ -22,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
+from orbit.adapter.offload import refuse_preloaded
 from orbit.adapter.owners import AnySlot, check_task_name
 from orbit.adapter.plan import names_in
+from orbit.adapter.quantised import may_pack, never_pack, refuse_packed
 from orbit.adapter.reach import Planned, plan_injection
 from orbit.adapter.route import current_route, find_state, install, state_of, uninstall
 from orbit.adapter.state import RouteState
@@ -83,6 +85,7 @@ def inject(
     check_task_name(name)
     model = unwrapped(model)
     refuse_model(model)
+    refuse_packed(model)
     state = find_state(model, name)
     if state is not None and name in state.configs:
         raise TaskError(f"there is a task {name!r} already; remove it first or choose another name")
@@ -91,6 +94,7 @@ def inject(
     if state is not None and state.busy:
         raise RouteError(f"task {name!r} cannot be added while a call or a `with route` is running")
     plans, skipped = plan_injection(model, config)
+    refuse_preloaded(model, plans)
     state = RouteState() if state is None else state
     slots = _grafted_slots(plans, state, any_rank and config.init == "kaiming")
     state.configs[name] = config
@@ -102,6 +106,7 @@ def inject(
     if freeze_base:
         freeze(model)
     _close_fast_paths(model)
+    never_pack(model)
     install(model, state)
     state.set_default(name)
     count = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -135,6 +140,7 @@ def remove(model: nn.Module, name: str) -> None:
             ungraft(layer)
     if not _grafts(model):
         uninstall(model, state)
+        may_pack(model)
         for module in model.modules():
             if module.__dict__.pop("_orbit_nested", False):
                 module.__dict__["use_nested_tensor"] = True
@@ -279,12 +285,18 @@ def check_gradients(model: nn.Module, *, may_be_empty: bool = False) -> None:
     state = find_state(model)
     if state is None:
         return
-    owned: dict[str, list[nn.Parameter]] = {task: [] for task in state.configs}
-    for layer in state.layers():
-        for task in layer.slots():
-            owned[task] += [p for owner in layer.owners(task).values() for p in owner.parameters()]
-    routed = {task for task in state.routed if task in owned}
+    routed = {task for task in state.routed if task in state.configs}
     state.routed.clear()
+    owned = {
+        task: [
+            p
+            for layer in state.layers()
+            if task in layer.slots()
+            for owner in layer.owners(task).values()
+            for p in owner.parameters()
+        ]
+        for task in routed or state.configs
+    }
     if not routed:
         routed = {task for task, found in owned.items() if any(p.grad is not None for p in found)}
     if not routed:

@@ -24,6 +24,7 @@ from orbit.adapter.errors import GraftError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import fused, low_rank
+from orbit.adapter.offload import refuse_meta
 from orbit.adapter.owners import Slot
 from orbit.adapter.plan import Mix
 from orbit.adapter.stacks import Kept, Sorting, Stack, Terms, grouped, per_row, stacked, together
@@ -101,6 +102,7 @@ class LinearGraft(DenseGraft, nn.Linear):
         A, B = slot.down.weight, slot.up.weight
         if slot.magnitude is None:
             return Terms(A, B, slot.coefficient, None)
+        refuse_meta(A, self.weight)
         c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
         return Terms(A, c[:, None] * B, slot.coefficient, c - 1)
 
@@ -133,7 +135,14 @@ class LinearGraft(DenseGraft, nn.Linear):
         cls._torchs_forward = next(base for base in after if "forward" in vars(base)) is nn.Linear
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, low-rank {'fused' if self.fuses else 'beside'}"
+        return f"{super().extra_repr()}, {self._way()}"
+
+    def __repr__(self) -> str:
+        said, own = super().__repr__(), vars(self).get("extra_repr")  # torchao puts one on the instance
+        return said if own is None else said.replace(own(), f"{own()}, {self._way()}", 1)
+
+    def _way(self) -> str:
+        return f"low-rank {'fused' if self.fuses else 'beside'}"
 
     def _refuse_misfit(self, out: int, x: Tensor, A: Tensor, B: Tensor) -> None:
         if out != B.shape[-2]:
@@ -141,10 +150,7 @@ class LinearGraft(DenseGraft, nn.Linear):
                 f"a layer gives {out} features and its adapter {B.shape[-2]}: "
                 "its weight was replaced (resize_token_embeddings?); resize before injecting"
             )
-        if A.is_meta and not x.is_meta:
-            raise GraftError(  # torch would multiply by it without a word, and return garbage
-                "an adapter is on the meta device: offload the model before injecting, not after"
-            )
+        refuse_meta(A, x)
 
     def branch(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
         return linear_branch(base, x, slot)
@@ -153,7 +159,7 @@ class LinearGraft(DenseGraft, nn.Linear):
         return self.out_features, self.in_features
 
     def times_hidden_weight(self, A: Tensor) -> Tensor:
-        """W·Aᵀ (out, r) of a quantised weight: the layer's own forward multiplies by it."""
+        """W·Aᵀ (out, r) of a weight that cannot be read: the layer's own forward multiplies by it."""
         product = self.base(A)
         return (product if self.bias is None else product - self.bias).T
 

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def fused(
@@ -70,15 +71,18 @@ def low_rank(
 ) -> Tensor:
     """The update on top of base = u (…, out), the layer's own output; shapes as in the module's legend.
 
-    b is only needed with D. Multiplies in the dtype of base.
+    b is only needed with D. Multiplies in the dtype of base, also where that is not autocast's: a quantised layer
+    may give float32 there.
     """
+    kind = base.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and base.dtype != torch.get_autocast_dtype(kind):
+        with torch.autocast(kind, enabled=False):
+            return _update(base, x, None, b, A, B, C, D)
     return _update(base, x, None, b, A, B, C, D)
 
 
 class LowRank(torch.autograd.Function):
     """y, p and u of the module's legend: (base, x, W, b, A, B, C, D), with base = u or W given, not both."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -105,13 +109,10 @@ class LowRank(torch.autograd.Function):
         y = u
         if D is not None:
             y = torch.addcmul(u, u if b is None else u - b.to(dtype), D.to(dtype))
-        if torch._C._are_functorch_transforms_active():  # which cannot write a batched tensor into another
-            y = (parts(y, A) + q.mT.to(dtype) @ up.mT).view(y.shape)
-        else:
-            y = y.clone(memory_format=torch.contiguous_format) if y is base else y.contiguous()
-            add_product_(parts(y, A), q.mT.to(dtype), up.mT)
-            # F.linear may give a view, and autograd refuses in-place activations on a view that a Function made.
-            y = torch.ops.aten._unsafe_view.default(y, y.shape)
+        y = y.clone(memory_format=torch.contiguous_format) if y is base else y.contiguous()
+        add_product_(parts(y, A), q.mT.to(dtype), up.mT)
+        # F.linear may give a view, and autograd refuses in-place activations on a view that a Function made.
+        y = torch.ops.aten._unsafe_view.default(y, y.shape)
         return y, p, u if base is None and D is not None else None
 
     @staticmethod
@@ -174,7 +175,7 @@ class LowRank(torch.autograd.Function):
             if W_asks:
                 dW = (rows(du).T @ rows(x).to(dtype)).to(W.dtype)
         if g is not None:
-            if x_asks and dx is not None and not torch._C._are_functorch_transforms_active():
+            if x_asks and dx is not None:
                 add_product_(dx.view(parts(x, A).shape), g.mT, A.to(dtype))
             elif x_asks:
                 low = rows(g.mT @ A.to(dtype))
@@ -185,11 +186,37 @@ class LowRank(torch.autograd.Function):
 
 
 def _update(*inputs: Tensor | None) -> Tensor:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _plain(*inputs)  # type: ignore[arg-type]
     if not torch.is_grad_enabled():
         return LowRank.forward(*inputs)[0]  # type: ignore[arg-type]
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return LowRank.apply(*inputs)[0]
-    return _apply(*inputs)[0]
+    return LowRank.apply(*inputs)[0] if torch.compiler.is_compiling() else _apply(*inputs)[0]
+
+
+def _plain(
+    base: Tensor | None,
+    x: Tensor,
+    W: Tensor | None,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+) -> Tensor:
+    """y by torch's own operations, which can be batched (`vmap`) and differentiated forwards."""
+    if base is None:
+        assert W is not None
+        base = F.linear(x, W, b)
+    dtype = base.dtype
+    p = parts(x, A).to(dtype) @ A.to(dtype).mT
+    if C is None or C.dim() < 2:
+        q, up = p, B if C is None else C * B
+    else:
+        q, up = rows(C * p.view(*x.shape[:-1], -1)), B
+    update = (q.to(dtype) @ up.to(dtype).mT).reshape(base.shape)
+    if D is None:
+        return base + update
+    return base + D.to(dtype) * (base if b is None else base - b.to(dtype)) + update
 
 
 # `Function.apply` without its look at the signature of `forward`, which takes longer than all the rest of it.

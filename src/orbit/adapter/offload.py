@@ -6,14 +6,17 @@ live on the device where the forward runs: a matrix on the meta device would mul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orbit.adapter.errors import GraftError
+
+if TYPE_CHECKING:
+    from orbit.adapter.graft import Graft
 
 
 def offload_hook(layer: nn.Module) -> Any | None:
@@ -25,16 +28,17 @@ def offload_hook(layer: nn.Module) -> Any | None:
     return None
 
 
-def execution_device(layer: nn.Module) -> torch.device:
+def execution_device(layer: Graft) -> torch.device:
     """The device on which the layer's forward runs.
 
     Raises:
         GraftError: the weight is on the meta device and nothing brings it back.
     """
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    module, name = layer.home()
+    weight: torch.Tensor = getattr(module, name)
     if not weight.is_meta:
         return weight.device
-    hook = offload_hook(layer)
+    hook = offload_hook(module)
     if hook is None:
         raise GraftError("its weight is on the meta device; load the weights before adapting the model")
     device = hook.execution_device
@@ -42,15 +46,36 @@ def execution_device(layer: nn.Module) -> torch.device:
 
 
 @contextmanager
-def weights_at_hand(layer: nn.Module) -> Iterator[None]:
+def weights_at_hand(layer: Graft) -> Iterator[None]:
     """Inside, the weight of an offloaded layer is on its execution device."""
-    weight = getattr(layer, "weight", None)  # which the site of a module's parameter has not (`whole.py`)
-    hook = offload_hook(layer) if isinstance(weight, torch.Tensor) and weight.is_meta else None
+    module, name = layer.home()
+    weight = module._parameters.get(name)
+    hook = offload_hook(module) if weight is not None and weight.is_meta else None
     if hook is None:
         yield
         return
-    hook.pre_forward(layer)
+    hook.pre_forward(module)
     try:
         yield
     finally:
-        hook.post_forward(layer, None)
+        hook.post_forward(module, None)
+
+
+def refuse_meta(adapter: Tensor, other: Tensor) -> None:
+    """GraftError if an adapter was offloaded: torch would multiply by it without a word, and return garbage."""
+    if adapter.is_meta and not other.is_meta:
+        raise GraftError("an adapter is on the meta device: offload the model before injecting, not after")
+
+
+def refuse_preloaded(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise GraftError if a layer of these is brought back by a module above it, which would look for its tasks too."""
+    paths = list(paths)
+    for above, module in model.named_modules():
+        if getattr(offload_hook(module), "place_submodules", False):
+            for path in paths:
+                if not above or path == above or path.startswith(above + "."):
+                    raise GraftError(
+                        f"layer {path!r} is offloaded with all of {above or 'the model'!r} (preload_module_classes), "
+                        "and the hook would look for the tasks' tensors where it keeps the weights; leave that class "
+                        "out, or exclude the layer"
+                    )

@@ -28,23 +28,29 @@ last bit: parameters, optimizer state and schedule.
 ('math', 'law')
 ('math',)
 
+Under DDP (`find_unused_parameters=True`) n_t is over all ranks, as N has to be: each rank's loss is
+Σ_i u_i·l_i/N times the number of ranks, by which DDP divides.
+
 In an Engine it stands where an optimizer does, and the loop's body is
 `engine.step_on(optimizer.outcome(losses, rows, labels != -100))`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orbit.adapter.errors import ConfigError, TaskError
 from orbit.adapter.plan import PerRow
 from orbit.core.outcome import Outcome
+from orbit.core.runtime import world_size
 
 Rows = Sequence["str | None"] | PerRow
 
@@ -144,13 +150,19 @@ class TaskOptimizers(Optimizer):
             raise TaskError(
                 f"a row is of task {unknown[0]!r}, which has no optimizer; there are {list(self.tasks)}"
             )
-        if losses.requires_grad:
-            if all(p.grad is None for group in self.param_groups for p in group["params"]):
-                self._units.clear()  # a new window; the last one may have been dropped
-            for task, rows in _rows_of(names).items():
-                self._units[task] = self._units.get(task, 0) + counts[rows].sum()
         total = counts.sum()
-        return Outcome(sums.sum() / torch.where(total > 0, total, 1.0), total)
+        loss = sums.sum() / torch.where(total > 0, total, 1.0)
+        if loss.grad_fn is not None:
+            of_tasks = {task: counts[rows].sum() for task, rows in _rows_of(names).items()}
+            loss.grad_fn.register_prehook(functools.partial(self._count, of_tasks))
+        return Outcome(loss, total)
+
+    def _count(self, units: Mapping[str, Tensor], *grads: Tensor) -> None:
+        """A backward pass brings the gradients of so many units into the window."""
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            self._units.clear()  # a new window; the last one may have been dropped
+        for task, count in units.items():
+            self._units[task] = self._units.get(task, 0) + count
 
     # -- the step --------------------------------------------------------------------------------------------
 
@@ -188,10 +200,20 @@ class TaskOptimizers(Optimizer):
         return result
 
     def _read_units(self) -> dict[str, float]:
-        """n_t on the host: one wait a step."""
-        if not self._units:
-            return {}
-        return dict(zip(self._units, torch.stack([*self._units.values()]).tolist(), strict=True))
+        """n_t on the host, over all ranks: one wait a step."""
+        if world_size() == 1:
+            if not self._units:
+                return {}
+            return dict(zip(self._units, torch.stack([*self._units.values()]).tolist(), strict=True))
+        # A rank without a row of a task gets the task's gradient from the others, and must scale it as they do.
+        device = _parameters(next(iter(self._optimizers.values())))[0].device
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        total = torch.zeros(len(self._optimizers), dtype=exact, device=device)
+        for index, task in enumerate(self._optimizers):
+            total[index] += self._units.get(task, 0.0)
+        dist.all_reduce(total)
+        units = dict(zip(self._optimizers, total.tolist(), strict=True))
+        return units if any(units.values()) else {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient, and the window that they are of."""

@@ -76,6 +76,12 @@ class Scaled:
     scalings: Tensor
     layers: Mapping[int, int]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise RouteError(
+            "scalings belong to the layers of one model and cannot be copied or saved with it; make another route "
+            "the default before, by set_route(model, task)"
+        )
+
 
 Route: TypeAlias = "str | PerRow | Together | Scaled | None"
 
@@ -89,12 +95,14 @@ class Mix(NamedTuple):
         rows: of one task per row: for each slot the rows that use it, (n,) long, and last the rows of none;
             else None.
         order: the same, for linear layers.
+        fits: of one task per row: what `fitted` made of `weights`, `rows` and `order`, by the number of rows.
     """
 
     slots: tuple[AnySlot, ...]
     weights: Tensor
     rows: tuple[Tensor, ...] | None = None
     order: Sorting | None = None
+    fits: dict[int, tuple[Tensor, tuple[Tensor, ...], Sorting | None]] | None = None
 
     def fitted(self, rows: int) -> Mix:
         """This mix of one task per row for a batch of so many rows.
@@ -110,14 +118,27 @@ class Mix(NamedTuple):
                 f"the route has one task for each of {have} rows, and an adapted layer was given {rows}; "
                 "the first axis of its input must be the batch, or neighbouring rows of it flattened"
             )
-        each = rows // have
+        if torch.compiler.is_compiling():
+            return Mix(self.slots, *self._spread(rows // have))
+        assert self.fits is not None
+        if rows not in self.fits:
+            if len(self.fits) >= FITS:
+                self.fits.clear()
+            with torch.inference_mode(False):
+                weights, spread, _ = self._spread(rows // have)
+                order = sorting([found.tolist() for found in spread], weights.device)
+                self.fits[rows] = weights, spread, order
+        return Mix(self.slots, *self.fits[rows])
+
+    def _spread(self, each: int) -> tuple[Tensor, tuple[Tensor, ...], None]:
+        """The weights and rows of a batch in which each row of the route stands for so many."""
+        assert self.rows is not None
         steps = torch.arange(each, device=self.weights.device)
         spread = tuple((found[:, None] * each + steps).flatten() for found in self.rows)
-        order = None
-        if not torch.compiler.is_compiling():
-            order = sorting([found.tolist() for found in spread], self.weights.device)
-        return Mix(self.slots, self.weights.repeat_interleave(each, 0), spread, order)
+        return self.weights.repeat_interleave(each, 0), spread, None
 
+
+FITS = 16  # sizes of batch that a route remembers; the layers of a model see a few at a time
 
 Plan: TypeAlias = "AnySlot | Mix | None"
 
@@ -229,16 +250,17 @@ def plan_of(route: Route, layer: Graft) -> Plan:
 
 def _sum_weights(route: Together, mine: tuple[str, ...], device: torch.device) -> tuple[Tensor, None]:
     weights = dict(route.weights)
-    return torch.tensor([weights[task] for task in mine], device=device), None
+    exact = torch.float32 if device.type == "mps" else torch.float64  # whatever torch's default is
+    return torch.tensor([weights[task] for task in mine], dtype=exact, device=device), None
 
 
 def _row_weights(
     route: PerRow, mine: tuple[str, ...], device: torch.device
-) -> tuple[Tensor, tuple[Tensor, ...], Sorting]:
+) -> tuple[Tensor, tuple[Tensor, ...], Sorting, dict[int, Any]]:
     one_hot = torch.tensor([[float(task == name) for name in mine] for task in route.tasks], device=device)
     rows: dict[str | None, list[int]] = {name: [] for name in (*mine, None)}
     for row, task in enumerate(route.tasks):
         rows[task if task in mine else None].append(row)
     found = list(rows.values())
     indices = tuple(torch.tensor(one, dtype=torch.long, device=device) for one in found)
-    return one_hot, indices, sorting(found, device)
+    return one_hot, indices, sorting(found, device), {}

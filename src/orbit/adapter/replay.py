@@ -22,10 +22,10 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from orbit.adapter.errors import RouteError
-from orbit.adapter.plan import Route, Scaled, describe, renamed
+from orbit.adapter.plan import PerRow, Route, Scaled, Together, describe, renamed
 
 LIMIT = 4096  # switches that are remembered; a forward and its backward lie far fewer apart
-HEAVY = 16  # of them such as hold a tensor of scalings, and with it perhaps the graph of the router
+HEAVY = 16  # of them that keep tensors: scalings, and with them perhaps the graph of a router, or a cache
 
 
 def in_backward() -> bool:
@@ -56,6 +56,10 @@ class History:
         self._constant = self._constant and route == self._first
         if isinstance(route, Scaled):
             _forget_heavy(routes)
+        if len(routes) > HEAVY:
+            old = routes[-1 - HEAVY]
+            if isinstance(old, (PerRow, Together)):
+                old.cache.clear()  # it is made anew where it is needed
         if len(numbers) > LIMIT:
             del numbers[: LIMIT // 2], routes[: LIMIT // 2]
             self._cut.add(threading.get_ident())

@@ -60,13 +60,13 @@ class route:
         self._state = state_of(model, self._route)
 
     def __enter__(self) -> None:
-        self._state.enter(self._route)
+        self._state.enter(self._route, block=self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state._settle()
-        self._state.leave()
+        self._state.leave(self)
 
 
 def set_route(model: nn.Module, task: TaskArgument = None, *, tasks: TasksArgument = None) -> None:

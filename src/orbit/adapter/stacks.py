@@ -90,7 +90,9 @@ def sorting(rows: Sequence[Sequence[int]], device: torch.device) -> Sorting:
 
 def together(terms: Sequence[Terms], weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """A, B, C, D of the sum of tasks with weights (…, tasks)."""
-    w = weights * torch.stack([t.C for t in terms])
+    scales = torch.stack([t.C for t in terms])
+    weights = weights.to(scales.dtype)
+    w = weights * scales
     C = torch.cat([w[..., k : k + 1].expand(*w.shape[:-1], t.A.shape[0]) for k, t in enumerate(terms)], -1)
     D = None
     for k, t in enumerate(terms):

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from orbit.adapter.batch import Batch, batch_of, order_of
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import RouteError, TaskError
+from orbit.adapter.owners import Tasks
 from orbit.adapter.plan import PerRow, Plan, Route, as_route, describe, names_in, plan_of, renamed
 from orbit.adapter.replay import History, in_backward
 
@@ -62,6 +63,7 @@ class _Hold(NamedTuple):
     replaying: bool  # entered inside a backward pass, where nothing is switched
     root: weakref.ref[nn.Module] | None  # of a call: the model called
     batch: Batch | None = None  # of a call under one task per row
+    block: object | None = None  # of a block: who began it
 
 
 class RouteState:
@@ -188,8 +190,9 @@ class RouteState:
         changes: bool = True,
         root: nn.Module | None = None,
         inputs: _Inputs | None = None,
+        block: object | None = None,
     ) -> None:
-        """Start a call (of `root` with `inputs`) or a block; `leave` ends it.
+        """Start a call (of `root` with `inputs`) or a block, whose beginner is `block`; `leave` ends it.
 
         Without `changes` it takes the route as it is.
         """
@@ -205,7 +208,7 @@ class RouteState:
             if root is not None and inputs is not None and not replaying:
                 batch = self._batch(route if changes else self.current, changes, root, inputs)
             ref = None if root is None else weakref.ref(root)
-            self._holds.append(_Hold(me, changes, route, self.current, replaying, ref, batch))
+            self._holds.append(_Hold(me, changes, route, self.current, replaying, ref, batch, block))
             if replaying:
                 return
             if changes:
@@ -216,17 +219,35 @@ class RouteState:
                     self._show(self.current)
                 self._history.note(self.current)
 
-    def leave(self) -> None:
-        """End this thread's last call or block and put back the route that it found."""
+    def leave(self, block: object | None = None) -> None:
+        """End the last block that `block` began, or this thread's last call, and put back the route that it found.
+
+        Raises:
+            RouteError: another block began inside of it and goes on.
+        """
         me = threading.get_ident()
         with self._lock:
             for index in range(len(self._holds) - 1, -1, -1):
-                if self._holds[index].thread == me:
-                    hold = self._holds.pop(index)
+                hold = self._holds[index]
+                if hold.block is block and (block is not None or hold.thread == me):
+                    del self._holds[index]
                     self._find_owner()
                     if hold.changes and not hold.replaying:
-                        self._switch(hold.before)
+                        self._put_back(hold, index)
                     return
+
+    def _put_back(self, hold: _Hold, index: int) -> None:
+        """The route that `hold`, which was the one of this index, found is current again, if none is inside of it."""
+        for later in range(index, len(self._holds)):
+            inner = self._holds[later]
+            if inner.changes and not inner.replaying:
+                self._holds[later] = inner._replace(before=hold.before)
+                raise RouteError(
+                    f"the block of {describe(hold.route)} ended while the one of {describe(inner.route)}, which began "
+                    "inside of it, goes on: blocks of coroutines or generators ran into each other. Keep a model's "
+                    "route through no await or yield, or give each copy.deepcopy(model)"
+                )
+        self._switch(hold.before)
 
     def _batch(self, route: Route, changes: bool, root: nn.Module, inputs: _Inputs) -> Batch | None:
         if not isinstance(route, PerRow):
@@ -259,6 +280,12 @@ class RouteState:
                 break
         else:
             route = self._history.route_of_replay()
+        for task in names_in(route):
+            if task not in self.configs:
+                raise RouteError(
+                    f"a forward is replayed that ran under task {task!r}, which was removed since; remove it after "
+                    "the backward pass"
+                )
         return None if self.merged is not None else plan_of(route, layer)
 
     def _check(self, route: Route) -> None:
@@ -401,10 +428,17 @@ class RouteState:
 
 
 def has_compiled_parts(model: nn.Module) -> bool:
-    """Is any module of the model compiled by itself?"""
-    return any(
-        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
-    )
+    """Is any module of the model compiled by itself? Asked at every call that trains, so it skips the adapters."""
+    left, seen = [model], {model}
+    while left:
+        module = left.pop()
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            return True
+        for child in module._modules.values():
+            if child is not None and type(child) is not Tasks and child not in seen:
+                seen.add(child)
+                left.append(child)
+    return False
 
 
 def own_arguments(cls: type[nn.Module]) -> frozenset[str]:

@@ -22,8 +22,8 @@ Where the module has a child layer whose weight it reads without calling it (`at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from orbit.adapter.init import initialise
 from orbit.adapter.kinds import own_class, register_whole_kind
 from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import mixed, weighted
+from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
 from orbit.adapter.owners import AnySlot, Down, Gate, Magnitude, Slot, Tasks, Up, Whole
 from orbit.adapter.plan import Mix
 
@@ -49,6 +50,13 @@ class WholeGraft(Graft):
 
     Their own forward always runs on a shell: it may go through its children, among which are the tasks' containers.
     """
+
+    _orbit_forwards: ClassVar[type[nn.Module]]  # the class whose forward `base` means
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        after = cls.__mro__[cls.__mro__.index(Graft) + 1 :]
+        cls._orbit_forwards = next(base for base in after if "forward" in vars(base))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.current_plan()
@@ -98,7 +106,7 @@ class WholeGraft(Graft):
                 return Graft.base(self, *args, **kwargs)
         shell = _shell(self, tensors)
         before = dict(shell.__dict__)
-        output = _own_forward(self)(shell, *args, **kwargs)
+        output = self._orbit_forwards.forward(shell, *args, **kwargs)
         for key, value in shell.__dict__.items():
             if before.get(key, _NOTHING) is not value:
                 self.__dict__[key] = value
@@ -250,23 +258,27 @@ class ParameterSite(Graft):
         _refuse_config(config, self.parameter, W)
         n = W.shape[0] if W.dim() == 3 else 1
         out, into = self.matrix_shape()
+        device = execution_device(self)
         dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
-        A, B = fresh_factors(into, out, config.r * n, device=W.device, dtype=dtype)
+        A, B = fresh_factors(into, out, config.r * n, device=device, dtype=dtype)
         slot = Slot(Down(A), Up(B, config.alpha, config.rslora, experts=n))
         if config.gated:
-            slot = slot._replace(gate=Gate(torch.ones((), device=W.device, dtype=dtype)))
+            slot = slot._replace(gate=Gate(torch.ones((), device=device, dtype=dtype)))
         if config.dora:
-            slot = slot._replace(magnitude=Magnitude(_row_norm(W.detach().to(dora.wide(W.dtype))).to(dtype)))
+            with weights_at_hand(self):
+                slot = slot._replace(magnitude=Magnitude(_row_norm(self.matrix()).to(dtype)))
         return slot
 
     def renorm(self, slot: Slot) -> None:
         assert slot.magnitude is not None
-        with torch.no_grad():
+        with torch.no_grad(), weights_at_hand(self):
             slot.magnitude.weight.copy_(
                 _row_norm(adapted_weight(self, slot._replace(magnitude=None), rounded=False))
             )
 
     def merged_weight(self, slot: Slot) -> Tensor:
+        if dense_weight(self).is_meta:
+            raise MergeError(f"{self.parameter} is offloaded; merge before the model is")
         try:
             with torch.no_grad():
                 return adapted_weight(self, slot)
@@ -314,6 +326,7 @@ def adapted_weight(layer: Graft, slot: Slot, *, rounded: bool = True) -> Tensor:
         GraftError: the weight is not dense, or not there.
     """
     W = dense_weight(layer)
+    refuse_meta(slot.down.weight, W)
     dtype = dora.wide(W.dtype)
     kind = "cpu" if W.is_meta else W.device.type
     with torch.autocast(kind, enabled=False):
@@ -385,11 +398,6 @@ def _shell(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     kept = {name: child for name, child in module._modules.items() if name not in hidden}
     shell.__dict__["_modules"] = {**kept, **children}
     return shell
-
-
-def _own_forward(layer: Graft) -> Callable[..., Any]:
-    """The forward that `layer.base` calls, not bound to the layer."""
-    return super(Graft, layer).forward.__func__  # type: ignore[attr-defined]
 
 
 register_whole_kind(nn.Sequential, SequentialGraft)
