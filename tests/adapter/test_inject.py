@@ -22,6 +22,7 @@ from orbit.adapter import (
     check_gradients,
     inject,
     remove,
+    rename,
     set_route,
     set_trainable,
     task_config,
@@ -411,3 +412,31 @@ def test_an_injection_that_fails_changes_nothing(mlp: Make, monkeypatch: pytest.
     assert type(model[2]) is nn.Linear
     assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == before
     assert model[0].slots().keys() == {"a"}
+
+
+def test_a_task_is_renamed_and_removed_in_all_models_that_share_a_layer() -> None:
+    """Else it would come back where the same name is injected into other layers."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 5, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("noi,...i->...o", self.w, x)
+
+    trunk = nn.Linear(5, 5)
+    one = nn.Sequential(trunk, nn.Linear(5, 3))
+    other = nn.Sequential(trunk, nn.Linear(5, 2), Experts(), nn.MultiheadAttention(5, 1))
+    inject(one, AdapterConfig(r=2, targets=("0", "1")), "a")
+    inject(other, AdapterConfig(r=2, targets=("0", "1", "3"), parameters=("2.w",)), "b")
+    assert tasks(one) == tasks(other) == ("a", "b")
+    rename(one, "b", "c")
+    assert set(task_layers(other, "c")) == {"0", "1", "2.w", "3.in_proj_weight", "3.out_proj"}
+    rename(one, "c", "b")
+    remove(one, "b")
+    assert type(other[1]) is nn.Linear
+    assert type(other[2]) is Experts
+    assert type(other[3]) is nn.MultiheadAttention
+    assert not [key for key in other.state_dict() if "lora" in key and ".a." not in key]
+    assert tasks(other) == ("a",)

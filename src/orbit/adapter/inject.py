@@ -115,7 +115,8 @@ def inject(
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Take a task out. Layers that lose their last one get their own class back.
+    """Take a task out, also of other models that share layers with this one. Layers that lose their last one get
+    their own class back.
 
     If the current route uses the task, the base model is current afterwards.
 
@@ -128,6 +129,8 @@ def remove(model: nn.Module, name: str) -> None:
     if state.merged is not None or state.busy:
         raise RouteError(f"task {name!r} cannot be removed while one is merged or the model is running")
     layers = [m for m in model.modules() if isinstance(m, Graft) and name in m.slots()]
+    elsewhere = [layer for layer in state.layers() if name in layer.slots() and layer not in set(layers)]
+    layers += sorted(elsewhere, key=lambda layer: isinstance(layer, ParameterSite))  # after their modules
     for layer in layers:
         original_class(layer)  # refuses before anything is changed
     if name in names_in(state.default):
@@ -161,12 +164,11 @@ def rename(model: nn.Module, old: str, new: str) -> None:
         raise TaskError(f"there is a task {new!r} already; remove it first or choose another name")
     if state.merged is not None or state.busy:
         raise RouteError(f"task {old!r} cannot be renamed while one is merged or the model is running")
-    for layer in _grafts(model).values():
+    for layer in state.layers():
         if layer.carries(old):
             layer.rename_task(old, new)
-    for module in model.modules():  # what is derived from names, also where only sites were renamed
-        if isinstance(module, Graft):
-            module.__dict__.pop("_orbit_cache", None)
+    for layer in state.layers():  # what is derived from names, also where only sites were renamed
+        layer.__dict__.pop("_orbit_cache", None)
     state.rename(old, new)
 
 
