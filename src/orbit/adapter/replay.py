@@ -22,7 +22,7 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from orbit.adapter.errors import RouteError
-from orbit.adapter.plan import Route, Scaled, describe, renamed
+from orbit.adapter.plan import Route, Scaled, describe, own, renamed
 
 LIMIT = 4096  # switches that are remembered; a forward and its backward lie far fewer apart
 HEAVY = 16  # of them such as hold a tensor of scalings, and with it perhaps the graph of the router
@@ -54,7 +54,7 @@ class History:
             numbers.append(now)
             routes.append(route)
         self._constant = self._constant and route == self._first
-        if isinstance(route, Scaled):
+        if isinstance(own(route), Scaled):
             _forget_heavy(routes)
         if len(numbers) > LIMIT:
             del numbers[: LIMIT // 2], routes[: LIMIT // 2]
@@ -108,7 +108,7 @@ class _Forgotten:
 def _forget_heavy(routes: list[Route | _Forgotten]) -> None:
     seen = 0
     for index in range(len(routes) - 1, -1, -1):
-        if isinstance(routes[index], Scaled):
+        if isinstance(own(routes[index]), Scaled):  # type: ignore[arg-type]
             seen += 1
             if seen > HEAVY:
                 routes[index] = _Forgotten()
