@@ -68,10 +68,10 @@ class Graft(nn.Module):
         if type(plan) is Mix:
             return self.mixed(plan, *args, **kwargs)
         if type(plan) is Touched:
-            return touched(self.planned(plan.plan, *args, **kwargs), plan.others)
+            return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
         return self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]
 
-    def planned(self, plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    def _by_plan(self, plan: Plan, *args: Any, **kwargs: Any) -> Any:
         """The output under a plan of this rank's own."""
         if plan is None:
             return self.base(*args, **kwargs)

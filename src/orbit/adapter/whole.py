@@ -61,8 +61,8 @@ class WholeGraft(Graft):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.current_plan()
         if type(plan) is Touched:
-            return touched(self.planned(plan.plan, *args, **kwargs), plan.others)
-        return self.planned(plan, *args, **kwargs)
+            return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
+        return self._by_plan(plan, *args, **kwargs)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
         return self.run_with({}, args, kwargs)
