@@ -27,7 +27,8 @@ from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases, own_class, whole_kind
 from orbit.adapter.mixing import mixed
 from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, Tasks, Whole, escape
-from orbit.adapter.plan import Mix, Plan, plan_of
+from orbit.adapter.plan import Mix, Plan, Touched, plan_of
+from orbit.adapter.ranks import touched
 from orbit.adapter.replay import in_backward
 from orbit.adapter.state import RouteState
 
@@ -64,6 +65,16 @@ class Graft(nn.Module):
         plan = self.current_plan()
         if plan is None:
             return super().forward(*args, **kwargs)
+        if type(plan) is Mix:
+            return self.mixed(plan, *args, **kwargs)
+        if type(plan) is Touched:
+            return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
+        return self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]
+
+    def _by_plan(self, plan: Plan, *args: Any, **kwargs: Any) -> Any:
+        """The output under a plan of this rank's own."""
+        if plan is None:
+            return self.base(*args, **kwargs)
         if type(plan) is Mix:
             return self.mixed(plan, *args, **kwargs)
         return self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]

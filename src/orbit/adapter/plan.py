@@ -83,7 +83,15 @@ class Scaled:
         )
 
 
-Route: TypeAlias = "str | PerRow | Together | Scaled | None"
+@dataclass(frozen=True)
+class Spread:
+    """A route, and tasks that only other ranks of a sharded model use in the same call (`ranks.py`)."""
+
+    route: str | PerRow | Together | Scaled | None
+    others: tuple[str, ...]
+
+
+Route: TypeAlias = "str | PerRow | Together | Scaled | Spread | None"
 
 
 class Mix(NamedTuple):
@@ -140,7 +148,15 @@ class Mix(NamedTuple):
 
 FITS = 16  # sizes of batch that a route remembers; the layers of a model see a few at a time
 
-Plan: TypeAlias = "AnySlot | Mix | None"
+
+class Touched(NamedTuple):
+    """A plan, and the owners of tasks that only other ranks use here: their gradients are zeros."""
+
+    plan: AnySlot | Mix | None
+    others: tuple[AnySlot, ...]
+
+
+Plan: TypeAlias = "AnySlot | Mix | Touched | None"
 
 
 def as_route(task: object = None, tasks: object = None) -> Route:
@@ -191,11 +207,19 @@ def names_in(route: Route) -> tuple[str, ...]:
         return ()
     if isinstance(route, str):
         return (route,)
+    if isinstance(route, Spread):
+        return names_in(route.route)
     return tuple(dict.fromkeys(task for task in route.tasks if task is not None))
+
+
+def own(route: Route) -> str | PerRow | Together | Scaled | None:
+    """A route without what other ranks use."""
+    return route.route if isinstance(route, Spread) else route
 
 
 def describe(route: Route) -> str:
     """A route as an error message names it."""
+    route = own(route)
     if isinstance(route, PerRow):
         return f"the rows {list(route.tasks)!r}"
     if isinstance(route, Together):
@@ -211,6 +235,9 @@ def renamed(route: Route, old: str, new: str) -> Route:
     >>> renamed("a", "a", "b"), renamed(PerRow(("a", None)), "a", "b").tasks
     ('b', ('b', None))
     """
+    if isinstance(route, Spread):
+        others = tuple(new if task == old else task for task in route.others)
+        return Spread(own(renamed(route.route, old, new)), others)
     if isinstance(route, PerRow):
         return PerRow(tuple(new if task == old else task for task in route.tasks))
     if isinstance(route, Together):
@@ -224,6 +251,10 @@ def renamed(route: Route, old: str, new: str) -> Route:
 def plan_of(route: Route, layer: Graft) -> Plan:
     """What `layer` is told under `route`."""
     slots = layer.slots()
+    if isinstance(route, Spread):
+        plan = plan_of(route.route, layer)
+        others = tuple(slots[task] for task in route.others if task in slots)
+        return Touched(plan, others) if others else plan  # type: ignore[arg-type]
     if route is None or isinstance(route, str):
         return None if route is None else slots.get(route)
     mine = tuple(task for task in names_in(route) if task in slots)

@@ -22,7 +22,7 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from orbit.adapter.errors import RouteError
-from orbit.adapter.plan import PerRow, Route, Scaled, Together, describe, renamed
+from orbit.adapter.plan import PerRow, Route, Scaled, Together, describe, own, renamed
 
 LIMIT = 4096  # switches that are remembered; a forward and its backward lie far fewer apart
 HEAVY = 16  # of them that keep tensors: scalings, and with them perhaps the graph of a router, or a cache
@@ -54,10 +54,11 @@ class History:
             numbers.append(now)
             routes.append(route)
         self._constant = self._constant and route == self._first
-        if isinstance(route, Scaled):
+        if isinstance(own(route), Scaled):
             _forget_heavy(routes)
         if len(routes) > HEAVY:
             old = routes[-1 - HEAVY]
+            old = old if isinstance(old, _Forgotten) else own(old)
             if isinstance(old, (PerRow, Together)):
                 old.cache.clear()  # it is made anew where it is needed
         if len(numbers) > LIMIT:
@@ -112,7 +113,7 @@ class _Forgotten:
 def _forget_heavy(routes: list[Route | _Forgotten]) -> None:
     seen = 0
     for index in range(len(routes) - 1, -1, -1):
-        if isinstance(routes[index], Scaled):
+        if isinstance(own(routes[index]), Scaled):  # type: ignore[arg-type]
             seen += 1
             if seen > HEAVY:
                 routes[index] = _Forgotten()

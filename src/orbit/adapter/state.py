@@ -28,7 +28,19 @@ from orbit.adapter.batch import Batch, batch_of, order_of
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import RouteError, TaskError
 from orbit.adapter.owners import Tasks
-from orbit.adapter.plan import PerRow, Plan, Route, as_route, describe, names_in, plan_of, renamed
+from orbit.adapter.plan import (
+    PerRow,
+    Plan,
+    Route,
+    Spread,
+    as_route,
+    describe,
+    names_in,
+    own,
+    plan_of,
+    renamed,
+)
+from orbit.adapter.ranks import elsewhere, may_differ
 from orbit.adapter.replay import History, in_backward
 
 if TYPE_CHECKING:
@@ -250,6 +262,7 @@ class RouteState:
         self._switch(hold.before)
 
     def _batch(self, route: Route, changes: bool, root: nn.Module, inputs: _Inputs) -> Batch | None:
+        route = own(route)
         if not isinstance(route, PerRow):
             return None
         outer = None if changes else self._running_batch()
@@ -377,7 +390,11 @@ class RouteState:
 
     def _guarded_enter(self, given: dict[str, Any], model: nn.Module, inputs: _Inputs) -> None:
         try:
-            self.enter(as_route(**given), changes=bool(given), root=model, inputs=inputs)
+            route = as_route(**given) if given else self.current
+            others = self._others(model, route) if may_differ() else ()
+            if others:
+                given, route = {"task": route}, Spread(own(route), others)
+            self.enter(route, changes=bool(given), root=model, inputs=inputs)
         except BaseException:
             # torch runs the post-hook even if this hook raised: give it a hold of its own to take away.
             with self._lock:
@@ -386,6 +403,14 @@ class RouteState:
                 )
             raise
         self.calls += bool(given)
+
+    def _others(self, model: nn.Module, route: Route) -> tuple[str, ...]:
+        """What only other ranks use in the call of `model` that begins; inside a call that was asked already."""
+        me = threading.get_ident()
+        self._settle(model)
+        if in_backward() or any(hold.thread == me and hold.root is not None for hold in self._holds):
+            return ()
+        return elsewhere(model, names_in(route), tuple(self.configs))
 
     @_outside_graphs
     def _leave_call(self, model: nn.Module, output: Any) -> None:

@@ -40,7 +40,8 @@ from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import mixed, weighted
 from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
 from orbit.adapter.owners import AnySlot, Down, Gate, Magnitude, Slot, Tasks, Up, Whole
-from orbit.adapter.plan import Mix
+from orbit.adapter.plan import Mix, Touched
+from orbit.adapter.ranks import touched
 
 SITES = "lora_parameters"
 
@@ -60,9 +61,9 @@ class WholeGraft(Graft):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.current_plan()
-        if plan is None:
-            return self.base(*args, **kwargs)
-        return self.mixed(plan, *args, **kwargs) if type(plan) is Mix else self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]
+        if type(plan) is Touched:
+            return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
+        return self._by_plan(plan, *args, **kwargs)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
         return self.run_with({}, args, kwargs)
