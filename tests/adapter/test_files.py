@@ -254,7 +254,7 @@ def test_files_that_do_not_fit_are_refused(
             AdapterFileError,
         ),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'", ConfigError),
-        ({"bias": "all"}, "bias='all' cannot be honoured", ConfigError),
+        ({"bias": "some"}, "bias must be one of 'none', 'lora_only', 'all', got 'some'", ConfigError),
         ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight is missing", AdapterFileError),
         (
             {"init_lora_weights": "pissa_niter_4"},

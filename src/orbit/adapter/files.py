@@ -3,6 +3,8 @@
     base_model.model.<layer>.lora_A.weight              (r, in)
     base_model.model.<layer>.lora_B.weight              (out, r)
     base_model.model.<layer>.lora_magnitude_vector      (out,)     DoRA only
+    base_model.model.<layer>.base_layer.bias            (out,)     of a task that has biases of its own
+    base_model.model.<layer>.token_adapter.trainable_tokens_delta  (n, dim)  of one that has token rows
 
 PEFT and vLLM load what is written here, and the reverse; `docs/formats.md` has the whole table. What PEFT has no
 place for (a gate, the start of PiSSA) is written beside it under our own names, with `peft_type: ORBIT`, which PEFT
@@ -45,15 +47,16 @@ from orbit.adapter.inject import (
     unwrapped,
 )
 from orbit.adapter.kinds import kind_of, own_class
-from orbit.adapter.owners import Owner, Tasks
+from orbit.adapter.owners import Owner, Tasks, TokenSlot
 from orbit.adapter.patterns import Pattern
 from orbit.adapter.peft_config import from_peft, to_peft
-from orbit.adapter.peft_keys import Named, clean, key_of, named_in, places, targets_of
+from orbit.adapter.peft_keys import Named, clean, key_of, named_in, places, rows_of, targets_of
 from orbit.adapter.route import find_state
 from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WITHIN = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 _COPY = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
 
 
@@ -81,12 +84,14 @@ def save(
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
         tensors.update({key_of(place, end): t.detach().cpu().contiguous() for end, t in found.items()})
+    tensors = _apart(tensors)
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
         _target_modules(model, targets),
         parameters,
         copies,
+        rows_of(model, name),
         fan_in_fan_out=any(own_class(layer).__name__ == "Conv1D" for layer in layers.values()),
         own=not peft and any(layer.only_ours(name) for layer in layers.values()),
     )
@@ -124,7 +129,7 @@ def load(
     model = _root(model)
     fields, tensors = read(path)
     _check_auto_mapping(path, fields, model)
-    tensors = _without_copies(tensors, {clean(raw): module for raw, module in model.named_modules()})
+    tensors = _without_copies(fields, tensors, {clean(raw): module for raw, module in model.named_modules()})
     if not tensors:
         raise AdapterFileError(f"{path} holds no tensors")
     named = named_in(path, fields, tensors, model)
@@ -246,8 +251,15 @@ def _check_auto_mapping(path: Any, fields: Mapping[str, Any], model: nn.Module) 
         )
 
 
-def _without_copies(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Without the weights of an adapted head, which PEFT saves beside its adapter, where the model has the same."""
+def _without_copies(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Without what PEFT writes twice.
+
+    The weights of an adapted head beside its adapter, where the model has the same; and with bias="all" those biases
+    of a module that is trained whole which it also writes under the module's own name.
+    """
+    twice = fields.get("modules_to_save") and fields.get("bias") == "all"
 
     def is_copy(key: str, tensor: Tensor) -> bool:
         match = _COPY.fullmatch(key)
@@ -258,7 +270,21 @@ def _without_copies(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Modu
             and torch.equal(tensor.to(weight), weight)
         )
 
-    return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not is_copy(key, tensor) and not (twice and _WITHIN.search(key))
+    }
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a memory of its own for each, as safetensors asks for: a bias may be shared."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def _check_coverage(path: Any, fields: Mapping[str, Any], named: Named, model: nn.Module) -> None:
@@ -290,8 +316,15 @@ def _check_coverage(path: Any, fields: Mapping[str, Any], named: Named, model: n
 def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -> None:
     own = task_config(model, name)
     have = task_layers(model, name)
+    slots = {clean(raw): layer.slots()[name] for raw, layer in have.items()}
+    rows = {raw: slot.rows.indices for raw, slot in slots.items() if isinstance(slot, TokenSlot)}
+    assert isinstance(config.tokens, Mapping) or config.tokens == ()
     for label, theirs, ours in [
-        *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated")),
+        *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated", "bias")),
+        *(
+            (f"the rows of {raw}", indices, rows.get(clean(raw.removeprefix("re:"))))
+            for raw, indices in dict(config.tokens).items()
+        ),
         *((f"rank of {raw}", config.rank_of(raw), own.rank_of(raw)) for raw in have),
         *((f"alpha of {raw}", config.alpha_of(raw), own.alpha_of(raw)) for raw in have),
     ]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from orbit.adapter.bias import any_bias
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
@@ -87,6 +88,8 @@ def inject(
     plans, skipped = plan_injection(model, config)
     state = RouteState() if state is None else state
     slots = _grafted_slots(plans, state)
+    if config.bias != "none" and not any_bias(slots.values()):
+        skipped[f"bias={config.bias!r}"] = "no module in reach has one"
     state.configs[name] = config
     for path, slot in slots.items():
         layer = plans[path].module

@@ -3,6 +3,8 @@
     targets        low-rank owners in every layer, or the module of a registered constructor in its place
     parameters     low-rank owners at parameters of a module of any kind
     save_modules   a copy of the module
+    tokens         rows of an embedding, and of what shares its weight
+    bias           the biases of all this, or of all modules
 
 Nothing below a module that is replaced or run as a whole is adapted by itself.
 """
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from orbit.adapter.bias import SharedBiases, resolve_biases
 from orbit.adapter.config import AdapterConfig, LayerConfig
 from orbit.adapter.errors import ConfigError, TargetError
 from orbit.adapter.experts import resolve_parameters
@@ -25,8 +28,9 @@ from orbit.adapter.graft import Graft, original_class
 from orbit.adapter.init import initialise
 from orbit.adapter.kinds import mixin_of, wrapper_of
 from orbit.adapter.modules import resolve_saved, saved, wrapped
-from orbit.adapter.owners import AnySlot, Slot
+from orbit.adapter.owners import AnySlot, Slot, Whole
 from orbit.adapter.targets import at_or_below, resolve, tree
+from orbit.adapter.tokens import Rows, SharedRows, resolve_tokens
 from orbit.adapter.whole import WholeGraft
 
 
@@ -50,8 +54,9 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
     Raises:
         TargetError: a name that matches nothing or something that cannot be adapted; nothing to adapt.
     """
-    layers, skipped = ({}, {}) if config.targets == () else resolve(model, config.targets, config.exclude)
-    sites = resolve_parameters(model, config.parameters)
+    layers, skipped = _targeted(model, config)
+    sites = resolve_parameters(model, config.parameters, config.layers)
+    shared = SharedBiases()
     copies = resolve_saved(model, config.save_modules)
     found: dict[str, Planned] = {}
     for path, layer in layers.items():
@@ -60,7 +65,9 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
         else:
             at = config.at(path)
             found[path] = Planned(
-                layer, partial(_check_layer, path=path, config=at), partial(_low_rank, config=at)
+                layer,
+                partial(_check_layer, path=path, config=at),
+                partial(_low_rank, config=at, shared=shared),
             )
     for path, (module, names) in sites.items():
         places = {name: f"{path}.{name}" if path else name for name in names}
@@ -88,6 +95,11 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
             )
         found[path] = Planned(module, _anything, saved)
         skipped.pop(path, None)
+    replaced = [path for path in found if path in copies or wrapper_of(found[path].module) is not None]
+    rows = resolve_tokens(model, config)
+    _add_rows(found, skipped, rows, replaced)
+    if config.bias == "all":
+        _add_biases(found, skipped, resolve_biases(model, replaced, skipped), rows, sites, shared)
     for path, module in tree(model)[0].items():
         if isinstance(module, nn.MultiheadAttention) and path in found:
             skipped.pop(f"{path}.out_proj" if path else "out_proj", None)
@@ -98,13 +110,55 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
 def fitting_ranks(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """The config with a smaller rank for each layer whose weight has none as large."""
     small = {}
-    layers = {} if config.targets == () else resolve(model, config.targets, config.exclude)[0]
+    layers = _targeted(model, config)[0]
     for path, layer in layers.items():
         mixin = mixin_of(layer)
         limit = min(mixin.matrix_shape(layer)) if mixin is not None else config.r  # type: ignore[arg-type]
         if config.rank_of(path) > limit:
             small[re.escape(path)] = limit
     return replace(config, rank_pattern={**small, **config.rank_pattern})
+
+
+def _targeted(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that `targets` names and those left out."""
+    if config.targets == ():
+        return {}, {}
+    return resolve(model, config.targets, config.exclude, config.layers)
+
+
+def _add_rows(
+    found: dict[str, Planned], skipped: dict[str, str], rows: Mapping[str, Rows], replaced: list[str]
+) -> None:
+    shared = SharedRows()
+    for path, (module, indices) in rows.items():
+        if at_or_below(path, replaced):
+            raise TargetError(f"rows of {path!r} cannot be trained too: it is trained or replaced as a whole")
+        if path in found:
+            raise TargetError(
+                f"{path!r} cannot have both rows of its own (tokens) and a low-rank update; exclude={path!r} leaves "
+                "the latter out"
+            )
+        found[path] = Planned(module, _anything, partial(shared.make, indices=indices))
+        skipped.pop(path, None)
+
+
+def _add_biases(
+    found: dict[str, Planned],
+    skipped: dict[str, str],
+    biases: Mapping[str, nn.Module],
+    rows: Mapping[str, Rows],
+    sites: Mapping[str, object],
+    shared: SharedBiases,
+) -> None:
+    """Low-rank layers see to theirs by themselves."""
+    for path, module in biases.items():
+        if path not in found:
+            found[path] = Planned(module, _anything, partial(_bias, shared=shared))
+            skipped.pop(path, None)
+        elif path in sites:
+            found[path] = found[path]._replace(make=partial(_with_bias, make=found[path].make, shared=shared))
+        elif path in rows:
+            skipped[f"{path}.bias"] = "rows of its weight are trained"
 
 
 def _replaced_above(path: str, found: dict[str, Planned]) -> bool:
@@ -116,11 +170,22 @@ def _anything(layer: Graft) -> None:
     """A module that is copied or made by a constructor has no rank."""
 
 
-def _low_rank(layer: Graft, config: LayerConfig) -> AnySlot:
+def _low_rank(layer: Graft, config: LayerConfig, shared: SharedBiases) -> AnySlot:
     slot = layer.new_slot(config)
     if isinstance(slot, Slot):  # what is run as a whole sees to its own weights
         initialise(layer, slot, config.init)
-    return slot
+    return shared.of(layer, slot)
+
+
+def _bias(layer: Graft, shared: SharedBiases) -> AnySlot:
+    return shared.of(layer, layer.new_bias())
+
+
+def _with_bias(layer: Graft, make: Callable[[Graft], AnySlot], shared: SharedBiases) -> AnySlot:
+    slot, bias = make(layer), _bias(layer, shared)
+    assert isinstance(slot, Whole)
+    assert isinstance(bias, Whole)
+    return Whole({**slot.slots, **bias.slots})
 
 
 def _at_parameters(layer: Graft, configs: Mapping[str, LayerConfig]) -> AnySlot:
