@@ -61,7 +61,7 @@ class DenseGraft(Graft):
 
     # -- the forward -----------------------------------------------------------------------------------------
 
-    def one(self, slot: AnySlot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def one(self, slot: AnySlot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output under one task; the equations are the module's."""
         base = self.base(input, *args, **kwargs)
         if type(slot) is BiasSlot:

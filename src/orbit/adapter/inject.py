@@ -334,13 +334,13 @@ def _grafted_slots(plans: dict[str, Planned], state: RouteState) -> dict[str, An
     path = ""
     try:
         for path in plans:
-            layer, check, _ = plans[path]
+            layer = plans[path].module
             if not isinstance(layer, Graft):
                 graft(layer, state)
                 new.append(layer)  # type: ignore[arg-type]
-            check(layer)  # type: ignore[arg-type]
-        for path, (layer, _, make) in plans.items():
-            slots[path] = make(layer)  # type: ignore[arg-type]
+            plans[path].check(layer)  # type: ignore[arg-type]
+        for path, plan in plans.items():
+            slots[path] = plan.make(plan.module)  # type: ignore[arg-type]
     except BaseException as error:
         for layer in new:
             ungraft(layer)

@@ -38,7 +38,7 @@ class LinearGraft(DenseGraft, nn.Linear):
     LINEAR = True
     _torchs_forward: ClassVar[bool]
 
-    def one(self, slot: AnySlot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def one(self, slot: AnySlot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if type(slot) is not Slot:
             return super().one(slot, input, *args, **kwargs)
         if self._is_short(slot):

@@ -121,7 +121,7 @@ def from_peft(
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
             bias=fields.get("bias") or "none",
-            tokens={layer or "re:": rows for layer, rows in (tokens or {}).items()},
+            tokens={layer or "re:": tuple(rows) for layer, rows in (tokens or {}).items()},
         )
         if kind == OWN_TYPE:
             config = replace(config, **{name: fields["orbit"][name] for name in _OWN})

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from orbit.adapter.bias import SharedBiases, resolve_biases
-from orbit.adapter.config import AdapterConfig, LayerConfig
+from orbit.adapter.config import STARTS_FROM_WEIGHT, AdapterConfig, LayerConfig
 from orbit.adapter.errors import ConfigError, TargetError
 from orbit.adapter.experts import resolve_parameters
 from orbit.adapter.graft import Graft, original_class
@@ -39,11 +39,13 @@ class Planned(NamedTuple):
 
     Attributes:
         module: where it stands in the model.
+        what: what the task will have there, to compare: settings, settings by parameter, indices of rows, or in words.
         check: once it is grafted, refuses what would not fit, before anything is allocated.
         make: makes its owners for the task.
     """
 
     module: nn.Module
+    what: object
     check: Callable[[Graft], None]
     make: Callable[[Graft], AnySlot]
 
@@ -61,11 +63,12 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
     found: dict[str, Planned] = {}
     for path, layer in layers.items():
         if wrapper_of(layer) is not None:
-            found[path] = Planned(layer, _anything, wrapped)
+            found[path] = Planned(layer, "a module of its own", _anything, wrapped)
         else:
             at = config.at(path)
             found[path] = Planned(
                 layer,
+                at,
                 partial(_check_layer, path=path, config=at),
                 partial(_low_rank, config=at, shared=shared),
             )
@@ -75,7 +78,7 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
         for name, place in places.items():
             shape: torch.Size = module._parameters[name].shape  # type: ignore[union-attr]
             _check_rank(place, "parameter", (shape[-2], shape[-1]), configs[name].r)
-        found[path] = Planned(module, _anything, partial(_at_parameters, configs=configs))
+        found[path] = Planned(module, configs, _anything, partial(_at_parameters, configs=configs))
     for path in [path for path in found if _replaced_above(path, found)]:
         del found[path]
         skipped[path] = "it lies within a module that is adapted as a whole"
@@ -93,7 +96,7 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
             skipped[other] = (
                 "it is trained whole" if other == path else f"it lies within {path}, trained whole"
             )
-        found[path] = Planned(module, _anything, saved)
+        found[path] = Planned(module, "a copy", _anything, saved)
         skipped.pop(path, None)
     replaced = [path for path in found if path in copies or wrapper_of(found[path].module) is not None]
     rows = resolve_tokens(model, config)
@@ -105,6 +108,23 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
             skipped.pop(f"{path}.out_proj" if path else "out_proj", None)
     order = [path for path in tree(model)[0] if path in found]
     return {path: found[path] for path in order}, skipped
+
+
+def same_task(model: nn.Module, config: AdapterConfig, other: AdapterConfig) -> bool:
+    """Do two configs mean the same in this model, whatever words they use? Random starts may differ."""
+    mine, theirs = (
+        {p: _settled(x.what) for p, x in plan_injection(model, c)[0].items()} for c in (config, other)
+    )
+    return mine == theirs
+
+
+def _settled(what: object) -> object:
+    """Without what concerns the start alone: a task that was loaded does not know how it was drawn."""
+    if isinstance(what, Mapping):
+        return {name: _settled(one) for name, one in what.items()}
+    if isinstance(what, LayerConfig) and what.init not in STARTS_FROM_WEIGHT:
+        return replace(what, init="kaiming")
+    return what
 
 
 def fitting_ranks(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
@@ -138,7 +158,7 @@ def _add_rows(
                 f"{path!r} cannot have both rows of its own (tokens) and a low-rank update; exclude={path!r} leaves "
                 "the latter out"
             )
-        found[path] = Planned(module, _anything, partial(shared.make, indices=indices))
+        found[path] = Planned(module, indices, _anything, partial(shared.make, indices=indices))
         skipped.pop(path, None)
 
 
@@ -153,7 +173,7 @@ def _add_biases(
     """Low-rank layers see to theirs by themselves."""
     for path, module in biases.items():
         if path not in found:
-            found[path] = Planned(module, _anything, partial(_bias, shared=shared))
+            found[path] = Planned(module, "a bias", _anything, partial(_bias, shared=shared))
             skipped.pop(path, None)
         elif path in sites:
             found[path] = found[path]._replace(make=partial(_with_bias, make=found[path].make, shared=shared))
