@@ -31,6 +31,7 @@ from orbit.adapter import (
     param_groups,
     remove,
     rename,
+    route,
     save,
     task_layers,
     unmerge,
@@ -277,6 +278,61 @@ def test_copies_names_and_removal(fill: Fill) -> None:
     remove(model, "train")
     assert {type(m) for m in model.modules()} == {type(m) for m in net().modules()}
     assert_base(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_one_graph_serves_all_tasks(fill: Fill) -> None:
+    """Norms, attention and convolution too, whose biases are put in place on a shell."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model, names = net(), ["a", "b", "c"]
+    for seed, name in enumerate(names):
+        inject(model, config("linear and attention"), name)
+        fill(model, name, seed, 0.1)
+    ways: list[list[dict[str, Any]]] = [
+        [{"task": name} for name in names],
+        [{"task": ["a", "b", None, "a"]}, {"task": ["b", None, "c", "b"]}, {"task": ["c", "a", "a", None]}],
+        [{"tasks": {"a": 1.0, "b": 0.5}}, {"tasks": {"c": -1.0, "b": 2.0}}],
+    ]
+    for way in ways:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for options in way:
+            model.zero_grad()
+            true = model(batch(), **options)
+            true.square().sum().backward()
+            grads = {name: p.grad for name, p in adapter_parameters(model).items()}
+            model.zero_grad()
+            with route(model, **options):
+                y = compiled(batch())
+                torch.testing.assert_close(y, true, rtol=1e-4, atol=1e-5)
+                y.square().sum().backward()
+            for name, p in adapter_parameters(model).items():
+                mine = torch.zeros_like(p) if p.grad is None else p.grad
+                theirs = torch.zeros_like(p) if grads[name] is None else grads[name]
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+        assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_checkpointed_it_has_the_gradients_of_the_route_of_its_forward(fill: Fill) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = adapt("linear", "a")
+    inject(model, config("linear"), "b")
+    for seed, name in enumerate("ab"):
+        fill(model, name, seed)
+    model.train()
+    model(batch(), task="a").sum().backward()
+    true = {name: p.grad.clone() for name, p in adapter_parameters(model, "a").items()}
+    model.zero_grad()
+    with route(model, "a"):
+        loss = checkpoint(model, batch(), use_reentrant=False).sum()
+    loss.backward()
+    for name, p in adapter_parameters(model, "a").items():
+        torch.testing.assert_close(p.grad, true[name])
+    assert all(p.grad is None for p in adapter_parameters(model, "b").values())
 
 
 def test_modules_trained_whole_keep_their_bias_to_themselves() -> None:

@@ -34,6 +34,7 @@ from orbit.adapter import (
     merged_state_dict,
     remove,
     rename,
+    route,
     save,
     unmerge,
 )
@@ -135,6 +136,32 @@ def test_rows_and_sums(llama: Make, fill: Fill, seen: Tensor) -> None:
     base = layer(x, task=None)
     true = base + 0.5 * (layer(x, task="a") - base) - 2 * (layer(x, task="b") - base)
     torch.testing.assert_close(layer(x, tasks={"a": 0.5, "b": -2.0}), true)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_one_graph_serves_all_tasks(fill: Fill) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False))
+    model[2].weight = model[0].weight
+    for index, name in enumerate("abc"):
+        inject(model, AdapterConfig(r=2, tokens=[3, index]), name)
+        fill(model, name, index)
+    x = torch.arange(8).view(4, 2)
+    ways: list[list[dict[str, Any]]] = [
+        [{"task": name} for name in "abc"],
+        [{"task": ["a", "b", None, "a"]}, {"task": ["b", None, "c", "b"]}],
+        [{"tasks": {"a": 1.0, "b": 0.5}}, {"tasks": {"c": -1.0, "b": 2.0}}],
+    ]
+    for way in ways:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for options in way:
+            with route(model, **options):
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+        assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_training_moves_the_rows_alone(llama: Make, seen: Tensor) -> None:

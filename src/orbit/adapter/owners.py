@@ -133,7 +133,7 @@ class TokenRows(Owner):
     def find(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each index in `input` is one of these rows, and which (some row, if it is none)."""
         input = input.long()
-        near = torch.searchsorted(self.ascending, input).clamp_max(len(self.indices) - 1)
+        near = torch.searchsorted(self.ascending, input).clamp_max(self.ascending.shape[0] - 1)
         return self.ascending[near] == input, self.order[near]
 
 

@@ -67,7 +67,7 @@ class WholeGraft(Graft):
     def mixed(self, mix: Mix, *args: Any, **kwargs: Any) -> Any:
         if mix.rows is None and mix.weights.dim() == 1 and all(type(slot) is Whole for slot in mix.slots):
             return self.run_with(self._summed(mix), args, kwargs)
-        if mix.rows is None or not self._has_layers_below():
+        if mix.rows is None or torch.compiler.is_compiling() or not self._has_layers_below():
             return mixed(self, mix, args, kwargs)
         # Adapted layers below follow the route of all rows, so that these may not be taken apart.
         first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
@@ -104,8 +104,8 @@ class WholeGraft(Graft):
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def sites(self) -> dict[str, Graft]:
-        container = self._bank(SITES)
-        return {name: container.get(name) for name in container}
+        # By the sites' own names: a compiled graph cannot unescape those of the container.
+        return {site.parameter: site for site in self._bank(SITES)._modules.values()}  # type: ignore[union-attr, misc]
 
     def slots(self) -> dict[str, AnySlot]:
         if "_orbit_cache" not in self.__dict__:
@@ -411,7 +411,8 @@ def _shell(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _own_forward(layer: Graft) -> Callable[..., Any]:
     """The forward that `layer.base` calls, not bound to the layer."""
-    return super(Graft, layer).forward.__func__  # type: ignore[attr-defined]
+    after = type(layer).__mro__[type(layer).__mro__.index(Graft) + 1 :]
+    return next(vars(cls)["forward"] for cls in after if "forward" in vars(cls))
 
 
 register_whole_kind(nn.Sequential, SequentialGraft)
