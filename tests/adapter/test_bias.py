@@ -11,12 +11,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from orbit.adapter import (
     AdapterConfig,
+    AdapterFileError,
     ConfigError,
     TaskError,
     adapter_parameters,
@@ -435,6 +436,33 @@ def test_pefts_keys_of_an_attention(tmp_path: Path) -> None:
     ]
     assert files[0].keys() == files[1].keys()
     assert "base_model.model.attention.base_layer.out_proj.base_layer.bias" in files[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("base_model.model.norm.bias"), "model.norm.bias is missing"),
+        (
+            lambda t: t.update({"base_model.model.plain.bias": torch.ones(8)}),
+            "model.plain.bias is unexpected",
+        ),
+        (
+            lambda t: t.update({"base_model.model.first.bias": torch.ones(8)}),
+            "model.first.bias is unexpected",
+        ),
+        (lambda t: t.update({"base_model.model.norm.bias": torch.ones(7)}), r"norm.bias has shape \(7,\)"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(change: Callable[..., Any], said: str, tmp_path: Path) -> None:
+    save(adapt(), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = net()
+    with pytest.raises(AdapterFileError, match=said):
+        load(model, tmp_path)
+    assert {type(m) for m in model.modules()} == {type(m) for m in net().modules()}
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_peft_writes_a_whole_modules_bias_thrice(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -335,6 +336,20 @@ def test_a_task_with_other_rows_is_not_filled(llama: Make, tmp_path: Path) -> No
         AdapterFileError, match=r"the rows of model.embed_tokens is \(5, 3, 40\), but \(1, 2, 3\)"
     ):
         load(other, tmp_path)
+
+
+@pytest.mark.parametrize("indices", [[5], [5, 3, 64], [5, 5, 3], None, {"lm_head": ROWS}, "5"])
+def test_a_config_whose_indices_do_not_fit_is_refused(indices: Any, llama: Make, tmp_path: Path) -> None:
+    model = llama()
+    inject(model, config())
+    save(model, tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "trainable_token_indices": indices}))
+    other = llama()
+    before = {name: type(module) for name, module in other.named_modules()}
+    with pytest.raises(AdapterError, match="indices|rows|tokens|tokens_delta has shape"):
+        load(other, tmp_path)
+    assert {name: type(module) for name, module in other.named_modules()} == before
 
 
 def test_a_bare_embedding_round_trip(fill: Fill, tmp_path: Path) -> None:
