@@ -278,6 +278,50 @@ def test_what_excludes_each_other(llama: Make) -> None:
         combine(model, {"default": 1.0}, "new")
 
 
+class Tied(nn.Module):
+    """A head that shares the embedding's weight and has a bias, as BERT's has; its parent has the bias too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+        self.head.weight = self.embed.weight
+        self.bias = self.head.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(x)).relu())
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_rows_of_a_head_with_a_bias(bias: str, fill: Fill, tmp_path: Path) -> None:
+    """(PEFT's rows of a linear layer forget its bias.)"""
+    torch.manual_seed(0)
+    model, other = Tied().double(), Tied().double()
+    other.load_state_dict(model.state_dict())
+    bare = copy.deepcopy(model)
+    inject(model, AdapterConfig(r=2, targets=("body",), tokens={"embed": [3, 5]}, bias=bias))
+    fill(model)
+    x = torch.arange(8).view(2, 4)
+    rows, body = model.embed.slots()["default"].rows.weight, model.body.slots()["default"]
+    weight = bare.embed.weight.detach().index_copy(0, torch.tensor([3, 5]), rows)
+    b = [bare.body.bias, bare.bias]
+    if bias != "none":
+        b = [body.bias.weight, model.head.slots()["default"].bias.weight]
+    hidden = nn.functional.embedding(x, weight)
+    W = bare.body.weight + body.coefficient * body.up.weight @ body.down.weight
+    true = nn.functional.linear(nn.functional.linear(hidden, W, b[0]).relu(), weight, b[1])
+    torch.testing.assert_close(model(x), true)
+    leaves = list(adapter_parameters(model).values())
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), leaves) for y in (model(x), true)))
+    torch.testing.assert_close(model(x, task=["default", None])[1], bare(x)[1])
+    load(other, save(model, tmp_path))
+    assert torch.equal(other(x), model(x))
+    merge(model, untie=True)
+    torch.testing.assert_close(model.eval()(x), true)
+    unmerge(model)
+    remove(model, "default")
+    assert torch.equal(model(x), bare(x))
+
+
 def test_a_head_of_its_own(llama: Make, fill: Fill, seen: Tensor) -> None:
     model = llama(tie_word_embeddings=False)
     inject(model, config(targets=(), tokens={"lm_head": [7, 9]}))

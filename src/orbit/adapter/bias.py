@@ -5,7 +5,7 @@
 PEFT trains the base's own biases instead, which changes the base under every other task, so that it allows one such
 adapter in a model. Here the base's never move, and every task, and every row of a batch, has its own.
 
-    "lora_only"   the biases of the adapted layers
+    "lora_only"   the biases of the adapted layers, among them those of which rows are trained (`tokens.py`)
     "all"         every parameter of the model that is called `bias`: of norms, heads, layers that are left out, …
 
 As in PEFT, the projections' bias of an attention (`in_proj_bias`) is not among them, but that of its `out_proj` is.
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from orbit.adapter.kinds import refusal
-from orbit.adapter.owners import AnySlot, Bias, BiasSlot, Slot, Whole
+from orbit.adapter.owners import AnySlot, Bias, BiasSlot, Slot, TokenSlot, Whole
 from orbit.adapter.targets import at_or_below, tree
 
 
@@ -59,7 +59,7 @@ class SharedBiases:
         if isinstance(slot, Whole):
             places = {name: self._home(layer, name) for name in slot.slots}
             return Whole({name: self.of(places[name], one) for name, one in slot.slots.items()})  # type: ignore[misc]
-        if not isinstance(slot, (Slot, BiasSlot)) or slot.bias is None:
+        if not isinstance(slot, (Slot, BiasSlot, TokenSlot)) or slot.bias is None:
             return slot
         owner = self._owners.setdefault(id(layer._parameters["bias"]), slot.bias)
         return slot._replace(bias=owner)
@@ -73,6 +73,6 @@ def any_bias(slots: Iterable[AnySlot]) -> bool:
     return any(
         any_bias(slot.slots.values())
         if isinstance(slot, Whole)
-        else isinstance(slot, (Slot, BiasSlot)) and slot.bias is not None
+        else isinstance(slot, (Slot, BiasSlot, TokenSlot)) and slot.bias is not None
         for slot in slots
     )

@@ -67,7 +67,7 @@ class DenseGraft(Graft):
         if type(slot) is BiasSlot:
             return self.rebiased(base, slot.bias)
         if type(slot) is TokenSlot:
-            return self.with_rows(base, slot.rows, input)
+            return self.with_rows(self.rebiased(base, slot.bias), slot.rows, input)
         assert isinstance(slot, Slot)
         return self.beside(base, slot, input, *args, **kwargs)
 

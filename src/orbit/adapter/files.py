@@ -50,7 +50,16 @@ from orbit.adapter.kinds import kind_of, own_class
 from orbit.adapter.owners import Owner, Tasks, TokenSlot
 from orbit.adapter.patterns import Pattern
 from orbit.adapter.peft_config import from_peft, to_peft
-from orbit.adapter.peft_keys import Named, clean, key_of, named_in, places, rows_of, targets_of
+from orbit.adapter.peft_keys import (
+    Named,
+    clean,
+    key_of,
+    named_in,
+    places,
+    rows_of,
+    targets_of,
+    without_followers,
+)
 from orbit.adapter.route import find_state
 from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
@@ -83,8 +92,8 @@ def save(
         if peft and why is not None:
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
-        tensors.update({key_of(place, end): t.detach().cpu().contiguous() for end, t in found.items()})
-    tensors = _apart(tensors)
+        tensors.update({key_of(place, end): tensor for end, tensor in found.items()})
+    tensors = _apart({key: t.detach().cpu().contiguous() for key, t in without_followers(tensors).items()})
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
@@ -191,11 +200,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors into the task, if they are exactly those that it has."""
-    own = {
-        key_of(place, end): tensor
-        for place, layer in places(model, name).items()
-        for end, tensor in layer.file_tensors(name).items()
-    }
+    own = without_followers(
+        {
+            key_of(place, end): tensor
+            for place, layer in places(model, name).items()
+            for end, tensor in layer.file_tensors(name).items()
+        }
+    )
     theirs = {_plain_key(key): (key, tensor) for key, tensor in tensors.items()}
     for key, tensor in own.items():
         if key not in theirs:

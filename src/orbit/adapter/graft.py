@@ -26,13 +26,14 @@ from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases, own_class, whole_kind
 from orbit.adapter.mixing import mixed
-from orbit.adapter.owners import SINGLE, AnySlot, BiasSlot, ModuleSlot, Slot, Tasks, TokenSlot, Whole, escape
+from orbit.adapter.owners import OTHERS, AnySlot, BiasSlot, ModuleSlot, Slot, Tasks, TokenSlot, Whole, escape
 from orbit.adapter.plan import Mix, Plan, plan_of
 from orbit.adapter.replay import in_backward
 from orbit.adapter.state import RouteState
 
 _BACKUP = "_orbit_backup_"  # and a parameter's name: what it was before merging, a non-persistent buffer
 _TOKENS = "token_adapter.trainable_tokens_delta"  # what PEFT calls token rows
+_TOKENS_BIAS = "token_adapter.base_layer.bias"  # and the bias of their layer
 _TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_w2")  # derived: made anew by copies
 
 
@@ -40,7 +41,7 @@ class Graft(nn.Module):
     """What a grafted layer is besides its own class. Kinds derive from it and from their class of torch.
 
     Attributes:
-        BANKS: the names of the containers of owners, in the order of Slot's fields; other slots' are `owners.SINGLE`.
+        BANKS: the names of the containers of owners, in the order of Slot's fields (others': `owners.OTHERS`).
         FILE_NAMES: what PEFT's files call a tensor, where that is not its name here.
         LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
         FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
@@ -186,7 +187,8 @@ class Graft(nn.Module):
         if isinstance(slot, BiasSlot):
             return {"bias": slot.bias.weight}
         if isinstance(slot, TokenSlot):
-            return {_TOKENS: slot.rows.weight}
+            bias = {} if slot.bias is None else {_TOKENS_BIAS: slot.bias.weight}
+            return {_TOKENS: slot.rows.weight, **bias}
         return {
             self.FILE_NAMES.get(f"{bank}.{name}", f"{bank}.{name}"): self.file_view(bank, tensor)
             for bank, owner in self.owners(task).items()
@@ -242,9 +244,10 @@ class Graft(nn.Module):
         if "_orbit_cache" not in self.__dict__:
             banks = [self._bank(bank) for bank in self.BANKS]
             found: dict[str, AnySlot] = {task: Slot(*(bank.get(task) for bank in banks)) for task in banks[0]}
-            for bank, kind in SINGLE.items():
-                tasks = self._bank(bank)
-                found.update((task, kind(tasks.get(task))) for task in tasks if task not in found)
+            for kind, names in OTHERS.items():
+                first, *others = (self._bank(name) for name in names)
+                for task in [task for task in first if task not in found]:
+                    found[task] = kind(first.get(task), *(bank.get(task) for bank in others))  # type: ignore[assignment]
             self.__dict__["_orbit_cache"] = found
         return self.__dict__["_orbit_cache"]
 
@@ -273,7 +276,8 @@ class Graft(nn.Module):
 
     def banks(self) -> tuple[str, ...]:
         """The names of the containers that hold this layer's tasks."""
-        return tuple(bank for bank in dict.fromkeys((*self.BANKS, *SINGLE)) if bank in self._modules)
+        names = dict.fromkeys((*self.BANKS, *(name for names in OTHERS.values() for name in names)))
+        return tuple(bank for bank in names if bank in self._modules)
 
     def owners(self, task: str) -> dict[str, nn.Module]:
         """The modules that hold this task's tensors, by the name of their container."""
@@ -285,9 +289,7 @@ class Graft(nn.Module):
 
     def _banks_of(self, slot: AnySlot) -> tuple[str, ...]:
         """The containers in which the owners of such a slot are, in the order of its fields."""
-        if isinstance(slot, Slot):
-            return self.BANKS
-        return tuple(bank for bank, kind in SINGLE.items() if type(slot) is kind)
+        return self.BANKS if isinstance(slot, Slot) else OTHERS[type(slot)]
 
     def carries(self, task: str) -> bool:
         """Does this layer itself hold tensors of the task? A module run as a whole leaves that to its sites."""
@@ -362,12 +364,10 @@ class Graft(nn.Module):
         name = self.home()[1]
         if isinstance(slot, BiasSlot):
             return {"bias": slot.bias.weight.detach().clone()}
-        if isinstance(slot, TokenSlot):
-            return {name: self.merged_rows(slot)}
-        if not isinstance(slot, Slot):
+        if not isinstance(slot, (Slot, TokenSlot)):
             return {}
         bias = {} if slot.bias is None else {"bias": slot.bias.weight.detach().clone()}
-        return {name: self.merged_weight(slot), **bias}
+        return {name: self.merged_weight(slot) if isinstance(slot, Slot) else self.merged_rows(slot), **bias}
 
     def unmerge(self) -> None:
         """Undo `merge`."""

@@ -189,9 +189,10 @@ class BiasSlot(NamedTuple):
 
 
 class TokenSlot(NamedTuple):
-    """Some rows of the weight of a layer of which the task changes nothing else."""
+    """Some rows of the weight of a layer, and perhaps its bias, of which the task changes nothing else."""
 
     rows: TokenRows
+    bias: Bias | None = None
 
 
 class Whole(NamedTuple):
@@ -202,11 +203,11 @@ class Whole(NamedTuple):
 
 AnySlot: TypeAlias = "Slot | ModuleSlot | BiasSlot | TokenSlot | Whole"
 
-# The containers of those that consist of one owner.
-SINGLE: Mapping[str, Callable[[Any], ModuleSlot | BiasSlot | TokenSlot]] = {
-    "lora_module": ModuleSlot,
-    "lora_bias": BiasSlot,
-    "lora_tokens": TokenSlot,
+# The containers of those that are no low-rank update, in the order of their fields.
+OTHERS: Mapping[type[tuple[Any, ...]], tuple[str, ...]] = {
+    ModuleSlot: ("lora_module",),
+    TokenSlot: ("lora_tokens", "lora_bias"),
+    BiasSlot: ("lora_bias",),
 }
 
 

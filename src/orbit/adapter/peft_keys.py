@@ -59,16 +59,11 @@ def places(model: nn.Module, task: str) -> dict[str, Graft]:
     """The layers that carry a task, by their places in a file."""
     layers = task_layers(model, task)
     found = {}
-    written: set[int] = set()
     for path, layer in layers.items():
         place = clean(path)
         above = place.rpartition(".")[0]
         slot = layer.slots()[task]
-        if isinstance(slot, TokenSlot):
-            if id(slot.rows) in written:  # a layer that shares the weight
-                continue
-            written.add(id(slot.rows))
-        elif isinstance(slot, BiasSlot):
+        if isinstance(slot, BiasSlot):
             if isinstance(layer, ParameterSite):
                 host = layer.home()[0]
                 hosted = [site for site in layers.values() if _host(site) is host and site is not layer]
@@ -114,8 +109,25 @@ def targets_of(model: nn.Module, task: str) -> tuple[set[str], list[str], list[s
 
 def rows_of(model: nn.Module, task: str) -> dict[str, list[int]]:
     """The rows that a task has of its own, by the clean names of the layers that are written."""
-    slots = {place: layer.slots()[task] for place, layer in places(model, task).items()}
-    return {place: list(slot.rows.indices) for place, slot in slots.items() if isinstance(slot, TokenSlot)}
+    found: dict[str, list[int]] = {}
+    written: set[int] = set()
+    for place, layer in places(model, task).items():
+        slot = layer.slots()[task]
+        if isinstance(slot, TokenSlot) and id(slot.rows) not in written:
+            written.add(id(slot.rows))
+            found[place] = list(slot.rows.indices)
+    return found
+
+
+def without_followers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by key, without the rows of layers that share the weight of an earlier one."""
+    seen: set[int] = set()
+    kept = {}
+    for key, tensor in tensors.items():
+        if not key.endswith(_ROWS) or tensor.data_ptr() not in seen:
+            kept[key] = tensor
+            seen.add(tensor.data_ptr())
+    return kept
 
 
 def named_in(path: Any, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> Named:

@@ -28,7 +28,7 @@ from orbit.adapter.graft import Graft, original_class
 from orbit.adapter.init import initialise
 from orbit.adapter.kinds import mixin_of, wrapper_of
 from orbit.adapter.modules import resolve_saved, saved, wrapped
-from orbit.adapter.owners import AnySlot, Slot, Whole
+from orbit.adapter.owners import AnySlot, BiasSlot, Slot, Whole
 from orbit.adapter.targets import at_or_below, resolve, tree
 from orbit.adapter.tokens import Rows, SharedRows, resolve_tokens
 from orbit.adapter.whole import WholeGraft
@@ -100,9 +100,9 @@ def plan_injection(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, P
         skipped.pop(path, None)
     replaced = [path for path in found if path in copies or wrapper_of(found[path].module) is not None]
     rows = resolve_tokens(model, config)
-    _add_rows(found, skipped, rows, replaced)
+    _add_rows(found, skipped, rows, replaced, shared if config.bias != "none" else None)
     if config.bias == "all":
-        _add_biases(found, skipped, resolve_biases(model, replaced, skipped), rows, sites, shared)
+        _add_biases(found, skipped, resolve_biases(model, replaced, skipped), sites, shared)
     for path, module in tree(model)[0].items():
         if isinstance(module, nn.MultiheadAttention) and path in found:
             skipped.pop(f"{path}.out_proj" if path else "out_proj", None)
@@ -147,7 +147,11 @@ def _targeted(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Mod
 
 
 def _add_rows(
-    found: dict[str, Planned], skipped: dict[str, str], rows: Mapping[str, Rows], replaced: list[str]
+    found: dict[str, Planned],
+    skipped: dict[str, str],
+    rows: Mapping[str, Rows],
+    replaced: list[str],
+    biases: SharedBiases | None,
 ) -> None:
     shared = SharedRows()
     for path, (module, indices) in rows.items():
@@ -158,7 +162,9 @@ def _add_rows(
                 f"{path!r} cannot have both rows of its own (tokens) and a low-rank update; exclude={path!r} leaves "
                 "the latter out"
             )
-        found[path] = Planned(module, indices, _anything, partial(shared.make, indices=indices))
+        found[path] = Planned(
+            module, indices, _anything, partial(_rows, indices=indices, shared=shared, biases=biases)
+        )
         skipped.pop(path, None)
 
 
@@ -166,7 +172,6 @@ def _add_biases(
     found: dict[str, Planned],
     skipped: dict[str, str],
     biases: Mapping[str, nn.Module],
-    rows: Mapping[str, Rows],
     sites: Mapping[str, object],
     shared: SharedBiases,
 ) -> None:
@@ -177,8 +182,6 @@ def _add_biases(
             skipped.pop(path, None)
         elif path in sites:
             found[path] = found[path]._replace(make=partial(_with_bias, make=found[path].make, shared=shared))
-        elif path in rows:
-            skipped[f"{path}.bias"] = "rows of its weight are trained"
 
 
 def _replaced_above(path: str, found: dict[str, Planned]) -> bool:
@@ -195,6 +198,15 @@ def _low_rank(layer: Graft, config: LayerConfig, shared: SharedBiases) -> AnySlo
     if isinstance(slot, Slot):  # what is run as a whole sees to its own weights
         initialise(layer, slot, config.init)
     return shared.of(layer, slot)
+
+
+def _rows(layer: Graft, indices: tuple[int, ...], shared: SharedRows, biases: SharedBiases | None) -> AnySlot:
+    slot = shared.make(layer, indices)
+    if biases is None or layer._parameters.get("bias") is None:
+        return slot
+    own = layer.new_bias()
+    assert isinstance(own, BiasSlot)
+    return biases.of(layer, slot._replace(bias=own.bias))
 
 
 def _bias(layer: Graft, shared: SharedBiases) -> AnySlot:
