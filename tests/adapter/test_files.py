@@ -206,6 +206,15 @@ def edit(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
         (lambda t: t.update({f"{Q}.weight": torch.ones(1)}), f"{Q}.weight is unexpected"),
         (lambda t: t.update({"lora_A.weight": torch.ones(1)}), "lora_A.weight is unexpected"),
         (
+            lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(70, 32)}),
+            "embed_tokens.weight is unexpected: no tensor of an adapter",
+        ),
+        (lambda t: t.update({f"{Q}.base_layer.bias": torch.ones(32)}), "base_layer.bias is unexpected"),
+        (
+            lambda t: t.update({f"{Q}.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}),
+            "trainable_token_indices has no list of indices for 'model.layers.0.self_attn.q_proj'",
+        ),
+        (
             lambda t: t.update({f"{Q}.base_layer.weight": torch.ones(32, 32)}),
             "base_layer.weight is unexpected",
         ),
@@ -263,7 +272,7 @@ def test_files_that_do_not_fit_are_refused(
             AdapterFileError,
         ),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'", ConfigError),
-        ({"bias": "all"}, "bias='all' cannot be honoured", ConfigError),
+        ({"bias": "some"}, "bias must be one of 'none', 'lora_only', 'all', got 'some'", ConfigError),
         ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight is missing", AdapterFileError),
         (
             {"init_lora_weights": "pissa_niter_4"},
@@ -281,6 +290,7 @@ def test_files_that_do_not_fit_are_refused(
             "'warp': …} cannot be honoured here",
             ConfigError,
         ),
+        ({"lora_bias": True}, "lora_bias=True cannot be honoured", ConfigError),
         ({"from_the_future": 1}, "from_the_future=1 cannot be honoured", ConfigError),
         ({"rank_pattern": [1]}, "malformed", ConfigError),
         ({"target_modules": "("}, r"'\(' is not a regular expression", ConfigError),

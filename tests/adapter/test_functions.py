@@ -67,7 +67,11 @@ def test_defaults_and_two_names_of_alpha(mlp: Make) -> None:
     with pytest.raises(ConfigError, match="alpha=3 and lora_alpha=4"):
         inject_lora(mlp(), lora_alpha=4, alpha=3)
     with pytest.raises(TypeError, match="gate"):
-        inject_lora(mlp(), gate=True)  # type: ignore[call-arg]
+        inject_lora(mlp(), gate=True)
+    with pytest.raises(TypeError, match="inject_lora has no setting 'dropout'; did you mean 'lora_dropout'"):
+        inject_lora(mlp(), dropout=0.1)
+    config = task_config(inject_lora(mlp(), r=2, init="gaussian", bias="all", save_modules="3"), "default")
+    assert config == AdapterConfig(r=2, alpha=16, init="gaussian", bias="all", save_modules=("3",))
 
 
 def test_exclude_and_single_names(mlp: Make) -> None:

@@ -6,11 +6,14 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
+import peft
 import pytest
+import torch
 from torch import nn
 
-from orbit.adapter import AdapterConfig, ConfigError, TargetError, inject
+from orbit.adapter import AdapterConfig, ConfigError, TargetError, inject, load, save
 from orbit.adapter.targets import matches, resolve
 
 Make = Callable[..., nn.Module]
@@ -18,8 +21,10 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
-def names(model: nn.Module, *targets: str, exclude: tuple[str, ...] = ()) -> list[str]:
-    layers, _ = resolve(model, targets or None, exclude)
+def names(
+    model: nn.Module, *targets: str, exclude: tuple[str, ...] = (), numbers: tuple[int, ...] | None = None
+) -> list[str]:
+    layers, _ = resolve(model, targets or None, exclude, numbers)
     return [name.removeprefix("model.layers.") for name in layers]
 
 
@@ -140,3 +145,56 @@ def test_a_named_leaf_of_no_known_kind_is_an_error_and_a_pattern_passes_it_by() 
     assert list(resolve(model, ["*.x"])[0]) == ["a.x"]
     assert list(resolve(model, ["a", "a.x"])[0]) == ["a.x"]
     assert list(resolve(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU()), ["0"])[0]) == ["0.0"]
+
+
+def test_layers_by_number(llama: Make) -> None:
+    model = llama(num_hidden_layers=3)
+    assert names(model, "q_proj", numbers=(0, 2)) == [f"{i}.self_attn.q_proj" for i in (0, 2)]
+    assert names(model, numbers=(1,)) == names(model, "layers.1")
+    assert AdapterConfig(layers=1).layers == (1,)
+    with pytest.raises(
+        TargetError, match="layers names 3, and there is none of that number; there are: 0, 1, 2"
+    ):
+        inject(model, AdapterConfig(targets=("q_proj",), layers=(0, 3)))
+    with pytest.raises(TargetError, match="there are: none of the targets lies in a numbered layer"):
+        inject(model, AdapterConfig(targets=("lm_head",), layers=(0,)))
+    for layers, said in [
+        ([-1], "-1 is none"),
+        ([], "not empty"),
+        ("0", "whole numbers"),
+        ([1, 1], "names 1 twice"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            AdapterConfig(layers=layers)
+    assert not any("lora" in name for name in model.state_dict())
+
+
+def test_numbers_are_the_first_of_a_name_and_hold_for_parameters_too() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(2, 4, 4))
+            self.inner = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Experts() for _ in range(3)])})
+    report = inject(model, AdapterConfig(r=2, targets=("inner",), parameters=("up",), layers=(1,)))
+    assert set(report.layers) == {"blocks.1.up", "blocks.1.inner.0", "blocks.1.inner.1"}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_pefts_layers_to_transform(llama: Make, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """The same layers as PEFT's, and its files, which name more targets than they have."""
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[1])
+    theirs = peft.get_peft_model(llama(num_hidden_layers=3), settings)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    theirs.eval().save_pretrained(tmp_path)
+    model = llama(num_hidden_layers=3)
+    ours = inject(llama(num_hidden_layers=3), AdapterConfig(r=2, targets=("q_proj", "up_proj"), layers=(1,)))
+    assert load(model, tmp_path).layers == ours.layers
+    torch.testing.assert_close(model(tokens).logits, theirs(input_ids=tokens).logits, rtol=0, atol=1e-5)
+    save(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(llama(num_hidden_layers=3), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(input_ids=tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from orbit.adapter import (
     adapter_parameters,
     inject_lora,
     load,
+    save,
     tasks,
 )
 from orbit.engine import Engine
@@ -52,6 +54,33 @@ def test_building_injects_and_freezes() -> None:
         LoRA(target_names=["0", "2"], r=2, alpha=4, name="math").on_build_model(trainer)
 
 
+def test_an_existing_task_is_compared_in_all_its_settings(tmp_path: Path) -> None:
+    """By what they mean, not by their words; a random start is forgotten by a file."""
+    settings: dict[str, Any] = {
+        "init": "gaussian",
+        "bias": "all",
+        "save_modules": ("4",),
+        "rank_pattern": {"2": 3},
+    }
+    trainer = SimpleNamespace(model=net())
+    LoRA(["0", "2"], r=2, path=tmp_path / "a", **settings).on_build_model(trainer)
+    save(trainer.model, tmp_path / "a")
+    load(loaded := net(), tmp_path / "a")
+    LoRA(["2", "0"], r=2, **settings).on_build_model(SimpleNamespace(model=loaded))
+    assert trains(loaded) == trains(trainer.model) == set(adapter_parameters(loaded))
+    for changed in (
+        {"init": "pissa"},
+        {"bias": "none"},
+        {"save_modules": ()},
+        {"rank_pattern": {}},
+        {"alpha_pattern": {"2": 1.0}},
+        {"layers": (0,)},
+        {"dropout": 0.5},
+    ):
+        with pytest.raises(ConfigError, match="the model has a task 'default' with"):
+            LoRA(["0", "2"], r=2, **{**settings, **changed}).on_build_model(trainer)
+
+
 def test_another_frozen_task_stays_frozen() -> None:
     model = inject_lora(net(), r=2, name="old")
     for parameter in adapter_parameters(model, "old").values():
@@ -67,8 +96,10 @@ def test_bad_settings() -> None:
         LoRA(dropout=0.1, lora_dropout=0.2)
     with pytest.raises(ConfigError, match="r must be"):
         LoRA(r=0)
-    with pytest.raises(TypeError, match="ranks"):
-        LoRA(ranks=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="LoRA has no setting 'rank_patern'; did you mean 'rank_pattern'"):
+        LoRA(rank_patern={"q": 3})
+    with pytest.raises(TypeError, match="LoRA has no setting 'targets'; did you mean 'target_names'"):
+        LoRA(targets=["q"])
     trainer = SimpleNamespace(model=net())
     with pytest.raises(TargetError, match="'hed' names none"):
         LoRA(unlock_head_keywords="hed").on_build_model(trainer)

@@ -45,7 +45,7 @@ from orbit.adapter.graft import Graft
 from orbit.adapter.inject import inject, remove, set_trainable, task_layers, tasks, unwrapped
 from orbit.adapter.matrices import SUMS, Factors, norm_of_product, svd, svd_of_product, truncated
 from orbit.adapter.offload import weights_at_hand
-from orbit.adapter.owners import Slot, check_task_name
+from orbit.adapter.owners import BiasSlot, Slot, TokenSlot, check_task_name
 from orbit.adapter.patterns import clean
 from orbit.adapter.route import state_of
 from orbit.adapter.whole import ParameterSite
@@ -214,8 +214,13 @@ def _slots(model: nn.Module, weights: Mapping[str, float], name: str) -> dict[st
             if slot is None:
                 continue
             if not isinstance(slot, Slot):
+                what = {BiasSlot: "has a bias", TokenSlot: "has rows"}.get(type(slot), "is a module")
                 raise TaskError(
-                    f"task {task!r} is a module of its own at layer {path!r}, no low-rank update that could be added"
+                    f"task {task!r} {what} of its own at layer {path!r}, no low-rank update that could be added"
+                )
+            if slot.bias is not None:
+                raise TaskError(
+                    f"task {task!r} has a bias of its own at layer {path!r}, which no factors can hold"
                 )
             carried.append((float(weight), task, slot))
         found[path] = layer, carried

@@ -26,7 +26,7 @@ from orbit.adapter.init import initialise
 from orbit.adapter.kinds import refusal, register_kind
 from orbit.adapter.linear import LinearGraft
 from orbit.adapter.mixing import weighted
-from orbit.adapter.owners import Whole
+from orbit.adapter.owners import Bias, BiasSlot, Whole
 from orbit.adapter.plan import Mix
 from orbit.adapter.whole import WholeGraft
 
@@ -129,6 +129,11 @@ class AttentionGraft(WholeGraft, nn.MultiheadAttention):
         finally:
             if not held:
                 ungraft(out)  # type: ignore[arg-type]
+
+    def new_bias(self) -> Whole:
+        """That of `out_proj`, whose forward does not run; PEFT leaves in_proj_bias alone."""
+        out = self.out_proj
+        return Whole({_OUT: BiasSlot(Bias(out.bias.detach().clone()))})
 
     def matrix_shape(self) -> tuple[int, int]:
         """(embed, the least of the inputs): no projection's rank may exceed either."""

@@ -14,6 +14,7 @@ from orbit.adapter.patterns import Pattern, clean
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 STARTS_FROM_WEIGHT = ("pissa", "olora")
+BIASES = ("none", "lora_only", "all")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LayerConfig:
     rslora: bool = False
     gated: bool = False
     init: str = "kaiming"
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,19 @@ class AdapterConfig:
             regular expressions ("re:.*[qv]_proj", matched against the whole name). A target that names a
             container means every adaptable layer below it. None: every linear layer but the head, and no
             convolutions or embeddings (`adapter/targets.py`).
-            An empty tuple: none, where `parameters` or `save_modules` name something.
+            An empty tuple: none, where `parameters`, `save_modules`, `tokens` or `bias` name something.
         exclude: layers to leave out, in the same grammar.
         parameters: matrices, or stacks of them, that are parameters of a module of any kind, such as
             "experts.gate_up_proj", in the same grammar (`adapter/whole.py`; PEFT's target_parameters).
         save_modules: modules, a head say, of which the task gets a copy that is trained whole, in the same
             grammar (PEFT's modules_to_save).
+        layers: adapt only those of the targets (and parameters) that lie in these layers of the model, by number: the
+            first number among the segments of a name, 3 in "model.layers.3.mlp.up_proj" (PEFT's layers_to_transform).
+        bias: which biases the task has of its own, in the place of the base's, which stay: "none"; "lora_only",
+            those of the adapted layers; "all", every parameter of the model that is called `bias` (`adapter/bias.py`).
+        tokens: rows of embeddings that the task trains, the others staying (`adapter/tokens.py`): a list of indices
+            into the input embeddings, or a dict of such lists by name, in the grammar of targets (PEFT's
+            trainable_token_indices). Layers that share the weight, a tied head, follow.
         rank_pattern, alpha_pattern: other values of r and alpha for layers whose name ends in a match of the
             key, a regular expression. The first key that matches counts, as in PEFT.
 
@@ -72,6 +81,9 @@ class AdapterConfig:
     save_modules: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    bias: str = "none"
+    tokens: Mapping[str, tuple[int, ...]] | tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for label, rank in [
@@ -105,11 +117,26 @@ class AdapterConfig:
                 f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}; for 'eva', which needs "
                 "data, inject first and call init_eva(model, batches)"
             )
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
+        if not isinstance(self.tokens, int) and not self.tokens:
+            object.__setattr__(self, "tokens", ())
+        elif isinstance(self.tokens, Mapping):
+            found = {name: _numbers(f"tokens[{name!r}]", rows) for name, rows in self.tokens.items()}
+            object.__setattr__(
+                self, "tokens", dict(zip(_names("tokens", list(found)), found.values(), strict=True))
+            )
+        else:
+            object.__setattr__(self, "tokens", _numbers("tokens", self.tokens))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _numbers("layers", self.layers))
         for label in ("parameters", "save_modules"):
             object.__setattr__(self, label, _names(label, getattr(self, label) or ()))
         if self.targets is not None:
             object.__setattr__(self, "targets", _names("targets", self.targets))
-            if not (self.targets or self.parameters or self.save_modules):
+            if not (
+                self.targets or self.parameters or self.save_modules or self.tokens or self.bias == "all"
+            ):
                 raise ConfigError("targets is empty: name some layers, or leave it None for all but the head")
         object.__setattr__(self, "exclude", _names("exclude", self.exclude or ()))
         for key in (*self.rank_pattern, *self.alpha_pattern):
@@ -141,6 +168,7 @@ class AdapterConfig:
             dora=first.dora,
             rslora=first.rslora,
             gated=first.gated,
+            bias="lora_only" if any(layer.bias for layer in layers.values()) else "none",
             targets=tuple(layers),
             rank_pattern={re.escape(name): settings[name].r for name in names},
             alpha_pattern={re.escape(name): settings[name].alpha for name in names},
@@ -156,6 +184,7 @@ class AdapterConfig:
             rslora=self.rslora,
             gated=self.gated,
             init=self.init,
+            bias=self.bias != "none",
         )
 
     def rank_of(self, layer: str) -> int:
@@ -182,6 +211,20 @@ class AdapterConfig:
             rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
             alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
         )
+
+
+def _numbers(label: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not len(value):
+        raise ConfigError(f"{label} must be a list of whole numbers, and not empty; got {value!r}")
+    for number in value:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ConfigError(f"{label} must hold whole numbers >= 0, and {number!r} is none")
+    if len(set(value)) < len(value):
+        double = next(number for number in value if list(value).count(number) > 1)
+        raise ConfigError(f"{label} names {double} twice")
+    return tuple(value)
 
 
 def _names(label: str, value: Any) -> tuple[str, ...]:

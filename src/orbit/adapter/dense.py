@@ -12,6 +12,8 @@ A kind says how to go to the matrix and back (`as_matrix`, `as_weight`), which a
     y  = u                       u = base + ΔW x                                  (`branch`, `_moved`)
     y  = b + c∘(u − b)           c = m/‖W + ΔW‖ row by row, for DoRA              (`dora.py`)
 
+A task with a bias b_t of its own (`bias.py`): b_t in the place of b, as base + (b_t − b).
+
 Dropout applies to the input of the branch. With DoRA it applies to the base within the update too, as in PEFT:
 base(x) + [DoRA of drop(x) − base(drop(x))].
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +36,18 @@ from orbit.adapter.graft import Graft
 from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import weighted
 from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
-from orbit.adapter.owners import Down, Gate, Magnitude, Slot, Up
+from orbit.adapter.owners import (
+    AnySlot,
+    Bias,
+    BiasSlot,
+    Down,
+    Gate,
+    Magnitude,
+    Slot,
+    TokenRows,
+    TokenSlot,
+    Up,
+)
 from orbit.adapter.plan import Mix
 from orbit.adapter.quantised import dequantised
 
@@ -48,9 +62,25 @@ class DenseGraft(Graft):
 
     # -- the forward -----------------------------------------------------------------------------------------
 
-    def one(self, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def one(self, slot: AnySlot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output under one task; the equations are the module's."""
-        return self.beside(self.base(input, *args, **kwargs), slot, input, *args, **kwargs)
+        base = self.base(input, *args, **kwargs)
+        if type(slot) is BiasSlot:
+            return self.rebiased(base, slot.bias)
+        if type(slot) is TokenSlot:
+            return self.with_rows(self.rebiased(base, slot.bias), slot.rows, input)
+        assert isinstance(slot, Slot)
+        return self.beside(base, slot, input, *args, **kwargs)
+
+    def rebiased(self, base: Tensor, bias: Bias | None) -> Tensor:
+        """base + (b_t − b): the layer's own output with another bias; `base` itself without one."""
+        if bias is None:
+            return base
+        return base + self.along_out(bias.weight - self.bias).to(base.dtype)
+
+    def with_rows(self, base: Tensor, rows: TokenRows, input: Tensor) -> Tensor:
+        """The layer's own output where its weight has these rows."""
+        raise NotImplementedError
 
     def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output under several tasks. Of a weighted sum, the layer's own product is computed once."""
@@ -63,13 +93,14 @@ class DenseGraft(Graft):
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output under one task, given the layer's own."""
         refuse_meta(slot.down.weight, base)
+        base = self.rebiased(base, slot.bias)
         p = slot.down.dropout if self.training else 0.0
         x = F.dropout(input, p) if p else input
         if slot.magnitude is None:
             return self._moved(base, x, slot)
         if not p:
             return self._magnified(self._moved(base, x, slot), slot)
-        dropped = self.base(x, *args, **kwargs)
+        dropped = self.rebiased(self.base(x, *args, **kwargs), slot.bias)
         return base + (self._magnified(self._moved(dropped, x, slot), slot) - dropped)
 
     def _moved(self, base: Tensor, x: Tensor, slot: Slot) -> Tensor:
@@ -91,7 +122,8 @@ class DenseGraft(Graft):
     def _magnified(self, u: Tensor, slot: Slot) -> Tensor:
         assert slot.magnitude is not None
         c = dora.ratio(slot.magnitude.weight, self.row_norm(slot))
-        bias = None if self.bias is None else self.along_out(self.bias)
+        b = self.bias if slot.bias is None else slot.bias.weight
+        bias = None if b is None else self.along_out(b)
         return dora.rescale(u, bias, self.along_out(c))
 
     # -- the weight as a matrix ------------------------------------------------------------------------------
@@ -188,10 +220,42 @@ class DenseGraft(Graft):
         slot = Slot(
             Down(A.view(down), config.dropout), Up(B.view(up), config.alpha, config.rslora), gate=gate
         )
+        if config.bias and getattr(self, "bias", None) is not None:
+            slot = slot._replace(bias=self.new_bias().bias)
         if not config.dora:
             return slot
         with weights_at_hand(self):
             return slot._replace(magnitude=Magnitude(self.row_norm(slot).to(dtype)))
+
+    def new_bias(self) -> BiasSlot:
+        """A copy of the bias, in its own dtype."""
+        with weights_at_hand(self):
+            return BiasSlot(Bias(self.bias.detach().clone()))
+
+    def new_rows(self, indices: Sequence[int]) -> TokenSlot:
+        """Copies of these rows of the weight, float32 beside a half-precision one.
+
+        Raises:
+            GraftError: the weight is not dense.
+        """
+        with weights_at_hand(self):
+            W = self.weight
+            if not self._is_dense(W):
+                raise GraftError(
+                    "its weight is quantised, derived or sharded, so that no row of it can be replaced"
+                )
+            dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
+            index = torch.tensor(tuple(indices), device=W.device)
+            return TokenSlot(TokenRows(W.detach().index_select(0, index).to(dtype), indices))
+
+    def merged_rows(self, slot: TokenSlot) -> Tensor:
+        W = self._parameters.get("weight")
+        if W is None or not self._is_dense(W) or W.is_meta:
+            raise MergeError(
+                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded"
+            )
+        rows = slot.rows
+        return W.detach().index_copy(0, rows.index, rows.weight.detach().to(W.dtype))
 
     def renorm(self, slot: Slot) -> None:
         assert slot.magnitude is not None

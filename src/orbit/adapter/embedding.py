@@ -14,13 +14,15 @@ positions at `padding_idx`, and `scale_grad_by_freq` divides by the number of ti
 as in PEFT: an index cannot be dropped. A layer with `max_norm` shrinks rows of W as they are used: its update is
 added to the shrunken row, and DoRA and merging, which need all of W' as it is, are refused.
 
+Rows that a task replaces (`tokens.py`): y[i] = rowᵢ where i is one of them, else W[i].
+
 A subclass that computes its indices (OPT's positions) or scales what it finds (Gemma's) calls super().forward: the
 update lies inside of that. A head that is tied to the embedding reads W, and stays as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +36,7 @@ from orbit.adapter.errors import GraftError, MergeError, RouteError
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import compute_dtype
 from orbit.adapter.offload import refuse_meta
-from orbit.adapter.owners import Slot
+from orbit.adapter.owners import Slot, TokenRows, TokenSlot
 from orbit.adapter.plan import Mix
 
 
@@ -52,6 +54,7 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
         "lora_embedding_B",
         "lora_magnitude",
         "lora_gate",
+        "lora_bias",
     )
 
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,6 +77,11 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
         A, B = slot.down.weight, slot.up.weight
         dtype = compute_dtype(base, A)
         return (slot.coefficient * F.embedding(input, A.T).to(dtype)) @ B.to(dtype).T
+
+    def with_rows(self, base: Tensor, rows: TokenRows, input: Tensor) -> Tensor:
+        hit, which = rows.find(input)
+        found = _share_gradient(F.embedding(which, rows.weight), self._gradient_share(input))
+        return torch.where(hit[..., None], found.to(base.dtype), base)
 
     def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Several tasks. Indices (1, …) that all rows share, such as positions, are repeated for every row.
@@ -152,6 +160,13 @@ class EmbeddingGraft(DenseGraft, nn.Embedding):
         if config.dora and self.max_norm is not None:
             raise GraftError("it has max_norm, which changes the weight whose norm DoRA takes; use LoRA")
         return super().new_slot(config)
+
+    def new_rows(self, indices: Sequence[int]) -> TokenSlot:
+        if self.max_norm is not None:
+            raise GraftError(
+                "it has max_norm, which shrinks its rows as they are used, and not those of a task"
+            )
+        return super().new_rows(indices)
 
     def merged_weight(self, slot: Slot) -> Tensor:
         if self.max_norm is not None:

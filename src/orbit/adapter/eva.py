@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from orbit.adapter.errors import ConfigError, GraftError, TaskError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import one_task, task_layers, unwrapped
-from orbit.adapter.owners import Slot
+from orbit.adapter.owners import BiasSlot, Slot, TokenSlot
 from orbit.adapter.route import route
 
 
@@ -84,7 +84,7 @@ def init_eva(
     """
     model = unwrapped(model)
     name = one_task(model, name)
-    layers = task_layers(model, name)
+    layers = {path: layer for path, layer in task_layers(model, name).items() if not _is_own(layer, name)}
     found: dict[str, _Directions] = {}
     for path, layer in layers.items():
         r = _fresh_rank(layer, name, path)
@@ -102,6 +102,11 @@ def init_eva(
         slot = layers[path].low_rank_slot(name)
         layers[path].set_factors(slot, A, layers[path].factors(slot)[1])
     return {path: share for path, (_, share) in starts.items()}
+
+
+def _is_own(layer: Graft, name: str) -> bool:
+    """Has the task a bias or rows here, and no low-rank update that could start anywhere?"""
+    return isinstance(layer.slots()[name], (BiasSlot, TokenSlot))
 
 
 def _fresh_rank(layer: Graft, name: str, path: str) -> int:

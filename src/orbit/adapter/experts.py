@@ -19,11 +19,11 @@ from torch import nn
 
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds import kind_of, refusal
-from orbit.adapter.targets import matches, nearest, tree
+from orbit.adapter.targets import matches, nearest, numbered, tree
 
 
 def resolve_parameters(
-    model: nn.Module, targets: Sequence[str]
+    model: nn.Module, targets: Sequence[str], numbers: Sequence[int] | None = None
 ) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
     """The modules whose own parameters the targets name, with those parameters' names, by dotted name.
 
@@ -51,7 +51,7 @@ def resolve_parameters(
                 f"parameters names {target!r}, which matched 0 of {len(places)} parameters"
                 + (f"; did you mean {close!r}?" if close else "")
             )
-        for hit in hits:
+        for hit in hits if numbers is None else numbered(hits, numbers):
             path, name = places[hit]
             _refuse(hit, modules[path], parents[path], name)
             if name not in found.setdefault(path, []):

@@ -3,6 +3,8 @@
     base_model.model.<layer>.lora_A.weight              (r, in)
     base_model.model.<layer>.lora_B.weight              (out, r)
     base_model.model.<layer>.lora_magnitude_vector      (out,)     DoRA only
+    base_model.model.<layer>.base_layer.bias            (out,)     of a task that has biases of its own
+    base_model.model.<layer>.token_adapter.trainable_tokens_delta  (n, dim)  of one that has token rows
 
 PEFT and vLLM load what is written here, and the reverse; `docs/formats.md` has the whole table. What PEFT has no
 place for (a gate, the start of PiSSA) is written beside it under our own names, with `peft_type: ORBIT`, which PEFT
@@ -48,16 +50,25 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.kinds import kind_of, own_class
 from orbit.adapter.merge import refuse_merged
-from orbit.adapter.owners import Owner, Tasks
+from orbit.adapter.owners import Owner, Tasks, TokenSlot
 from orbit.adapter.patterns import Pattern, clean
 from orbit.adapter.peft_config import from_peft, to_peft
-from orbit.adapter.peft_keys import Named, key_of, named_in, places, targets_of
+from orbit.adapter.peft_keys import (
+    Named,
+    key_of,
+    named_in,
+    places,
+    rows_of,
+    targets_of,
+    without_followers,
+)
 from orbit.adapter.route import find_state, install, state_of
 from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
 from orbit.core.runtime import is_main_process
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WITHIN = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 _COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight")
 
 
@@ -86,13 +97,15 @@ def save(
         if peft and why is not None:
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
-        tensors.update({key_of(place, end): _whole(t).cpu().contiguous() for end, t in found.items()})
+        tensors.update({key_of(place, end): tensor for end, tensor in found.items()})
+    tensors = _apart({key: _whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
         _target_modules(model, targets),
         parameters,
         copies,
+        rows_of(model, name),
         fan_in_fan_out=any(own_class(layer).__name__ == "Conv1D" for layer in layers.values()),
         own=not peft and any(layer.only_ours(name) for layer in layers.values()),
     )
@@ -201,12 +214,17 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors into the task, if they are exactly those that it has."""
-    layers = {
-        key_of(place, end): (layer, tensor)
-        for place, layer in places(model, name).items()
-        for end, tensor in layer.file_tensors(name).items()
+    layers = places(model, name)
+    owners = {
+        key_of(place, end): layer for place, layer in layers.items() for end in layer.file_tensors(name)
     }
-    own = {key: tensor for key, (_, tensor) in layers.items()}
+    own = without_followers(
+        {
+            key_of(place, end): tensor
+            for place, layer in layers.items()
+            for end, tensor in layer.file_tensors(name).items()
+        }
+    )
     theirs = {_plain_key(key): (key, tensor) for key, tensor in tensors.items()}
     for key, tensor in own.items():
         if key not in theirs:
@@ -215,7 +233,7 @@ def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor])
             raise AdapterFileError(f"{path}: {key} is missing")
         have = theirs[key][1]
         if have.shape != tensor.shape:
-            why = layers[key][0].not_for_peft(name)
+            why = owners[key].not_for_peft(name)
             raise AdapterFileError(
                 f"{path}: {key} has shape {tuple(have.shape)}, and the layer with this config has "
                 f"{tuple(tensor.shape)}{'' if why is None else f'; of a file that PEFT wrote: {why}'}"
@@ -265,9 +283,14 @@ def _check_auto_mapping(path: Any, fields: Mapping[str, Any], model: nn.Module) 
 def _without_copies(
     fields: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """Without the weights of embedding and head that PEFT saves beside an adapter, where the model has the same."""
+    """Without what PEFT writes twice.
+
+    The weights of embedding and head beside an adapter, where the model has the same; and with bias="all" those
+    biases of a module that is trained whole which it also writes under the module's own name.
+    """
     trained = fields.get("modules_to_save")
     trained = trained if isinstance(trained, list) else []
+    twice = bool(trained) and fields.get("bias") == "all"
 
     def is_copy(key: str, tensor: Tensor) -> bool:
         match = _COPY.fullmatch(key)
@@ -280,7 +303,21 @@ def _without_copies(
             and torch.equal(tensor.to(weight), weight)
         )
 
-    return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not is_copy(key, tensor) and not (twice and _WITHIN.search(key))
+    }
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a memory of its own for each, as safetensors asks for: a bias may be shared."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def _check_coverage(path: Any, fields: Mapping[str, Any], named: Named, model: nn.Module) -> None:
@@ -312,9 +349,16 @@ def _check_coverage(path: Any, fields: Mapping[str, Any], named: Named, model: n
 def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -> None:
     own = task_config(model, name)
     have = task_layers(model, name)
+    slots = {clean(raw): layer.slots()[name] for raw, layer in have.items()}
+    rows = {raw: slot.rows.indices for raw, slot in slots.items() if isinstance(slot, TokenSlot)}
+    assert isinstance(config.tokens, Mapping) or config.tokens == ()
     for label, theirs, ours in [
-        *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated")),
+        *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated", "bias")),
         ("the start that A and B are counted from", _start(config), _start(own)),
+        *(
+            (f"the rows of {raw}", indices, rows.get(clean(raw.removeprefix("re:"))))
+            for raw, indices in dict(config.tokens).items()
+        ),
         *((f"rank of {raw}", config.rank_of(raw), own.rank_of(raw)) for raw in have),
         *((f"alpha of {raw}", config.alpha_of(raw), own.alpha_of(raw)) for raw in have),
     ]:

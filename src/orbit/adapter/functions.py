@@ -7,8 +7,10 @@ takes an AdapterConfig and returns a report; both do the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -36,6 +38,7 @@ def inject_lora(
     gated: bool = False,
     name: str = "default",
     verbose: bool = False,
+    **settings: Any,
 ) -> nn.Module:
     """Inject a LoRA or DoRA task into `model`, freeze the rest, and return the model.
 
@@ -52,9 +55,11 @@ def inject_lora(
         gated: learn one factor of the update in every layer.
         name: the task's name.
         verbose: print what was adapted.
+        **settings: the other fields of `AdapterConfig`: init, bias, tokens, layers, save_modules, parameters,
+            rank_pattern, alpha_pattern.
 
     Raises:
-        TargetError, TaskError, ConfigError, GraftError: the model is unchanged.
+        TargetError, TaskError, ConfigError, GraftError: the model is unchanged. TypeError: an unknown setting.
     """
     config = AdapterConfig(
         r=r,
@@ -65,6 +70,7 @@ def inject_lora(
         gated=gated,
         targets=None if target_names is None else as_names(target_names),
         exclude=as_names(exclude_names),
+        **more_settings("inject_lora", settings, {"dropout": "lora_dropout"}),
     )
     report = inject(model, config, name)
     if verbose:
@@ -171,6 +177,27 @@ def one_alpha(alpha: float | None, lora_alpha: float | None, *, default: float) 
         raise ConfigError(f"alpha={alpha} and lora_alpha={lora_alpha} are one setting; give it once")
     given = lora_alpha if alpha is None else alpha
     return default if given is None else given
+
+
+def more_settings(
+    face: str, given: Mapping[str, Any], own: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Settings of AdapterConfig that a face takes beside its own arguments.
+
+    Args:
+        face: what it is called in errors.
+        own: fields that it has as an argument of another name, with that name.
+
+    Raises:
+        TypeError: an unknown setting.
+    """
+    other = {"targets": "target_names", "exclude": "exclude_names", **(own or {})}
+    known = [field.name for field in fields(AdapterConfig)]
+    for name in given:
+        close = other.get(name) or nearest(name, [other.get(field, field) for field in known])
+        if name in other or name not in known:
+            raise TypeError(f"{face} has no setting {name!r}{f'; did you mean {close!r}?' if close else ''}")
+    return dict(given)
 
 
 def as_names(names: Names) -> tuple[str, ...]:

@@ -26,14 +26,15 @@ from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
 from orbit.adapter.kinds import grafted_bases, own_class, whole_kind
 from orbit.adapter.mixing import mixed
-from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, Tasks, Whole, escape
+from orbit.adapter.owners import OTHERS, AnySlot, BiasSlot, ModuleSlot, Slot, Tasks, TokenSlot, Whole, escape
 from orbit.adapter.plan import Mix, Plan, Touched, plan_of
 from orbit.adapter.ranks import touched
 from orbit.adapter.replay import in_backward
 from orbit.adapter.state import RouteState
 
-_MODULES = "lora_module"  # the container of the ModuleSlots
-_BACKUP = "_orbit_backup"  # the unmerged weight, a non-persistent buffer
+_BACKUP = "_orbit_backup_"  # and a parameter's name: what it was before merging, a non-persistent buffer
+_TOKENS = "token_adapter.trainable_tokens_delta"  # what PEFT calls token rows
+_TOKENS_BIAS = "token_adapter.base_layer.bias"  # and the bias of their layer
 _TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_w2")  # derived: made anew by copies
 
 
@@ -41,7 +42,7 @@ class Graft(nn.Module):
     """What a grafted layer is besides its own class. Kinds derive from it and from their class of torch.
 
     Attributes:
-        BANKS: the names of the containers of owners, in the order of Slot's fields.
+        BANKS: the names of the containers of owners, in the order of Slot's fields (others': `owners.OTHERS`).
         FILE_NAMES: what PEFT's files call a tensor, where that is not its name here.
         LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
         FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
@@ -49,8 +50,11 @@ class Graft(nn.Module):
         STARTS: does `one` take the start of a slot into account?
     """
 
-    BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate")
-    FILE_NAMES: ClassVar[Mapping[str, str]] = {"lora_magnitude.weight": "lora_magnitude_vector"}
+    BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate", "lora_bias")
+    FILE_NAMES: ClassVar[Mapping[str, str]] = {
+        "lora_magnitude.weight": "lora_magnitude_vector",
+        "lora_bias.weight": "base_layer.bias",
+    }
     LINEAR: ClassVar[bool] = False
     FORWARDS: ClassVar[tuple[str, ...]] = ("forward",)
     STARTS: ClassVar[bool] = False
@@ -130,6 +134,14 @@ class Graft(nn.Module):
         """Fresh owners for a task, not yet attached; a fresh adapter changes nothing."""
         raise NotImplementedError
 
+    def new_bias(self) -> AnySlot:
+        """A fresh owner of the bias for a task that changes nothing else here."""
+        raise NotImplementedError
+
+    def merged_rows(self, slot: TokenSlot) -> Tensor:
+        """The weight with the task's rows in place, in the weight's dtype."""
+        raise NotImplementedError
+
     def merged_weight(self, slot: Slot) -> Tensor:
         """The weight with the task's update folded in, in the weight's dtype."""
         raise NotImplementedError
@@ -183,6 +195,11 @@ class Graft(nn.Module):
         slot = self.slots()[task]
         if self.holds_copy(task):  # it has the base's names
             return dict(slot.module.state_dict(keep_vars=True))  # type: ignore[union-attr]
+        if isinstance(slot, BiasSlot):
+            return {"bias": slot.bias.weight}
+        if isinstance(slot, TokenSlot):
+            bias = {} if slot.bias is None else {_TOKENS_BIAS: slot.bias.weight}
+            return {_TOKENS: slot.rows.weight, **bias}
         return {
             self.FILE_NAMES.get(f"{bank}.{name}", f"{bank}.{name}"): self.file_view(bank, tensor)
             for bank, owner in self.owners(task).items()
@@ -214,7 +231,7 @@ class Graft(nn.Module):
         if not isinstance(slot, Slot):
             return found
         ends = {bank: self.FILE_NAMES.get(f"{bank}.weight", f"{bank}.weight") for bank in self.BANKS}
-        down, up, _, gate = self.BANKS
+        down, up, _, gate, _ = self.BANKS
         if slot.start is not None:
             found[ends[down]], found[ends[up]] = self.stacked(slot, slot.start)
         if slot.gate is not None:
@@ -238,8 +255,10 @@ class Graft(nn.Module):
         if "_orbit_cache" not in self.__dict__:
             banks = [self._bank(bank) for bank in self.BANKS]
             found: dict[str, AnySlot] = {task: Slot(*(bank.get(task) for bank in banks)) for task in banks[0]}
-            modules = self._bank(_MODULES)
-            found.update((task, ModuleSlot(modules.get(task))) for task in modules)
+            for kind, names in OTHERS.items():
+                first, *others = (self._bank(name) for name in names)
+                for task in [task for task in first if task not in found]:
+                    found[task] = kind(first.get(task), *(bank.get(task) for bank in others))  # type: ignore[assignment]
             self.__dict__["_orbit_cache"] = found
         return self.__dict__["_orbit_cache"]
 
@@ -263,19 +282,25 @@ class Graft(nn.Module):
             dora=slot.magnitude is not None,
             rslora=slot.up.rslora,
             gated=slot.gate is not None,
+            bias=slot.bias is not None,
         )
 
     def banks(self) -> tuple[str, ...]:
         """The names of the containers that hold this layer's tasks."""
-        return tuple(bank for bank in (*self.BANKS, _MODULES) if bank in self._modules)
+        names = dict.fromkeys((*self.BANKS, *(name for names in OTHERS.values() for name in names)))
+        return tuple(bank for bank in names if bank in self._modules)
 
     def owners(self, task: str) -> dict[str, nn.Module]:
         """The modules that hold this task's tensors, by the name of their container."""
         slot = self.slots()[task]
-        if isinstance(slot, ModuleSlot):
-            return {_MODULES: slot.module}
-        assert isinstance(slot, Slot)
-        return {bank: owner for bank, owner in zip(self.BANKS, slot, strict=True) if owner is not None}
+        assert not isinstance(slot, Whole)
+        return {
+            bank: owner for bank, owner in zip(self._banks_of(slot), slot, strict=True) if owner is not None
+        }
+
+    def _banks_of(self, slot: AnySlot) -> tuple[str, ...]:
+        """The containers in which the owners of such a slot are, in the order of its fields."""
+        return self.BANKS if isinstance(slot, Slot) else OTHERS[type(slot)]
 
     def carries(self, task: str) -> bool:
         """Does this layer itself hold tensors of the task? A module run as a whole leaves that to its sites."""
@@ -302,8 +327,7 @@ class Graft(nn.Module):
     def put_task(self, task: str, slot: AnySlot) -> None:
         """Attach a task's owners."""
         assert not isinstance(slot, Whole)
-        names = (_MODULES,) if isinstance(slot, ModuleSlot) else self.BANKS
-        for bank, owner in zip(names, slot, strict=True):
+        for bank, owner in zip(self._banks_of(slot), slot, strict=True):
             if owner is not None:
                 if bank not in self._modules:
                     self.add_module(bank, Tasks())
@@ -341,32 +365,45 @@ class Graft(nn.Module):
 
         A module that stands in for the layer has no W'; it stands in for good.
         """
-        slot = self.slots()[task]
-        if isinstance(slot, Slot):
-            merged = nn.Parameter(self.merged_weight(slot), requires_grad=False)
-            module, name = self.home()
+        module = self.home()[0]
+        for name, merged in self._merged_tensors(self.slots()[task]).items():
             original = module._parameters[name]
             assert original is not None
-            self.register_buffer(_BACKUP, original, persistent=False)
-            module._parameters[name] = merged
+            self.register_buffer(_BACKUP + name, original, persistent=False)
+            module._parameters[name] = nn.Parameter(merged, requires_grad=False)
         self._orbit_merged = task
+
+    def _merged_tensors(self, slot: AnySlot) -> dict[str, Tensor]:
+        """What a task puts in the place of parameters of `home`, by their names there."""
+        name = self.home()[1]
+        if isinstance(slot, BiasSlot):
+            return {"bias": slot.bias.weight.detach().clone()}
+        if not isinstance(slot, (Slot, TokenSlot)):
+            return {}
+        bias = {} if slot.bias is None else {"bias": slot.bias.weight.detach().clone()}
+        return {name: self.merged_weight(slot) if isinstance(slot, Slot) else self.merged_rows(slot), **bias}
 
     def unmerge(self) -> None:
         """Undo `merge`."""
-        backup = self._buffers.pop(_BACKUP, None)
-        if backup is not None:
-            self._non_persistent_buffers_set.discard(_BACKUP)
+        module = self.home()[0]
+        for key in [key for key in self._buffers if key.startswith(_BACKUP)]:
+            backup = self._buffers.pop(key)
+            self._non_persistent_buffers_set.discard(key)
             if not isinstance(backup, nn.Parameter):  # moved to another device or dtype meanwhile
+                assert backup is not None
                 backup = nn.Parameter(backup, requires_grad=False)
-            module, name = self.home()
-            module._parameters[name] = backup
+            module._parameters[key.removeprefix(_BACKUP)] = backup
         self._orbit_merged = None
 
     def backups(self) -> dict[str, Tensor]:
-        """The unmerged weights of this module's own parameters, by name, while a task is merged into them."""
-        layers = (self, *self.sites().values())
-        homes = [(layer._buffers.get(_BACKUP), *layer.home()) for layer in layers]
-        return {name: backup for backup, module, name in homes if backup is not None and module is self}
+        """The unmerged values of this module's own parameters, by name, while a task is merged into them."""
+        return {
+            key.removeprefix(_BACKUP): backup
+            for layer in (self, *self.sites().values())
+            if layer.home()[0] is self
+            for key, backup in layer._buffers.items()
+            if key.startswith(_BACKUP) and backup is not None
+        }
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -402,7 +439,7 @@ class Graft(nn.Module):
             absent = [name for name in wanted if name not in state_dict]
             if isinstance(slot, ModuleSlot):  # reports what it misses by itself, so it is given what it has
                 if len(absent) == len(wanted):
-                    own = f"{prefix}{_MODULES}.{escape(task)}."
+                    own = f"{prefix}lora_module.{escape(task)}."
                     state_dict.update(slot.module.state_dict(prefix=own, keep_vars=True))
             elif len(absent) < len(wanted):
                 missing_keys.extend(absent)

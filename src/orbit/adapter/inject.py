@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from orbit.adapter.bias import any_bias
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
@@ -97,6 +98,8 @@ def inject(
     refuse_preloaded(model, plans)
     state = RouteState() if state is None else state
     slots = _grafted_slots(plans, state, any_rank and config.init == "kaiming")
+    if config.bias != "none" and not any_bias(slots.values()):
+        skipped[f"bias={config.bias!r}"] = "no module in reach has one"
     state.configs[name] = config
     for path, slot in slots.items():
         layer = plans[path].module
@@ -360,14 +363,14 @@ def _grafted_slots(plans: dict[str, Planned], state: RouteState, any_rank: bool)
     path = ""
     try:
         for path in plans:
-            layer, check, _ = plans[path]
+            layer = plans[path].module
             if not isinstance(layer, Graft):
                 graft(layer, state)
                 new.append(layer)  # type: ignore[arg-type]
             if not any_rank:
-                check(layer)  # type: ignore[arg-type]
-        for path, (layer, _, make) in plans.items():
-            slots[path] = make(layer)  # type: ignore[arg-type]
+                plans[path].check(layer)  # type: ignore[arg-type]
+        for path, plan in plans.items():
+            slots[path] = plan.make(plan.module)  # type: ignore[arg-type]
     except BaseException as error:
         for layer in new:
             ungraft(layer)

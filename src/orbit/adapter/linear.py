@@ -6,6 +6,9 @@
 
 x (…, in)   u = x·Wᵀ + b, y (…, out)   A (r, in)   B (out, r)   m, c (out,)
 
+A task's own bias b_t stands in the place of b. Rows of W that a task replaces (`tokens.py`, in a tied head) change the
+features of their numbers: y[…, i] = u[…, i] + x·(rowᵢ − W[i]).
+
 Where the layer's own forward is torch's and W is dense, the layer is computed as a whole (`lora.fused`), else
 beside u, which the layer's own forward computes whatever it is (`lora.low_rank`). `repr` says which.
 """
@@ -25,7 +28,7 @@ from orbit.adapter.graft import Graft
 from orbit.adapter.kinds import register_kind
 from orbit.adapter.lora import fused, low_rank
 from orbit.adapter.offload import refuse_meta
-from orbit.adapter.owners import Slot
+from orbit.adapter.owners import AnySlot, Bias, Slot, TokenRows
 from orbit.adapter.plan import Mix
 from orbit.adapter.stacks import Kept, Sorting, Stack, Terms, grouped, per_row, stacked, together
 
@@ -36,19 +39,22 @@ class LinearGraft(DenseGraft, nn.Linear):
     LINEAR = True
     _torchs_forward: ClassVar[bool]
 
-    def one(self, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def one(self, slot: AnySlot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if type(slot) is not Slot:
+            return super().one(slot, input, *args, **kwargs)
         if self._is_short(slot):
-            return self._low_rank(input, *self._terms(slot), args, kwargs)
+            return self._low_rank(input, *self._terms(slot), args, kwargs, slot.bias)
         if slot.down.start is not None:
             return super().one(slot, input, *args, **kwargs)
         A, B, C, D = self._terms(slot)
-        u = self.base(input, *args, **kwargs)
+        u = self.rebiased(self.base(input, *args, **kwargs), slot.bias)
         self._refuse_misfit(u.shape[-1], input, A, B)
         x = F.dropout(input, slot.down.dropout)
         if D is None:
             return low_rank(u, x, A, B, C)
-        dropped = self.base(x, *args, **kwargs)
-        return u + (low_rank(dropped, x, A, B, C, D, self.bias) - dropped)
+        b = self.bias if slot.bias is None else slot.bias.weight
+        dropped = self.rebiased(self.base(x, *args, **kwargs), slot.bias)
+        return u + (low_rank(dropped, x, A, B, C, D, b) - dropped)
 
     def mixed(self, mix: Mix, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output under several tasks; `stacks.py` says which way is taken and why."""
@@ -58,6 +64,14 @@ class LinearGraft(DenseGraft, nn.Linear):
             return super().mixed(mix, input, *args, **kwargs)
         if mix.rows is not None:
             mix = self.fitted(mix, input)
+        y = self._short(mix, slots, input, args, kwargs)
+        shift = self._shift(mix, slots, input.dim())
+        return y if shift is None else y + shift.to(y.dtype)
+
+    def _short(
+        self, mix: Mix, slots: list[Slot], input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The output under tasks whose updates are short, with the layer's own bias."""
         if torch.compiler.is_compiling() or mix.order is None:
             return self._together(mix, slots, input, args, kwargs)
         most = max(slot.up.r for slot in slots)
@@ -85,6 +99,24 @@ class LinearGraft(DenseGraft, nn.Linear):
             order.kept[id(self)] = Kept(sources, [t._version for t in sources], stack)
         return stack
 
+    def _shift(self, mix: Mix, slots: list[Slot], dims: int) -> Tensor | None:
+        """Σ_t w_t·(b_t − b), broadcastable to an output of so many dimensions; None where no task has a b_t."""
+        if all(slot.bias is None for slot in slots):
+            return None
+        each = [torch.zeros_like(self.bias) if s.bias is None else s.bias.weight - self.bias for s in slots]
+        return self._spread(mix, dims).to(self.bias.dtype) @ torch.stack(each)
+
+    def _spread(self, mix: Mix, dims: int) -> Tensor:
+        """The weights (…, tasks), with axes of one where rows have several positions."""
+        if mix.rows is None:
+            return mix.weights
+        return mix.weights.view(len(mix.weights), *[1] * (dims - 2), -1)
+
+    def with_rows(self, base: Tensor, rows: TokenRows, input: Tensor) -> Tensor:
+        change = rows.weight - self.weight.index_select(0, rows.index).to(rows.weight.dtype)
+        update = F.linear(input.to(base.dtype), change.to(base.dtype))
+        return base.index_add(-1, rows.index, update.to(base.dtype))
+
     def _is_short(self, slot: Slot) -> bool:
         """Is the task's update one product of A and B, of the layer's very input?"""
         return slot.down.start is None and not (self.training and slot.down.dropout)
@@ -92,11 +124,8 @@ class LinearGraft(DenseGraft, nn.Linear):
     def _together(
         self, mix: Mix, slots: list[Slot], input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        weights = mix.weights
-        if mix.rows is not None:
-            weights = weights.view(len(weights), *[1] * (input.dim() - 2), -1)
         terms = [self._terms(slot) for slot in slots]
-        return self._low_rank(input, *together(terms, weights), args, kwargs)
+        return self._low_rank(input, *together(terms, self._spread(mix, input.dim())), args, kwargs)
 
     def _terms(self, slot: Slot) -> Terms:
         A, B = slot.down.weight, slot.up.weight
@@ -115,13 +144,15 @@ class LinearGraft(DenseGraft, nn.Linear):
         D: Tensor | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        bias: Bias | None = None,
     ) -> Tensor:
+        b = self.bias if bias is None else bias.weight
         if self.fuses and not args and not kwargs:
             self._refuse_misfit(self.weight.shape[0], x, A, B)
-            return fused(x, self.weight, self.bias, A, B, C, D)
-        u = self.base(x, *args, **kwargs)
+            return fused(x, self.weight, b, A, B, C, D)
+        u = self.rebiased(self.base(x, *args, **kwargs), bias)
         self._refuse_misfit(u.shape[-1], x, A, B)
-        return low_rank(u, x, A, B, C, D, self.bias)
+        return low_rank(u, x, A, B, C, D, b)
 
     @property
     def fuses(self) -> bool:

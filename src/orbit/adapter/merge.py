@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from orbit.adapter.errors import MergeError, RouteError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import bare, base_state_dict, task_layers, tasks, unwrapped
-from orbit.adapter.owners import AnySlot, ModuleSlot, Slot
+from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, TokenSlot
 from orbit.adapter.route import find_state, state_of
 
 
@@ -47,7 +47,7 @@ def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> 
         raise RouteError(f"task {name!r} cannot be merged while a call or a `with route` is running")
     if not untie:
         for path, layer in layers.items():
-            shared = _sharers(model, layer) if isinstance(layer.slots()[name], Slot) else []
+            shared = _sharers(model, layer) if isinstance(layer.slots()[name], (Slot, TokenSlot)) else []
             if shared:
                 raise MergeError(
                     f"{path}.weight shares its storage with {', '.join(shared)}, which would change too; "

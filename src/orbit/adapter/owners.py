@@ -4,6 +4,8 @@
     q_proj.lora_B.<task>.weight          (out, r)   Up, which also carries the scale s
     q_proj.lora_magnitude.<task>.weight  (out,)     Magnitude, DoRA only
     q_proj.lora_gate.<task>.weight       ()         Gate, gated LoRA only
+    q_proj.lora_bias.<task>.weight       (out,)     Bias, of a task that trains biases (`bias.py`)
+    embed_tokens.lora_tokens.<task>.weight (n, dim) TokenRows, of a task that trains some rows (`tokens.py`)
 
 A task that starts from the weight itself (`init.py`) keeps where it started, A₀ and B₀, as buffers beside A and B:
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote, unquote
 
@@ -115,6 +117,32 @@ class Gate(Owner):
     """g (), a learned factor of the layer's whole update."""
 
 
+class Bias(Owner):
+    """b_t (out,): what the task uses in the place of the layer's bias."""
+
+
+class TokenRows(Owner):
+    """Rows (n, dim) that the task uses in the place of the rows `indices` of a weight (num, dim)."""
+
+    index: Tensor
+    ascending: Tensor
+    order: Tensor
+
+    def __init__(self, weight: Tensor, indices: Sequence[int]) -> None:
+        super().__init__(weight)
+        self.indices = tuple(indices)
+        self.register_buffer("index", torch.tensor(self.indices, device=weight.device), persistent=False)
+        ascending, order = self.index.sort()
+        self.register_buffer("ascending", ascending, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+
+    def find(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each index in `input` is one of these rows, and which (some row, if it is none)."""
+        input = input.long()
+        near = torch.searchsorted(self.ascending, input).clamp_max(self.ascending.shape[0] - 1)
+        return self.ascending[near] == input, self.order[near]
+
+
 class Slot(NamedTuple):
     """The owners that one layer uses for one task."""
 
@@ -122,6 +150,7 @@ class Slot(NamedTuple):
     up: Up
     magnitude: Magnitude | None = None
     gate: Gate | None = None
+    bias: Bias | None = None
 
     @property
     def coefficient(self) -> Tensor:
@@ -159,13 +188,33 @@ class ModuleSlot(NamedTuple):
     module: nn.Module
 
 
+class BiasSlot(NamedTuple):
+    """The bias of a layer of which the task changes nothing else."""
+
+    bias: Bias
+
+
+class TokenSlot(NamedTuple):
+    """Some rows of the weight of a layer, and perhaps its bias, of which the task changes nothing else."""
+
+    rows: TokenRows
+    bias: Bias | None = None
+
+
 class Whole(NamedTuple):
     """The owners that a module run as a whole uses for one task, by the name of the tensor that each changes."""
 
-    slots: Mapping[str, Slot]
+    slots: Mapping[str, Slot | BiasSlot]
 
 
-AnySlot: TypeAlias = "Slot | ModuleSlot | Whole"
+AnySlot: TypeAlias = "Slot | ModuleSlot | BiasSlot | TokenSlot | Whole"
+
+# The containers of those that are no low-rank update, in the order of their fields.
+OTHERS: Mapping[type[tuple[Any, ...]], tuple[str, ...]] = {
+    ModuleSlot: ("lora_module",),
+    TokenSlot: ("lora_tokens", "lora_bias"),
+    BiasSlot: ("lora_bias",),
+}
 
 
 class Tasks(nn.Module):

@@ -19,13 +19,19 @@ _OWN = ("gated", "init")
 _READ = {
     *("peft_type", "orbit", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save"),
+    *(
+        "rank_pattern",
+        "alpha_pattern",
+        "target_parameters",
+        "modules_to_save",
+        "bias",
+        "trainable_token_indices",
+    ),
     # These describe the file or PEFT's own run, or follow from the layer, and say nothing about ΔW.
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("megatron_core", "ephemeral_gpu_offload", "eva_config", "loftq_config", "runtime_config"),
     *("qalora_group_size", "fan_in_fan_out"),
 }
-_IGNORABLE: dict[str, tuple[Any, ...]] = {"bias": ("none",)}
 # Ways of initialising after which the file means s·B·A. CorDA, LoftQ and the approximate PiSSA change the base weights
 # in ways that cannot be repeated from the file.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -36,6 +42,7 @@ def to_peft(
     target_modules: Sequence[str] | str,
     target_parameters: Sequence[str] = (),
     modules_to_save: Sequence[str] = (),
+    token_rows: Mapping[str, Sequence[int]] | None = None,
     *,
     fan_in_fan_out: bool = False,
     own: bool = False,
@@ -45,6 +52,7 @@ def to_peft(
     Args:
         target_modules, target_parameters, modules_to_save: the layers, parameters and modules trained whole, as PEFT
             is to find them.
+        token_rows: the indices of rows of layers that have such, by full name.
         fan_in_fan_out: whether weights are (in, out), as those of Conv1D are.
         own: write our own type, with the settings that PEFT has no field for.
     """
@@ -59,11 +67,12 @@ def to_peft(
         "target_modules": target_modules,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "target_parameters": list(target_parameters) or None,
         "modules_to_save": list(modules_to_save) or None,
+        "trainable_token_indices": {name: list(rows) for name, rows in (token_rows or {}).items()} or None,
         "inference_mode": True,
     }
 
@@ -73,6 +82,7 @@ def from_peft(
     layers: Sequence[str],
     parameters: Sequence[str] = (),
     copies: Sequence[str] = (),
+    tokens: Mapping[str, Sequence[int]] | None = None,
 ) -> AdapterConfig:
     """The config that PEFT's fields describe.
 
@@ -80,6 +90,7 @@ def from_peft(
         fields: the content of an `adapter_config.json`.
         layers, parameters, copies: full names of the adapted layers and parameters and of the modules that are
             trained whole, which the file's keys tell; they replace PEFT's ways to name them.
+        tokens: so too the layers that have token rows, with the indices.
 
     Raises:
         ConfigError: naming the field, if one of them cannot be honoured.
@@ -88,7 +99,7 @@ def from_peft(
     if kind not in ("LORA", OWN_TYPE):
         raise ConfigError(f"peft_type is {kind!r}; only 'LORA' and {OWN_TYPE!r} can be loaded")
     for key, value in fields.items():
-        if key not in _READ and not (value in _IGNORABLE.get(key, ()) or is_empty(value)):
+        if key not in _READ and not is_empty(value):
             raise ConfigError(f"{key}={value!r} cannot be honoured here")
     init = fields.get("init_lora_weights", True)
     if init not in (*_PLAIN_INITS, *STARTS_FROM_WEIGHT):
@@ -109,6 +120,8 @@ def from_peft(
             save_modules=tuple(copies),
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
+            bias=fields.get("bias") or "none",
+            tokens={layer or "re:": tuple(rows) for layer, rows in (tokens or {}).items()},
         )
         if kind == OWN_TYPE:
             if unknown := [name for name in fields["orbit"] if name not in _OWN]:

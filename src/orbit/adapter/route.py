@@ -27,7 +27,7 @@ from torch import nn
 
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import ConfigError, RouteError, TaskError
-from orbit.adapter.owners import ModuleSlot
+from orbit.adapter.owners import Slot
 from orbit.adapter.plan import Route, as_route, names_in
 from orbit.adapter.state import RouteState
 
@@ -131,8 +131,8 @@ def find_state(model: nn.Module, way: Route = None) -> RouteState | None:
 def _united(grafts: Mapping[str, Graft], task: str) -> AdapterConfig:
     """The one config of a task that parts of a model have each with their own."""
     layers = {path: layer.slots()[task] for path, layer in grafts.items() if task in layer.slots()}
-    why = "one of them is a module of its own"
-    if not any(isinstance(slot, ModuleSlot) for slot in layers.values()):
+    why = "a layer of one of them has more than a low-rank update"
+    if all(isinstance(slot, Slot) for slot in layers.values()):
         try:
             configs = {path: grafts[path].settings(task) for path in layers}
             of_others = [

@@ -30,9 +30,15 @@ from orbit.adapter.patterns import Pattern, clean
 
 
 def resolve(
-    model: nn.Module, targets: Sequence[str] | None, exclude: Sequence[str] = ()
+    model: nn.Module,
+    targets: Sequence[str] | None,
+    exclude: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to adapt and those left out.
+
+    Args:
+        numbers: of the layers that the targets name, only those with these numbers (`number_of`); None: all.
 
     Returns:
         Two dicts by dotted name: the layers, in the model's order; and, for layers that were in reach and are
@@ -40,7 +46,7 @@ def resolve(
 
     Raises:
         TargetError: a target or an exclusion that matches nothing, or names a layer that cannot be adapted;
-            no layer left.
+            a number that no layer has; no layer left.
     """
     modules, parents = tree(model)
     layers = {name: module for name, module in modules.items() if kind_of(module) is not None}
@@ -74,6 +80,8 @@ def resolve(
         if not gone:
             raise TargetError(_nothing(target, hits, modules, layers, label="exclude"))
         chosen.difference_update(gone)
+    if numbers is not None:
+        chosen = set(numbered(chosen, numbers))
     for name in sorted(chosen):
         why = refusal(layers[name], parents[name])
         if why is None:
@@ -110,6 +118,30 @@ def matches(target: str, names: Iterable[str]) -> list[str]:
     else:
         is_meant = lambda name: name == target or name.endswith(f".{target}")  # noqa: E731
     return [name for name in names if is_meant(clean(name)) or (name != clean(name) and is_meant(name))]
+
+
+def number_of(name: str) -> int | None:
+    """The number of a model's layer in which a module lies: the first segment of its name that is one.
+
+    >>> number_of("model.layers.3.mlp.experts.0"), number_of("lm_head")
+    (3, None)
+    """
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def numbered(names: Iterable[str], numbers: Sequence[int]) -> list[str]:
+    """Those of the names that lie in layers of these numbers.
+
+    Raises:
+        TargetError: a number that none of them has.
+    """
+    names = list(names)
+    have = {number for name in names if (number := number_of(name)) is not None}
+    for number in numbers:
+        if number not in have:
+            exist = ", ".join(map(str, sorted(have))) or "none of the targets lies in a numbered layer"
+            raise TargetError(f"layers names {number}, and there is none of that number; there are: {exist}")
+    return [name for name in names if number_of(name) in numbers]
 
 
 def nearest(wanted: str, names: Iterable[str]) -> str | None:

@@ -39,7 +39,7 @@ from orbit.adapter.kinds import own_class, register_whole_kind
 from orbit.adapter.lora import fresh_factors
 from orbit.adapter.mixing import mixed, weighted
 from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
-from orbit.adapter.owners import AnySlot, Down, Gate, Magnitude, Slot, Tasks, Up, Whole
+from orbit.adapter.owners import AnySlot, Bias, BiasSlot, Down, Gate, Magnitude, Slot, Tasks, Up, Whole
 from orbit.adapter.plan import Mix, Touched
 from orbit.adapter.ranks import touched
 
@@ -69,8 +69,9 @@ class WholeGraft(Graft):
         return self.run_with({}, args, kwargs)
 
     def one(self, slot: Whole, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        sites = self.sites()
-        tensors = {name: adapted_weight(sites[name], one) for name, one in slot.slots.items()}
+        sites, tensors = self.sites(), {}
+        for name, one in slot.slots.items():
+            tensors.update(_changed(name, sites[name], one))
         return self.run_with(tensors, args, kwargs)
 
     def mixed(self, mix: Mix, *args: Any, **kwargs: Any) -> Any:
@@ -93,12 +94,12 @@ class WholeGraft(Graft):
         sites = self.sites()
         for index, slot in enumerate(mix.slots):
             assert isinstance(slot, Whole)
-            for name, one in slot.slots.items():
-                W = dense_weight(sites[name])
-                wide = W.to(dora.wide(W.dtype))
-                change = adapted_weight(sites[name], one, rounded=False) - wide
-                total[name] = total.get(name, wide) + mix.weights[index].to(wide.dtype) * change
-        return {name: W.to(dense_weight(sites[name]).dtype) for name, W in total.items()}
+            for site, one in slot.slots.items():
+                for name, changed in _changed(site, sites[site], one, rounded=False).items():
+                    own = self.get_parameter(name)
+                    wide = own.to(changed.dtype)
+                    total[name] = total.get(name, wide) + mix.weights[index].to(wide.dtype) * (changed - wide)
+        return {name: changed.to(self.get_parameter(name).dtype) for name, changed in total.items()}
 
     def run_with(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own forward with these tensors in the place of its parameters, by dotted name."""
@@ -116,14 +117,15 @@ class WholeGraft(Graft):
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def sites(self) -> dict[str, Graft]:
+        # By the sites' own names: a compiled graph cannot unescape those of the container.
         return {site.parameter: site for site in self._bank(SITES)._modules.values()}  # type: ignore[union-attr, misc]
 
     def slots(self) -> dict[str, AnySlot]:
         if "_orbit_cache" not in self.__dict__:
-            found: dict[str, dict[str, Slot]] = {}
+            found: dict[str, dict[str, Slot | BiasSlot]] = {}
             for name, site in self.sites().items():
                 for task, slot in site.slots().items():
-                    if isinstance(slot, Slot):
+                    if isinstance(slot, (Slot, BiasSlot)):
                         found.setdefault(task, {})[name] = slot
             modules = super().slots()
             self.__dict__["_orbit_cache"] = {**{t: Whole(slots) for t, slots in found.items()}, **modules}
@@ -155,6 +157,9 @@ class WholeGraft(Graft):
             slots[name] = site.new_slot(config)
             initialise(site, slots[name], config.init)
         return Whole(slots)
+
+    def new_bias(self) -> AnySlot:
+        return Whole({"bias": ParameterSite(self, "bias").new_bias()})
 
     def put_task(self, task: str, slot: AnySlot) -> None:
         if not isinstance(slot, Whole):
@@ -270,6 +275,9 @@ class ParameterSite(Graft):
                 slot = slot._replace(magnitude=Magnitude(_row_norm(self.matrix()).to(dtype)))
         return slot
 
+    def new_bias(self) -> BiasSlot:
+        return BiasSlot(Bias(dense_weight(self).detach().clone()))
+
     def renorm(self, slot: Slot) -> None:
         assert slot.magnitude is not None
         with torch.no_grad(), weights_at_hand(self):
@@ -290,7 +298,10 @@ class ParameterSite(Graft):
         return self.not_for_peft(task) is not None or super().only_ours(task)
 
     def not_for_peft(self, task: str) -> str | None:
-        if self.low_rank_slot(task).magnitude is not None:
+        slot = self.slots()[task]
+        if not isinstance(slot, Slot):
+            return None
+        if slot.magnitude is not None:
             return f"PEFT has no DoRA for {self.parameter}"
         if self.parameter in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             return "PEFT refuses attention with separate projections (kdim, vdim)"
@@ -345,6 +356,21 @@ def adapted_weight(layer: Graft, slot: Slot, *, rounded: bool = True) -> Tensor:
             n = _row_norm(V.detach()) if isinstance(layer, ParameterSite) else layer.row_norm(slot)  # type: ignore[operator]
             V = dora.ratio(slot.magnitude.weight.to(dtype), n.to(dtype))[:, None] * V
     return V.to(W.dtype) if rounded else V
+
+
+def _changed(name: str, site: Graft, slot: Slot | BiasSlot, *, rounded: bool = True) -> dict[str, Tensor]:
+    """The tensors that a task puts in the place of parameters of the host, by their names there.
+
+    Args:
+        name: the site's name at its host: that of a parameter, with the name of the layer that has it before.
+        rounded: give weights in their dtype, else in at least float32.
+    """
+    path = name.rpartition(".")[0]
+    found = {} if isinstance(slot, BiasSlot) else {name: adapted_weight(site, slot, rounded=rounded)}
+    if slot.bias is not None:
+        b = slot.bias.weight
+        found[f"{path}.bias" if path else "bias"] = b if rounded else b.to(dora.wide(b.dtype))
+    return found
 
 
 def dense_weight(layer: Graft) -> Tensor:

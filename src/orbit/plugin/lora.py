@@ -15,7 +15,7 @@ from torch import nn
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import ConfigError
 from orbit.adapter.files import is_sharded, save
-from orbit.adapter.functions import Names, as_names, named_parameters_of, one_alpha
+from orbit.adapter.functions import Names, as_names, more_settings, named_parameters_of, one_alpha
 from orbit.adapter.inject import (
     InjectReport,
     adapter_parameters,
@@ -24,11 +24,10 @@ from orbit.adapter.inject import (
     inject,
     set_trainable,
     task_config,
-    task_layers,
     tasks,
 )
+from orbit.adapter.reach import same_task
 from orbit.adapter.route import current_route
-from orbit.adapter.targets import resolve
 from orbit.core.events import Plugin
 from orbit.core.runtime import is_main_process
 
@@ -55,10 +54,13 @@ class LoRA(Plugin):
         path: a folder (or a `.safetensors` file) to which the adapter is written, in PEFT's format, at every
             epoch's end and when training ends; a relative one lies in the trainer's workspace, if it has one.
             None writes nothing: the adapter is in the run's checkpoints in any case.
+        **settings: the other fields of `AdapterConfig`: init, bias, tokens, layers, save_modules, parameters,
+            rank_pattern, alpha_pattern.
 
     Raises:
         ConfigError: two names of one setting disagree, or a value is out of range. When training starts:
-            TargetError, and ConfigError if the model already has another task of this name.
+            TargetError, and ConfigError if the model already has another task of this name. TypeError: an unknown
+            setting.
 
     After the start, `report` says what was adapted.
 
@@ -85,6 +87,7 @@ class LoRA(Plugin):
         gated: bool = False,
         lora_alpha: float | None = None,
         lora_dropout: float | None = None,
+        **settings: Any,
     ) -> None:
         if dropout is not None and lora_dropout is not None and dropout != lora_dropout:
             raise ConfigError(
@@ -100,6 +103,7 @@ class LoRA(Plugin):
             gated=gated,
             targets=None if target_names is None else as_names(target_names),
             exclude=as_names(exclude_names),
+            **more_settings("LoRA", settings),
         )
         self.unlock_head_keywords = as_names(unlock_head_keywords)
         self.name = name
@@ -126,14 +130,7 @@ class LoRA(Plugin):
 
     def _check_same(self, model: nn.Module) -> None:
         own, have = self.config, task_config(model, self.name)
-        layers, _ = resolve(model, own.targets, own.exclude)
-        same = set(layers) == set(task_layers(model, self.name)) and all(
-            (own.rank_of(path), own.alpha_of(path)) == (have.rank_of(path), have.alpha_of(path))
-            for path in layers
-        )
-        if not same or any(
-            getattr(own, field) != getattr(have, field) for field in ("dropout", "dora", "rslora", "gated")
-        ):
+        if not same_task(model, own, have):
             raise ConfigError(
                 f"the model has a task {self.name!r} with {have}, and this plugin asks for {own}; "
                 "give the plugin another name=, or remove the task first"
