@@ -298,7 +298,7 @@ def test_004_quickstart() -> None:
 
 def test_004_custom_module() -> None:
     import orbit.multitask as LoRA
-    from orbit.adapter import kinds
+    from orbit.adapter.kinds import registry
 
     torch.manual_seed(0)
     model = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
@@ -326,7 +326,7 @@ def test_004_custom_module() -> None:
         wrapped.add_task("a")
         wrapped.add_task("b")
     finally:
-        kinds._WRAPPERS.pop(nn.Transformer, None)
+        registry._WRAPPERS.pop(nn.Transformer, None)
     assert made == [((), {"r": 3})] * 2, "once per task"
     assert set(wrapped.state_dict(task="a")) == {"lora_module.gain"}, "its sub-graph is left alone"
     torch.testing.assert_close(wrapped(x, x, task="a"), wrapped(x, x))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import orbit.multitask as LoRA
 from orbit import adapter
-from orbit.adapter import ConfigError, StateError, TaskError, kinds
+from orbit.adapter import ConfigError, StateError, TaskError
+from orbit.adapter.kinds import registry
 
 
 def nets() -> dict[str, tuple[nn.Module, Tensor]]:
@@ -209,12 +210,12 @@ def test_copies_stand_alone(name: str, copied: Any) -> None:
 
 
 @pytest.fixture
-def registry() -> Iterator[None]:
+def registered() -> Iterator[None]:
     """Forgets what a test registers."""
-    before = dict(kinds._WRAPPERS)
+    before = dict(registry._WRAPPERS)
     yield
-    kinds._WRAPPERS.clear()
-    kinds._WRAPPERS.update(before)
+    registry._WRAPPERS.clear()
+    registry._WRAPPERS.update(before)
 
 
 class Gain(nn.Module):
@@ -226,7 +227,7 @@ class Gain(nn.Module):
         return self.gain * self.module(*args, **kwargs)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("registered")
 def test_registered_modules() -> None:
     LoRA.register_base_module_wrapper(nn.TransformerEncoderLayer, lambda module: Gain(module))
     model, x = make("a transformer")

@@ -405,7 +405,7 @@ def test_an_injection_that_fails_changes_nothing(mlp: Make, monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("orbit.adapter.dense.Up", fail)
+    monkeypatch.setattr("orbit.adapter.kinds.dense.Up", fail)
     with pytest.raises(MemoryError):
         inject(model, AdapterConfig(r=2), "b")
     assert tasks(model) == ("a",)

@@ -34,7 +34,7 @@ from orbit.adapter import (
     task_layers,
     unmerge,
 )
-from orbit.adapter.whole import ParameterSite
+from orbit.adapter.kinds.whole import ParameterSite
 from tests.laws import peft_oracle as oracle
 from tests.laws.peft_oracle import ALPHA, KINDS, VARIANTS, Cell, Factors, R, Skip, result
 

@@ -1,12 +1,8 @@
 """Adapters: named tasks on any model, grafted in place, chosen per call, merged and saved exactly."""
 
 from orbit.adapter.algebra import CombineReport, LayerCombination, combine
-from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.config import AdapterConfig
-from orbit.adapter.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
-from orbit.adapter.conv1d import Conv1DGraft
 from orbit.adapter.diagnose import Diagnosis, Finding, LayerDiagnosis, LoRADiagnoser
-from orbit.adapter.embedding import EmbeddingGraft
 from orbit.adapter.errors import (
     AdapterError,
     AdapterFileError,
@@ -44,13 +40,17 @@ from orbit.adapter.inject import (
     task_layers,
     tasks,
 )
-from orbit.adapter.kinds import register_forward, register_kind
-from orbit.adapter.linear import LinearGraft
+from orbit.adapter.kinds.attention import AttentionGraft
+from orbit.adapter.kinds.conv import Conv1dGraft, Conv2dGraft, Conv3dGraft
+from orbit.adapter.kinds.conv1d import Conv1DGraft
+from orbit.adapter.kinds.embedding import EmbeddingGraft
+from orbit.adapter.kinds.linear import LinearGraft
+from orbit.adapter.kinds.modules import register_base_module_wrapper
+from orbit.adapter.kinds.registry import register_forward, register_kind
 from orbit.adapter.merge import merge, merged, merged_state_dict, unmerge
-from orbit.adapter.modules import register_base_module_wrapper
 from orbit.adapter.optimizers import TaskOptimizers, per_task_loss
-from orbit.adapter.plan import PerRow, Route, Scaled, Together
-from orbit.adapter.route import current_route, route, set_route
+from orbit.adapter.routes.plan import PerRow, Route, Scaled, Together
+from orbit.adapter.routes.route import current_route, route, set_route
 
 __all__ = [
     "AdapterConfig",

@@ -38,17 +38,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orbit.adapter import dora
-from orbit.adapter.attention import AttentionGraft
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import ConfigError, GraftError, MergeError, RouteError, TaskError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import inject, remove, set_trainable, task_layers, tasks, unwrapped
+from orbit.adapter.kinds.attention import AttentionGraft
+from orbit.adapter.kinds.whole import ParameterSite
 from orbit.adapter.matrices import SUMS, Factors, norm_of_product, svd, svd_of_product, truncated
 from orbit.adapter.offload import weights_at_hand
 from orbit.adapter.owners import BiasSlot, Slot, TokenSlot, check_task_name
 from orbit.adapter.patterns import clean
-from orbit.adapter.route import state_of
-from orbit.adapter.whole import ParameterSite
+from orbit.adapter.routes.route import state_of
 
 METHODS = ("cat", "svd", "ties", "dare", "dare_ties", "magnitude_prune")
 _SPARSE = ("ties", "dare", "dare_ties", "magnitude_prune")

@@ -51,7 +51,7 @@ class AdapterConfig:
             An empty tuple: none, where `parameters`, `save_modules`, `tokens` or `bias` name something.
         exclude: layers to leave out, in the same grammar.
         parameters: matrices, or stacks of them, that are parameters of a module of any kind, such as
-            "experts.gate_up_proj", in the same grammar (`adapter/whole.py`; PEFT's target_parameters).
+            "experts.gate_up_proj", in the same grammar (`adapter/kinds/whole.py`; PEFT's target_parameters).
         save_modules: modules, a head say, of which the task gets a copy that is trained whole, in the same
             grammar (PEFT's modules_to_save).
         layers: adapt only those of the targets (and parameters) that lie in these layers of the model, by number: the

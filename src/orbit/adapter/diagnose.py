@@ -39,7 +39,7 @@ from orbit.adapter.graft import Graft
 from orbit.adapter.inject import one_task, task_layers, unwrapped
 from orbit.adapter.offload import weights_at_hand
 from orbit.adapter.owners import Slot
-from orbit.adapter.route import state_of
+from orbit.adapter.routes.route import state_of
 from orbit.core.extras import need
 
 _HEADER = (

@@ -25,7 +25,7 @@ from orbit.adapter.errors import ConfigError, GraftError, TaskError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import one_task, task_layers, unwrapped
 from orbit.adapter.owners import BiasSlot, Slot, TokenSlot
-from orbit.adapter.route import route
+from orbit.adapter.routes.route import route
 
 
 class _Directions:

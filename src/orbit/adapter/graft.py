@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from orbit.adapter.config import LayerConfig
 from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
-from orbit.adapter.kinds import grafted_bases, own_class, whole_kind
-from orbit.adapter.mixing import mixed
+from orbit.adapter.kinds.registry import grafted_bases, own_class, whole_kind
 from orbit.adapter.owners import OTHERS, AnySlot, BiasSlot, ModuleSlot, Slot, Tasks, TokenSlot, Whole, escape
-from orbit.adapter.plan import Mix, Plan, Touched, plan_of
-from orbit.adapter.ranks import touched
-from orbit.adapter.replay import in_backward
-from orbit.adapter.state import RouteState
+from orbit.adapter.routes.mixing import mixed
+from orbit.adapter.routes.plan import Mix, Plan, Touched, plan_of
+from orbit.adapter.routes.ranks import touched
+from orbit.adapter.routes.replay import in_backward
+from orbit.adapter.routes.state import RouteState
 
 _BACKUP = "_orbit_backup_"  # and a parameter's name: what it was before merging, a non-persistent buffer
 _TOKENS = "token_adapter.trainable_tokens_delta"  # what PEFT calls token rows

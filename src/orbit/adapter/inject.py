@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from orbit.adapter.bias import any_bias
 from orbit.adapter.config import AdapterConfig
 from orbit.adapter.errors import GradientError, GraftError, RouteError, TaskError
 from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class, ungraft
+from orbit.adapter.kinds.bias import any_bias
+from orbit.adapter.kinds.whole import ParameterSite
 from orbit.adapter.offload import refuse_preloaded
 from orbit.adapter.owners import AnySlot, check_task_name
-from orbit.adapter.plan import names_in
 from orbit.adapter.quantised import may_pack, never_pack, refuse_packed
 from orbit.adapter.reach import Planned, plan_injection
-from orbit.adapter.route import current_route, find_state, install, state_of, uninstall
-from orbit.adapter.state import RouteState
-from orbit.adapter.whole import ParameterSite
+from orbit.adapter.routes.plan import names_in
+from orbit.adapter.routes.route import current_route, find_state, install, state_of, uninstall
+from orbit.adapter.routes.state import RouteState
 
 
 @dataclass(frozen=True)

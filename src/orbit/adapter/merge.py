@@ -16,7 +16,7 @@ from orbit.adapter.errors import MergeError, RouteError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import bare, base_state_dict, task_layers, tasks, unwrapped
 from orbit.adapter.owners import AnySlot, ModuleSlot, Slot, TokenSlot
-from orbit.adapter.route import find_state, state_of
+from orbit.adapter.routes.route import find_state, state_of
 
 
 def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> None:

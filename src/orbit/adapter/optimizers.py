@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orbit.adapter.errors import ConfigError, TaskError
-from orbit.adapter.plan import PerRow
+from orbit.adapter.routes.plan import PerRow
 from orbit.core.outcome import Outcome
 from orbit.core.runtime import world_size
 

@@ -20,18 +20,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from orbit.adapter.bias import SharedBiases, resolve_biases
 from orbit.adapter.config import STARTS_FROM_WEIGHT, AdapterConfig, LayerConfig
 from orbit.adapter.errors import ConfigError, TargetError
-from orbit.adapter.experts import resolve_parameters
 from orbit.adapter.graft import Graft, original_class
 from orbit.adapter.init import initialise
-from orbit.adapter.kinds import mixin_of, wrapper_of
-from orbit.adapter.modules import resolve_saved, saved, wrapped
+from orbit.adapter.kinds.bias import SharedBiases, resolve_biases
+from orbit.adapter.kinds.experts import resolve_parameters
+from orbit.adapter.kinds.modules import resolve_saved, saved, wrapped
+from orbit.adapter.kinds.registry import mixin_of, wrapper_of
+from orbit.adapter.kinds.tokens import Rows, SharedRows, resolve_tokens
+from orbit.adapter.kinds.whole import WholeGraft
 from orbit.adapter.owners import AnySlot, BiasSlot, Slot, Whole
 from orbit.adapter.targets import at_or_below, resolve, tree
-from orbit.adapter.tokens import Rows, SharedRows, resolve_tokens
-from orbit.adapter.whole import WholeGraft
 
 
 class Planned(NamedTuple):

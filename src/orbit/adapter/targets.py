@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from orbit.adapter.errors import TargetError
-from orbit.adapter.kinds import is_linear, kind_of, refusal
+from orbit.adapter.kinds.registry import is_linear, kind_of, refusal
 from orbit.adapter.owners import Tasks
 from orbit.adapter.patterns import Pattern, clean
 

@@ -27,7 +27,7 @@ from orbit.adapter.inject import (
     tasks,
 )
 from orbit.adapter.reach import same_task
-from orbit.adapter.route import current_route
+from orbit.adapter.routes.route import current_route
 from orbit.core.events import Plugin
 from orbit.core.runtime import is_main_process
 

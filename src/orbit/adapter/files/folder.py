@@ -1,0 +1,467 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`.
+
+    base_model.model.<layer>.lora_A.weight              (r, in)
+    base_model.model.<layer>.lora_B.weight              (out, r)
+    base_model.model.<layer>.lora_magnitude_vector      (out,)     DoRA only
+    base_model.model.<layer>.base_layer.bias            (out,)     of a task that has biases of its own
+    base_model.model.<layer>.token_adapter.trainable_tokens_delta  (n, dim)  of one that has token rows
+
+PEFT and vLLM load what is written here, and the reverse; `docs/formats.md` has the whole table. What PEFT has no
+place for (a gate, the start of PiSSA) is written beside it under our own names, with `peft_type: ORBIT`, which PEFT
+refuses instead of misreading; `save(..., peft=True)` writes it as PEFT can hold it, or says why it cannot. A path
+that ends in `.safetensors` means one file, with the config in its metadata. Nothing but safetensors and JSON is
+read: no pickle, and no module that a file names is imported.
+
+Writing is atomic: a new folder appears complete or not at all; in an existing one each file is replaced whole.
+Loading is strict: every key of the file must be one that the task has, and the reverse, or the model stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from orbit.adapter.config import STARTS_FROM_WEIGHT, AdapterConfig
+from orbit.adapter.errors import AdapterFileError
+from orbit.adapter.files.peft_config import from_peft, to_peft
+from orbit.adapter.files.peft_keys import (
+    Named,
+    key_of,
+    named_in,
+    places,
+    rows_of,
+    targets_of,
+    without_followers,
+)
+from orbit.adapter.inject import (
+    InjectReport,
+    bare,
+    inject,
+    refuse_model,
+    remove,
+    set_trainable,
+    task_config,
+    task_layers,
+    tasks,
+    unwrapped,
+)
+from orbit.adapter.kinds.registry import kind_of, own_class
+from orbit.adapter.merge import refuse_merged
+from orbit.adapter.owners import Owner, Tasks, TokenSlot
+from orbit.adapter.patterns import Pattern, clean
+from orbit.adapter.routes.route import find_state, install, state_of
+from orbit.core.files import sync_folder, write_synced
+from orbit.core.rng import preserved
+from orbit.core.runtime import is_main_process
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WITHIN = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
+_COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight")
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, peft: bool = False
+) -> Path:
+    """Write a task to `path`: a folder in PEFT's format, or one file if it ends in `.safetensors`.
+
+    Of a model that `fully_shard` has sharded every rank must call it, and the first one writes.
+
+    Args:
+        peft: write only what PEFT reads: a gate is folded into B, a start that was kept beside the base doubles
+            the rank. Without it such tasks are written exactly, for `load`.
+
+    Raises:
+        TaskError: no such task. AdapterFileError: `peft=True` for a task that PEFT's format cannot hold. OSError:
+        from the file system; then the former content is still there.
+    """
+    model = bare(model)
+    path = Path(path)
+    config = task_config(model, name)
+    layers = places(model, name)
+    tensors: dict[str, Tensor] = {}
+    for place, layer in layers.items():
+        why = layer.not_for_peft(name)
+        if peft and why is not None:
+            raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
+        found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
+        tensors.update({key_of(place, end): tensor for end, tensor in found.items()})
+    tensors = _apart({key: _whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
+    targets, parameters, copies = targets_of(model, name)
+    fields = to_peft(
+        config.as_plain() if peft else config,
+        _target_modules(model, targets),
+        parameters,
+        copies,
+        rows_of(model, name),
+        fan_in_fan_out=any(own_class(layer).__name__ == "Conv1D" for layer in layers.values()),
+        own=not peft and any(layer.only_ours(name) for layer in layers.values()),
+    )
+    fields["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    fields["task_type"] = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    sharded = is_sharded(model)
+    if is_main_process() or not sharded:
+        _write(path, text, tensors)
+    if sharded:
+        dist.barrier()
+    return path
+
+
+def load(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, trainable: bool = False
+) -> InjectReport | None:
+    """Read a task from `path` into the model, injecting it if the model has no task of this name.
+
+    Args:
+        model: the base model that the adapter was trained on, with or without other tasks.
+        path: a folder in PEFT's format or a `.safetensors` file written by `save`.
+        name: what to call the task; what it was called when saved does not matter. It becomes current.
+        trainable: whether an injected task trains. An existing one keeps its state. The base model is frozen, unless
+            this task is not to train and the model has others, beside which a head may be training.
+
+    Returns:
+        The report of the injection, or None if the task was there.
+
+    Raises:
+        AdapterFileError: naming the key or field that is missing, unexpected, of the wrong shape or not
+            finite.
+        ConfigError: a field of PEFT's config cannot be honoured. GraftError: a new task for a model that is wrapped
+            by DistributedDataParallel or sharded. MergeError: the task is merged. The model is unchanged.
+    """
+    whole, model = unwrapped(model), bare(model)
+    if name not in tasks(model):
+        refuse_model(whole)
+    fields, tensors = read(path)
+    _check_auto_mapping(path, fields, model)
+    tensors = _without_copies(fields, tensors, {clean(raw): module for raw, module in model.named_modules()})
+    if not tensors:
+        raise AdapterFileError(f"{path} holds no tensors")
+    named = named_in(path, fields, tensors, model)
+    config = from_peft(fields, *named)
+    _check_coverage(path, fields, named, model)
+    if name in tasks(model):
+        refuse_merged(model, name)
+        _check_same(path, model, name, config)
+        _fill(path, model, name, tensors)
+        return None
+    with _undone_on_error(model, name), preserved():  # what `inject` draws at random is overwritten at once
+        # A task that only runs leaves alone what trains beside others: an unlocked head, say.
+        freeze = trainable or len(tasks(model)) == 0
+        report = inject(model, config, name, freeze_base=freeze, any_rank=_has_ranks(config, tensors))
+        if not trainable:
+            set_trainable(model, name, False)
+            report = replace(report, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
+        _fill(path, model, name, tensors)
+    install(whole, state_of(model))
+    return report
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config fields and tensors at `path`, checked to be finite.
+
+    Raises:
+        AdapterFileError: a file is absent, unreadable, or holds a value that is not finite.
+    """
+    path = Path(path)
+    weights = path if path.suffix == ".safetensors" else path / WEIGHTS
+    if not weights.is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        hint = "; adapter_model.bin is a pickle, convert it to safetensors with PEFT" if pickled else ""
+        if not path.exists() and not path.is_absolute():
+            hint = "; a name on the Hub is downloaded with huggingface_hub.snapshot_download, which gives the folder"
+        raise AdapterFileError(f"there is no file {weights}{hint}")
+    try:
+        with safe_open(weights, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise AdapterFileError(f"{weights} cannot be read: {error}") from None
+    try:
+        if path.suffix == ".safetensors" and "adapter_config" in metadata:
+            text = metadata["adapter_config"]
+        else:
+            text = (weights.parent / CONFIG).read_text(encoding="utf-8")
+        fields = json.loads(text)
+    except FileNotFoundError:
+        raise AdapterFileError(f"there is no {CONFIG} beside {weights}, nor one in its metadata") from None
+    except RecursionError:
+        raise AdapterFileError(f"the {CONFIG} of {weights} is nested too deeply to be a config") from None
+    except ValueError as error:
+        raise AdapterFileError(f"the {CONFIG} of {weights} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise AdapterFileError(f"the {CONFIG} of {weights} must be an object, got {type(fields).__name__}")
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise AdapterFileError(f"{weights}: {key} holds values that are not finite numbers")
+    return fields, tensors
+
+
+# -- filling and checking ------------------------------------------------------------------------------------
+
+
+def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors into the task, if they are exactly those that it has."""
+    layers = places(model, name)
+    owners = {
+        key_of(place, end): layer for place, layer in layers.items() for end in layer.file_tensors(name)
+    }
+    own = without_followers(
+        {
+            key_of(place, end): tensor
+            for place, layer in layers.items()
+            for end, tensor in layer.file_tensors(name).items()
+        }
+    )
+    theirs = {_plain_key(key): (key, tensor) for key, tensor in tensors.items()}
+    for key, tensor in own.items():
+        if key not in theirs:
+            if ".start." in key:  # PEFT does not write it: `inject` has computed it, as PEFT would
+                continue
+            raise AdapterFileError(f"{path}: {key} is missing")
+        have = theirs[key][1]
+        if have.shape != tensor.shape:
+            why = owners[key].not_for_peft(name)
+            raise AdapterFileError(
+                f"{path}: {key} has shape {tuple(have.shape)}, and the layer with this config has "
+                f"{tuple(tensor.shape)}{'' if why is None else f'; of a file that PEFT wrote: {why}'}"
+            )
+    for key, (written, _) in theirs.items():
+        if key not in own:
+            raise AdapterFileError(
+                f"{path}: {written} is unexpected: a task with this config has no such tensor"
+            )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key in theirs:
+                tensor.copy_(_placed(theirs[key][1], tensor))
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
+    """If the block raises, the model is what it was before: without the task, with its route and what trained."""
+    state = find_state(model)
+    route = None if state is None else state.default
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if name in tasks(model):
+            remove(model, name)
+        for parameter, before in trained:
+            parameter.requires_grad_(before)
+        if state is not None:
+            state.set_default(route)
+        raise
+
+
+def _check_auto_mapping(path: Any, fields: Mapping[str, Any], model: nn.Module) -> None:
+    """PEFT would import the class that this field names. Here nothing is, and it must be the model's."""
+    mapping = fields.get("auto_mapping")
+    if not mapping:
+        return
+    wanted = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
+    if wanted not in {cls.__name__ for cls in type(model).__mro__}:
+        raise AdapterFileError(
+            f"{path}: auto_mapping={mapping!r} names a class to import, and the model is a {type(model).__name__}; "
+            "nothing is imported for a file: load it into the model it was made for, or delete the field"
+        )
+
+
+def _without_copies(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Without what PEFT writes twice.
+
+    The weights of embedding and head beside an adapter, where the model has the same; and with bias="all" those
+    biases of a module that is trained whole which it also writes under the module's own name.
+    """
+    trained = fields.get("modules_to_save")
+    trained = trained if isinstance(trained, list) else []
+    twice = bool(trained) and fields.get("bias") == "all"
+
+    def is_copy(key: str, tensor: Tensor) -> bool:
+        match = _COPY.fullmatch(key)
+        if match and any(f".{name}." in f".{match['layer']}." for name in trained):
+            return False
+        weight = getattr(modules.get(match["layer"]), "weight", None) if match else None
+        return (
+            isinstance(weight, Tensor)
+            and weight.shape == tensor.shape
+            and torch.equal(tensor.to(weight), weight)
+        )
+
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not is_copy(key, tensor) and not (twice and _WITHIN.search(key))
+    }
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a memory of its own for each, as safetensors asks for: a bias may be shared."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
+
+
+def _check_coverage(path: Any, fields: Mapping[str, Any], named: Named, model: nn.Module) -> None:
+    """The layers that PEFT's targets name must be those that the file has."""
+    targets, exclude = fields.get("target_modules"), fields.get("exclude_modules")
+    if not targets or targets == "all-linear" or fields.get("layers_to_transform") not in (None, []):
+        return
+    names = {clean(raw): module for raw, module in model.named_modules()}
+    found = {clean(raw) for raw in named.layers}
+    meant = {
+        name
+        for name, module in names.items()
+        if kind_of(module) is not None
+        and not isinstance(names.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+        and not any(name == raw or name.startswith(f"{raw}.") for raw in map(clean, named.copies))
+        and _peft_match(targets, name)
+        and not (exclude and _peft_match(exclude, name))
+    }
+    for name in sorted(meant - found):
+        raise AdapterFileError(
+            f"{path}: {key_of(name, 'lora_A.weight')} is missing; target_modules={targets!r} names the layer"
+        )
+    for name in sorted(found - meant):
+        raise AdapterFileError(
+            f"{path}: {key_of(name, 'lora_A.weight')} is unexpected; target_modules={targets!r} omits it"
+        )
+
+
+def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -> None:
+    own = task_config(model, name)
+    have = task_layers(model, name)
+    slots = {clean(raw): layer.slots()[name] for raw, layer in have.items()}
+    rows = {raw: slot.rows.indices for raw, slot in slots.items() if isinstance(slot, TokenSlot)}
+    assert isinstance(config.tokens, Mapping) or config.tokens == ()
+    for label, theirs, ours in [
+        *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated", "bias")),
+        ("the start that A and B are counted from", _start(config), _start(own)),
+        *(
+            (f"the rows of {raw}", indices, rows.get(clean(raw.removeprefix("re:"))))
+            for raw, indices in dict(config.tokens).items()
+        ),
+        *((f"rank of {raw}", config.rank_of(raw), own.rank_of(raw)) for raw in have),
+        *((f"alpha of {raw}", config.alpha_of(raw), own.alpha_of(raw)) for raw in have),
+    ]:
+        if theirs != ours:
+            raise AdapterFileError(
+                f"{path}: {label} is {theirs}, but {ours} in task {name!r}; load under another name"
+            )
+
+
+def _has_ranks(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Are there tensors of the config's ranks? Else it asks for memory that the file itself does not need."""
+    most = max((len(t) for key, t in tensors.items() if "lora_A." in key or key.endswith("_A")), default=0)
+    return max(config.r, *config.rank_pattern.values(), 0) <= most
+
+
+def _start(config: AdapterConfig) -> str:
+    return config.init if config.init in STARTS_FROM_WEIGHT else "none"
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def _plain_key(key: str) -> str:
+    """PEFT writes a magnitude's key without `.weight`, and reads it with."""
+    return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
+
+
+def _target_modules(model: nn.Module, layers: set[str]) -> list[str] | str:
+    """The adapted layers as PEFT finds just them: last segments, else full names, else an expression."""
+    names = [clean(raw) for raw, module in model.named_modules() if not isinstance(module, (Tasks, Owner))]
+    for candidate in (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers)):
+        if {name for name in names if _peft_match(candidate, name)} == layers:
+            return candidate
+    return "|".join(re.escape(name) for name in sorted(layers))
+
+
+def _peft_match(targets: Any, name: str) -> bool:
+    if isinstance(targets, str):
+        return Pattern(targets, "target_modules or exclude_modules").fullmatch(name)
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+# -- sharded models ------------------------------------------------------------------------------------------
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Does each rank hold a part of the parameters only (DTensor)?"""
+    return any(_is_part(parameter) for parameter in model.parameters())
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # by its method: importing DTensor takes half a second
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _placed(value: Tensor, like: Any) -> Tensor:
+    if not _is_part(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, text: str, tensors: dict[str, Tensor]) -> None:
+    if path.suffix == ".safetensors":
+        content = to_bytes(tensors, {"format": "pt", "adapter_config": text})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_files(path.parent, {path.name: content})
+    else:
+        _write_folder(path, {WEIGHTS: to_bytes(tensors, {"format": "pt"}), CONFIG: text.encode()})
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    if folder.is_dir():
+        _replace_files(folder, files)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch) / folder.name
+        new.mkdir()
+        for name, content in files.items():
+            write_synced(new / name, content)
+        sync_folder(new)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            _replace_files(folder, files)  # another process has made it meanwhile
+    sync_folder(folder.parent)
+
+
+def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory(prefix=".orbit.", dir=folder) as scratch:
+        for name, content in files.items():
+            write_synced(Path(scratch) / name, content)
+        for name in files:
+            os.replace(Path(scratch) / name, folder / name)
+    sync_folder(folder)
