@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orbit.adapter import AdapterConfig, adapter_parameters, inject, route
+from orbit.adapter import AdapterConfig, TaskOptimizers, adapter_parameters, inject, route
 
 RANK, ALPHA = 16, 32
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # how far two ways to compute the same may lie apart
@@ -89,17 +90,24 @@ class Together:
                 now = dict(training.model.named_parameters())
                 for key, parameter in adapter_parameters(self.model, name).items():
                     parameter.copy_(now[key.replace(f".{name}.", ".default.")])
-        self.optimizers = [
-            torch.optim.AdamW(list(adapter_parameters(self.model, name).values()), lr=1e-4, fused=True)
-            for name in self.names
-        ]
+        self.optimizer = TaskOptimizers(
+            {
+                name: torch.optim.AdamW(
+                    list(adapter_parameters(self.model, name).values()), lr=1e-4, fused=True
+                )
+                for name in self.names
+            }
+        )
 
     def __call__(self) -> Tensor:
-        loss: Tensor = self.model(input_ids=self.tokens, labels=self.tokens, task=self.rows).loss
-        (loss * len(self.names)).backward()  # the sum of the tasks' own means
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        logits: Tensor = self.model(input_ids=self.tokens, task=self.rows).logits
+        expected = self.tokens[:, 1:]
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), expected.flatten(), reduction="none")
+        loss = self.optimizer.outcome(losses.view_as(expected), self.rows).loss
+        assert loss is not None
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.detach()
 
 
@@ -110,7 +118,7 @@ class Serving:
     owner: nn.Module  # which knows the tasks
     model: nn.Module  # whose forward is called
     tokens: Tensor
-    rows: list[str]
+    rows: Sequence[str | None]
     forwards: int
 
     def __call__(self) -> Tensor:
