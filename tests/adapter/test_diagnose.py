@@ -237,3 +237,17 @@ def test_a_diagnoser_is_copied_with_its_model(copied: Any, fill: Fill) -> None:
     with torch.no_grad():
         model[0].weight.mul_(2)
     assert twin.report() == before != doctor.report()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_fresh_start_is_dead_and_a_moved_one_is_not(init: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 3))
+    inject(model, AdapterConfig(r=3, init=init, targets=("0",)))
+    (layer,) = LoRADiagnoser(model).report()
+    assert [finding.rule for finding in layer.findings] == ["dead"]
+    with torch.no_grad():
+        model[0].slots()["default"].up.weight.add_(1e-3)
+    (layer,) = LoRADiagnoser(model).report()
+    assert layer.norm > 0
+    assert "dead" not in [finding.rule for finding in layer.findings]

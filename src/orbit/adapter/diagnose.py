@@ -117,9 +117,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         many = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
-        return "\n".join(
-            [f"task {self.task!r}: {len(self.layers)} layers, {many}", _HEADER, *map(str, self.layers)]
-        )
+        layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        return "\n".join([f"task {self.task!r}: {layers}, {many}", _HEADER, *map(str, self.layers)])
 
 
 @dataclass
@@ -230,6 +229,9 @@ class LoRADiagnoser:
         if finite:
             Rb, Ra = torch.linalg.qr(B).R, torch.linalg.qr(A.mT).R
             spectra = torch.linalg.svdvals(c * (Rb @ Ra.mT))[..., :r]
+            if slot.start is not None:  # B·A − B₀·A₀ cancels to the rounding of its two products
+                size = c.abs() * torch.linalg.matrix_norm(Rb) * torch.linalg.matrix_norm(Ra)
+                spectra = spectra.where(spectra > torch.finfo(dtype).eps * size[..., None], 0)
         else:
             spectra = torch.full((*A.shape[:-2], r), torch.nan)
         grad_A, grad_B = _norm(slot.down.weight.grad), _norm(slot.up.weight.grad)
