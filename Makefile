@@ -43,9 +43,12 @@ bench: $(VENV)/.bench ## loop overhead per step, against a bare loop, Lightning,
 bench-adapters: $(VENV)/.bench ## adapters against PEFT: time, memory, mixed batches
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.adapters $(ARGS)
 
-gpu: $(VENV)/.dev ## the tests that need a CUDA device
+gpu: $(VENV)/.bench ## the tests that need a CUDA device, then the benchmarks on it (tables in benchmarks/gpu/)
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device here' % torch.__version__)"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+	@mkdir -p benchmarks/gpu
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks --device cuda --out benchmarks/gpu/loop.md
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.adapters --device cuda --out benchmarks/gpu/adapters.md
 
 docs: $(VENV)/.dev ## run what is shown: the documents' snippets, the README's, the examples in docstrings
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules src/orbit tests/test_documents.py tests/test_readme.py $(ARGS)
