@@ -15,7 +15,7 @@ task's tensors mean for it (`linear.py`). State on the layer, all of it in `__di
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from orbit.adapter.config import LayerConfig
 from orbit.adapter.dora import wide
 from orbit.adapter.errors import GraftError, RouteError
-from orbit.adapter.kinds.registry import grafted_bases, own_class, whole_kind
+from orbit.adapter.filed import Filed
+from orbit.adapter.kinds.registry import grafted_bases, whole_kind
 from orbit.adapter.owners import OTHERS, AnySlot, BiasSlot, ModuleSlot, Slot, Tasks, TokenSlot, Whole, escape
 from orbit.adapter.routes.mixing import mixed
 from orbit.adapter.routes.plan import Mix, Plan, Touched, plan_of
@@ -33,17 +34,14 @@ from orbit.adapter.routes.replay import in_backward
 from orbit.adapter.routes.state import RouteState
 
 _BACKUP = "_orbit_backup_"  # and a parameter's name: what it was before merging, a non-persistent buffer
-_TOKENS = "token_adapter.trainable_tokens_delta"  # what PEFT calls token rows
-_TOKENS_BIAS = "token_adapter.base_layer.bias"  # and the bias of their layer
 _TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_w2")  # derived: made anew by copies
 
 
-class Graft(nn.Module):
+class Graft(Filed, nn.Module):
     """What a grafted layer is besides its own class. Kinds derive from it and from their class of torch.
 
     Attributes:
         BANKS: the names of the containers of owners, in the order of Slot's fields (others': `owners.OTHERS`).
-        FILE_NAMES: what PEFT's files call a tensor, where that is not its name here.
         LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
         FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
             (`kinds.grafted_bases`).
@@ -51,10 +49,6 @@ class Graft(nn.Module):
     """
 
     BANKS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude", "lora_gate", "lora_bias")
-    FILE_NAMES: ClassVar[Mapping[str, str]] = {
-        "lora_magnitude.weight": "lora_magnitude_vector",
-        "lora_bias.weight": "base_layer.bias",
-    }
     LINEAR: ClassVar[bool] = False
     FORWARDS: ClassVar[tuple[str, ...]] = ("forward",)
     STARTS: ClassVar[bool] = False
@@ -187,66 +181,6 @@ class Graft(nn.Module):
                 A0, B0 = self.factors(slot.start)
                 BA = BA - B0.to(dtype) @ A0.to(dtype)
             return slot.coefficient.to(dtype) * BA
-
-    # -- files -----------------------------------------------------------------------------------------------
-
-    def file_tensors(self, task: str) -> dict[str, Tensor]:
-        """A task's tensors, as views in the shapes that PEFT's files have, by the ends of their keys there."""
-        slot = self.slots()[task]
-        if self.holds_copy(task):  # it has the base's names
-            return dict(slot.module.state_dict(keep_vars=True))  # type: ignore[union-attr]
-        if isinstance(slot, BiasSlot):
-            return {"bias": slot.bias.weight}
-        if isinstance(slot, TokenSlot):
-            bias = {} if slot.bias is None else {_TOKENS_BIAS: slot.bias.weight}
-            return {_TOKENS: slot.rows.weight, **bias}
-        return {
-            self.FILE_NAMES.get(f"{bank}.{name}", f"{bank}.{name}"): self.file_view(bank, tensor)
-            for bank, owner in self.owners(task).items()
-            for name, tensor in owner.state_dict(keep_vars=True).items()
-        }
-
-    def file_view(self, bank: str, tensor: Tensor) -> Tensor:
-        """A tensor of this container in the shape that PEFT's files have."""
-        return tensor
-
-    def only_ours(self, task: str) -> bool:
-        """Does the task hold tensors that PEFT would drop or misread?"""
-        slot = self.slots()[task]
-        if isinstance(slot, ModuleSlot):
-            return not self.holds_copy(task)
-        return isinstance(slot, Slot) and (slot.gate is not None or slot.start is not None)
-
-    def not_for_peft(self, task: str) -> str | None:
-        """Why `peft_tensors` would not mean to PEFT what the task computes, or None."""
-        slot = self.slots()[task]
-        if isinstance(slot, ModuleSlot) and not self.holds_copy(task):
-            return f"it is a module of your own, a {type(slot.module).__name__}"
-        return None
-
-    def peft_tensors(self, task: str) -> dict[str, Tensor]:
-        """`file_tensors` as PEFT can hold them: the gate folded into B, a start as extra ranks."""
-        found = self.file_tensors(task)
-        slot = self.slots()[task]
-        if not isinstance(slot, Slot):
-            return found
-        ends = {bank: self.FILE_NAMES.get(f"{bank}.weight", f"{bank}.weight") for bank in self.BANKS}
-        down, up, _, gate, _ = self.BANKS
-        if slot.start is not None:
-            found[ends[down]], found[ends[up]] = self.stacked(slot, slot.start)
-        if slot.gate is not None:
-            found[ends[up]] = found[ends[up]] * slot.gate.weight
-        return {end: t for end, t in found.items() if ".start." not in end and not end.startswith(gate)}
-
-    def stacked(self, slot: Slot, start: Slot) -> tuple[Tensor, Tensor]:
-        """[A; A₀] and [B, −B₀] in the shapes of the owners' tensors."""
-        A = torch.cat([slot.down.weight, start.down.weight], 0)
-        return A, torch.cat([slot.up.weight, -start.up.weight], 1)
-
-    def holds_copy(self, task: str) -> bool:
-        """Is the task here a copy of the module, trained whole?"""
-        slot = self.slots().get(task)
-        return isinstance(slot, ModuleSlot) and type(slot.module) is own_class(self)
 
     # -- tasks -----------------------------------------------------------------------------------------------
 

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,14 +29,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from orbit.adapter.config import STARTS_FROM_WEIGHT, AdapterConfig
 from orbit.adapter.errors import AdapterFileError
+from orbit.adapter.files.checks import (
+    check_auto_mapping,
+    check_coverage,
+    check_same,
+    has_ranks,
+    plain_key,
+    target_modules,
+    without_copies,
+)
 from orbit.adapter.files.peft_config import from_peft, to_peft
 from orbit.adapter.files.peft_keys import (
-    Named,
     key_of,
     named_in,
     places,
@@ -46,6 +50,7 @@ from orbit.adapter.files.peft_keys import (
     targets_of,
     without_followers,
 )
+from orbit.adapter.files.writing import CONFIG, WEIGHTS, write
 from orbit.adapter.inject import (
     InjectReport,
     bare,
@@ -54,22 +59,15 @@ from orbit.adapter.inject import (
     remove,
     set_trainable,
     task_config,
-    task_layers,
     tasks,
     unwrapped,
 )
-from orbit.adapter.kinds.registry import kind_of, own_class
+from orbit.adapter.kinds.registry import own_class
 from orbit.adapter.merge import refuse_merged
-from orbit.adapter.owners import Owner, Tasks, TokenSlot
-from orbit.adapter.patterns import Pattern, clean
+from orbit.adapter.patterns import clean
 from orbit.adapter.routes.route import find_state, install, state_of
-from orbit.core.files import sync_folder, write_synced
 from orbit.core.rng import preserved
 from orbit.core.runtime import is_main_process
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_WITHIN = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
-_COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight")
 
 
 def save(
@@ -98,11 +96,11 @@ def save(
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
         tensors.update({key_of(place, end): tensor for end, tensor in found.items()})
-    tensors = _apart({key: _whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
+    tensors = apart({key: _whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
-        _target_modules(model, targets),
+        target_modules(model, targets),
         parameters,
         copies,
         rows_of(model, name),
@@ -114,7 +112,7 @@ def save(
     text = json.dumps(fields, indent=2, sort_keys=True)
     sharded = is_sharded(model)
     if is_main_process() or not sharded:
-        _write(path, text, tensors)
+        write(path, text, tensors)
     if sharded:
         dist.barrier()
     return path
@@ -145,22 +143,22 @@ def load(
     if name not in tasks(model):
         refuse_model(whole)
     fields, tensors = read(path)
-    _check_auto_mapping(path, fields, model)
-    tensors = _without_copies(fields, tensors, {clean(raw): module for raw, module in model.named_modules()})
+    check_auto_mapping(path, fields, model)
+    tensors = without_copies(fields, tensors, {clean(raw): module for raw, module in model.named_modules()})
     if not tensors:
         raise AdapterFileError(f"{path} holds no tensors")
     named = named_in(path, fields, tensors, model)
     config = from_peft(fields, *named)
-    _check_coverage(path, fields, named, model)
+    check_coverage(path, fields, named, model)
     if name in tasks(model):
         refuse_merged(model, name)
-        _check_same(path, model, name, config)
+        check_same(path, model, name, config)
         _fill(path, model, name, tensors)
         return None
     with _undone_on_error(model, name), preserved():  # what `inject` draws at random is overwritten at once
         # A task that only runs leaves alone what trains beside others: an unlocked head, say.
         freeze = trainable or len(tasks(model)) == 0
-        report = inject(model, config, name, freeze_base=freeze, any_rank=_has_ranks(config, tensors))
+        report = inject(model, config, name, freeze_base=freeze, any_rank=has_ranks(config, tensors))
         if not trainable:
             set_trainable(model, name, False)
             report = replace(report, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -225,7 +223,7 @@ def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor])
             for end, tensor in layer.file_tensors(name).items()
         }
     )
-    theirs = {_plain_key(key): (key, tensor) for key, tensor in tensors.items()}
+    theirs = {plain_key(key): (key, tensor) for key, tensor in tensors.items()}
     for key, tensor in own.items():
         if key not in theirs:
             if ".start." in key:  # PEFT does not write it: `inject` has computed it, as PEFT would
@@ -267,50 +265,7 @@ def _undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
         raise
 
 
-def _check_auto_mapping(path: Any, fields: Mapping[str, Any], model: nn.Module) -> None:
-    """PEFT would import the class that this field names. Here nothing is, and it must be the model's."""
-    mapping = fields.get("auto_mapping")
-    if not mapping:
-        return
-    wanted = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
-    if wanted not in {cls.__name__ for cls in type(model).__mro__}:
-        raise AdapterFileError(
-            f"{path}: auto_mapping={mapping!r} names a class to import, and the model is a {type(model).__name__}; "
-            "nothing is imported for a file: load it into the model it was made for, or delete the field"
-        )
-
-
-def _without_copies(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-) -> dict[str, Tensor]:
-    """Without what PEFT writes twice.
-
-    The weights of embedding and head beside an adapter, where the model has the same; and with bias="all" those
-    biases of a module that is trained whole which it also writes under the module's own name.
-    """
-    trained = fields.get("modules_to_save")
-    trained = trained if isinstance(trained, list) else []
-    twice = bool(trained) and fields.get("bias") == "all"
-
-    def is_copy(key: str, tensor: Tensor) -> bool:
-        match = _COPY.fullmatch(key)
-        if match and any(f".{name}." in f".{match['layer']}." for name in trained):
-            return False
-        weight = getattr(modules.get(match["layer"]), "weight", None) if match else None
-        return (
-            isinstance(weight, Tensor)
-            and weight.shape == tensor.shape
-            and torch.equal(tensor.to(weight), weight)
-        )
-
-    return {
-        key: tensor
-        for key, tensor in tensors.items()
-        if not is_copy(key, tensor) and not (twice and _WITHIN.search(key))
-    }
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With a memory of its own for each, as safetensors asks for: a bias may be shared."""
     seen: set[int] = set()
     for key, tensor in tensors.items():
@@ -318,87 +273,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             tensors[key] = tensor.clone()
         seen.add(tensor.data_ptr())
     return tensors
-
-
-def _check_coverage(path: Any, fields: Mapping[str, Any], named: Named, model: nn.Module) -> None:
-    """The layers that PEFT's targets name must be those that the file has."""
-    targets, exclude = fields.get("target_modules"), fields.get("exclude_modules")
-    if not targets or targets == "all-linear" or fields.get("layers_to_transform") not in (None, []):
-        return
-    names = {clean(raw): module for raw, module in model.named_modules()}
-    found = {clean(raw) for raw in named.layers}
-    meant = {
-        name
-        for name, module in names.items()
-        if kind_of(module) is not None
-        and not isinstance(names.get(name.rpartition(".")[0]), nn.MultiheadAttention)
-        and not any(name == raw or name.startswith(f"{raw}.") for raw in map(clean, named.copies))
-        and _peft_match(targets, name)
-        and not (exclude and _peft_match(exclude, name))
-    }
-    for name in sorted(meant - found):
-        raise AdapterFileError(
-            f"{path}: {key_of(name, 'lora_A.weight')} is missing; target_modules={targets!r} names the layer"
-        )
-    for name in sorted(found - meant):
-        raise AdapterFileError(
-            f"{path}: {key_of(name, 'lora_A.weight')} is unexpected; target_modules={targets!r} omits it"
-        )
-
-
-def _check_same(path: Any, model: nn.Module, name: str, config: AdapterConfig) -> None:
-    own = task_config(model, name)
-    have = task_layers(model, name)
-    slots = {clean(raw): layer.slots()[name] for raw, layer in have.items()}
-    rows = {raw: slot.rows.indices for raw, slot in slots.items() if isinstance(slot, TokenSlot)}
-    assert isinstance(config.tokens, Mapping) or config.tokens == ()
-    for label, theirs, ours in [
-        *((f, getattr(config, f), getattr(own, f)) for f in ("dora", "rslora", "gated", "bias")),
-        ("the start that A and B are counted from", _start(config), _start(own)),
-        *(
-            (f"the rows of {raw}", indices, rows.get(clean(raw.removeprefix("re:"))))
-            for raw, indices in dict(config.tokens).items()
-        ),
-        *((f"rank of {raw}", config.rank_of(raw), own.rank_of(raw)) for raw in have),
-        *((f"alpha of {raw}", config.alpha_of(raw), own.alpha_of(raw)) for raw in have),
-    ]:
-        if theirs != ours:
-            raise AdapterFileError(
-                f"{path}: {label} is {theirs}, but {ours} in task {name!r}; load under another name"
-            )
-
-
-def _has_ranks(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
-    """Are there tensors of the config's ranks? Else it asks for memory that the file itself does not need."""
-    most = max((len(t) for key, t in tensors.items() if "lora_A." in key or key.endswith("_A")), default=0)
-    return max(config.r, *config.rank_pattern.values(), 0) <= most
-
-
-def _start(config: AdapterConfig) -> str:
-    return config.init if config.init in STARTS_FROM_WEIGHT else "none"
-
-
-# -- names ---------------------------------------------------------------------------------------------------
-
-
-def _plain_key(key: str) -> str:
-    """PEFT writes a magnitude's key without `.weight`, and reads it with."""
-    return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
-
-
-def _target_modules(model: nn.Module, layers: set[str]) -> list[str] | str:
-    """The adapted layers as PEFT finds just them: last segments, else full names, else an expression."""
-    names = [clean(raw) for raw, module in model.named_modules() if not isinstance(module, (Tasks, Owner))]
-    for candidate in (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers)):
-        if {name for name in names if _peft_match(candidate, name)} == layers:
-            return candidate
-    return "|".join(re.escape(name) for name in sorted(layers))
-
-
-def _peft_match(targets: Any, name: str) -> bool:
-    if isinstance(targets, str):
-        return Pattern(targets, "target_modules or exclude_modules").fullmatch(name)
-    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 # -- sharded models ------------------------------------------------------------------------------------------
@@ -424,44 +298,3 @@ def _placed(value: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-# -- writing -------------------------------------------------------------------------------------------------
-
-
-def _write(path: Path, text: str, tensors: dict[str, Tensor]) -> None:
-    if path.suffix == ".safetensors":
-        content = to_bytes(tensors, {"format": "pt", "adapter_config": text})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_files(path.parent, {path.name: content})
-    else:
-        _write_folder(path, {WEIGHTS: to_bytes(tensors, {"format": "pt"}), CONFIG: text.encode()})
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    if folder.is_dir():
-        _replace_files(folder, files)
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
-        for name, content in files.items():
-            write_synced(new / name, content)
-        sync_folder(new)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            _replace_files(folder, files)  # another process has made it meanwhile
-    sync_folder(folder.parent)
-
-
-def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    with tempfile.TemporaryDirectory(prefix=".orbit.", dir=folder) as scratch:
-        for name, content in files.items():
-            write_synced(Path(scratch) / name, content)
-        for name in files:
-            os.replace(Path(scratch) / name, folder / name)
-    sync_folder(folder)
