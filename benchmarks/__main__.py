@@ -149,6 +149,14 @@ def report_steps(times: Times) -> str:
     return text
 
 
+def is_cuda(parser: argparse.ArgumentParser, device: str) -> bool:
+    """Is this a CUDA device? The parser's error if torch sees none."""
+    cuda = device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        parser.error(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    return cuda
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -157,11 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall (default) or cpu time")
     parser.add_argument("--out", type=Path, help="also write the tables to this markdown file")
     args = parser.parse_args(argv)
-    cuda = args.device.startswith("cuda")
-    if cuda and not torch.cuda.is_available():
-        parser.error(
-            f"--device {args.device}: torch {torch.__version__} sees no CUDA device; use --device cpu"
-        )
+    cuda = is_cuda(parser, args.device)
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # rivals warn about worker counts and the like

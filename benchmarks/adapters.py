@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import CLOCKS, table
+from benchmarks.__main__ import CLOCKS, is_cuda, table
 from benchmarks.adapter_pairs import (
     ROUNDING,
     Frozen,
@@ -273,11 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall (default) or cpu time")
     parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
     args = parser.parse_args(argv)
-    cuda = args.device.startswith("cuda")
-    if cuda and not torch.cuda.is_available():
-        parser.error(
-            f"--device {args.device}: torch {torch.__version__} sees no CUDA device; use --device cpu"
-        )
+    cuda = is_cuda(parser, args.device)
     if args.rounds < 1 or args.layers < 1:
         parser.error(f"--rounds {args.rounds} --layers {args.layers}: both are at least 1")
 

@@ -44,7 +44,7 @@ class Graft(Filed, nn.Module):
         BANKS: the names of the containers of owners, in the order of Slot's fields (others': `owners.OTHERS`).
         LINEAR: does the layer map (…, in) to (…, out)? Such layers are adapted where no target is named.
         FORWARDS: the methods that compute the layer's output; a subclass with one of its own is looked at
-            (`kinds.grafted_bases`).
+            (`registry.grafted_bases`).
         STARTS: does `one` take the start of a slot into account?
     """
 
@@ -61,20 +61,18 @@ class Graft(Filed, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.current_plan()
-        if plan is None:
+        if plan is None:  # nearly always, and not worth a call more
             return super().forward(*args, **kwargs)
-        if type(plan) is Mix:
-            return self.mixed(plan, *args, **kwargs)
-        if type(plan) is Touched:
-            return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
-        return self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]
+        return self._by_plan(plan, *args, **kwargs)
 
     def _by_plan(self, plan: Plan, *args: Any, **kwargs: Any) -> Any:
-        """The output under a plan of this rank's own."""
+        """The output under a plan."""
         if plan is None:
             return self.base(*args, **kwargs)
         if type(plan) is Mix:
             return self.mixed(plan, *args, **kwargs)
+        if type(plan) is Touched:
+            return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
         return self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,15 +170,18 @@ class Graft(Filed, nn.Module):
         return torch.cat([A, A0], -2), torch.cat([B, -B0], -1)
 
     def delta(self, slot: Slot) -> Tensor:
-        """ΔW = g·s·(B·A − B₀·A₀) as a matrix (…, out, in), in at least float32 and without gradient."""
+        """ΔW as a matrix (…, out, in), in at least float32 and without gradient."""
         with torch.no_grad():
-            A, B = self.factors(slot)
-            dtype = wide(A.dtype)
-            BA = B.to(dtype) @ A.to(dtype)
-            if slot.start is not None:
-                A0, B0 = self.factors(slot.start)
-                BA = BA - B0.to(dtype) @ A0.to(dtype)
-            return slot.coefficient.to(dtype) * BA
+            return self.delta_in(wide(slot.down.weight.dtype), slot)
+
+    def delta_in(self, dtype: torch.dtype, slot: Slot) -> Tensor:
+        """ΔW = g·s·(B·A − B₀·A₀) as a matrix (…, out, in) of this dtype, with gradients to the task's tensors."""
+        A, B = self.factors(slot)
+        BA = B.to(dtype) @ A.to(dtype)
+        if slot.start is not None:
+            A0, B0 = self.factors(slot.start)
+            BA = BA - B0.to(dtype) @ A0.to(dtype)
+        return slot.coefficient.to(dtype) * BA
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
@@ -415,7 +416,7 @@ class Graft(Filed, nn.Module):
 
 
 def graft(layer: nn.Module, route: RouteState) -> None:
-    """Turn `layer`, which `kinds.refusal` found fit, into a Graft of the same layer, with no tasks yet."""
+    """Turn `layer`, which `registry.refusal` found fit, into a Graft of the same layer, with no tasks yet."""
     cls = type(layer)
     layer.__dict__.update(_orbit_route=route, _orbit_plan=None, _orbit_merged=None)
     layer.__class__ = grafted_class(cls)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from orbit.adapter.errors import ConfigError
-from orbit.adapter.inject import adapter_parameters, task_layers, tasks
+from orbit.adapter.inject import adapter_parameters, task_owners
 from orbit.adapter.owners import Up
 
 
@@ -48,12 +48,9 @@ def param_groups(
     for key, value in (("lr", lr), ("b_ratio", b_ratio)):
         if not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{key}={value!r}: it must be a positive number")
-    wanted = tasks(model) if name is None else (name,)
     fast = {
         id(parameter)
-        for task in wanted
-        for layer in task_layers(model, task).values()
-        for owner in layer.owners(task).values()
+        for owner in task_owners(model, name)
         for module in owner.modules()
         if isinstance(module, Up)
         for parameter in module.parameters()

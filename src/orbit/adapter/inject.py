@@ -13,6 +13,7 @@ task 'math': 1 layer adapted, 24 of 82 parameters train; left out: 2 (the head)
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -219,20 +220,24 @@ def one_task(model: nn.Module, name: str | None = None) -> str:
     return current
 
 
+def task_owners(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
+    """The modules that hold the tensors of a task (None: of all tasks).
+
+    Raises:
+        TaskError: no such task.
+    """
+    for task in tasks(model) if name is None else (name,):
+        for layer in task_layers(model, task).values():
+            yield from layer.owners(task).values()
+
+
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
     """The parameters of a task (None: of all tasks), by their names in `model.named_parameters()`.
 
     Raises:
         TaskError: no such task.
     """
-    wanted = tasks(model) if name is None else (name,)
-    owned = {
-        id(parameter)
-        for task in wanted
-        for layer in task_layers(model, task).values()
-        for owner in layer.owners(task).values()
-        for parameter in owner.parameters()
-    }
+    owned = {id(parameter) for owner in task_owners(model, name) for parameter in owner.parameters()}
     return {key: parameter for key, parameter in model.named_parameters() if id(parameter) in owned}
 
 

@@ -76,9 +76,9 @@ def require_trainable(optimizer: Optimizer) -> None:
     """ValueError unless the optimizer holds a parameter that trains."""
     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            "nothing is left to train: every parameter that the optimizer holds is frozen. Were "
-            "adapters injected after it "
-            "was made? Make it from the injected model's parameters, or let the LoRA plugin inject them"
+            "nothing is left to train: every parameter that the optimizer holds is frozen. Were adapters "
+            "injected after it was made? Make it from the injected model's parameters, or let the LoRA plugin inject "
+            "them"
         )
 
 

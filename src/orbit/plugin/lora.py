@@ -109,9 +109,7 @@ class LoRA(Plugin):
         self.name = name
         self.path = None if path is None else Path(path)
         self.report: InjectReport | None = None
-        self._learns: bool | None = (
-            None  # has the task had a gradient in this run; None before the first step
-        )
+        self._learns: bool | None = None  # has the task had a gradient in this run? Not asked before a step
 
     def on_build_model(self, trainer: Any) -> None:
         """Inject the task, unless the model has it already (a second `train()`, a model loaded with it)."""

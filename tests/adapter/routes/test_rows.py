@@ -26,6 +26,7 @@ from orbit.adapter import (
 from orbit.adapter.routes import plan
 from orbit.adapter.routes.route import find_state
 from orbit.adapter.routes.stacks import Sorting, sorting
+from tests.adapter.routes.gradients import assert_same, grads
 
 Make = Callable[..., nn.Module]
 Fill = Callable[..., None]
@@ -68,21 +69,6 @@ def one_by_one(model: nn.Module, x: Tensor, rows: Sequence[str | None]) -> Tenso
     """Every row in a batch of its own."""
     each = len(x) // len(rows)
     return torch.cat([model(x[i : i + 1], task=rows[i // each]) for i in range(len(x))])
-
-
-def grads(model: nn.Module) -> dict[str, Tensor | None]:
-    found = {
-        name: None if p.grad is None else p.grad.clone() for name, p in adapter_parameters(model).items()
-    }
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
-    for name, gradient in expected.items():
-        assert (gradient is None) == (got[name] is None), name
-        if gradient is not None:
-            torch.testing.assert_close(got[name], gradient)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -23,6 +23,7 @@ from orbit.adapter import (
     task_layers,
 )
 from orbit.adapter.graft import Graft
+from tests.adapter.routes.gradients import assert_same, grads
 
 Make = Callable[..., nn.Module]
 Fill = Callable[..., None]
@@ -76,21 +77,6 @@ def oracle(model: nn.Sequential, x: Tensor, weight_of: Callable[[int, str], Tens
                 y = y + weight * (x @ dense(model, module, task).T)
         x, number = y, number + 1
     return x
-
-
-def grads(model: nn.Module) -> dict[str, Tensor | None]:
-    found = {
-        name: None if p.grad is None else p.grad.clone() for name, p in adapter_parameters(model).items()
-    }
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
-    for name, gradient in expected.items():
-        assert (gradient is None) == (got[name] is None), name
-        if gradient is not None:
-            torch.testing.assert_close(got[name], gradient)
 
 
 @pytest.mark.parametrize("weights", SUMS)

@@ -96,7 +96,7 @@ def save(
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
         tensors.update({key_of(place, end): tensor for end, tensor in found.items()})
-    tensors = apart({key: _whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
+    tensors = _apart({key: _whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
@@ -212,17 +212,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
 def _fill(path: Any, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors into the task, if they are exactly those that it has."""
-    layers = places(model, name)
-    owners = {
-        key_of(place, end): layer for place, layer in layers.items() for end in layer.file_tensors(name)
-    }
-    own = without_followers(
-        {
-            key_of(place, end): tensor
-            for place, layer in layers.items()
-            for end, tensor in layer.file_tensors(name).items()
-        }
-    )
+    owners, found = {}, {}
+    for place, layer in places(model, name).items():
+        for end, tensor in layer.file_tensors(name).items():
+            owners[key_of(place, end)], found[key_of(place, end)] = layer, tensor
+    own = without_followers(found)
     theirs = {plain_key(key): (key, tensor) for key, tensor in tensors.items()}
     for key, tensor in own.items():
         if key not in theirs:
@@ -265,7 +259,7 @@ def _undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
         raise
 
 
-def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With a memory of its own for each, as safetensors asks for: a bias may be shared."""
     seen: set[int] = set()
     for key, tensor in tensors.items():

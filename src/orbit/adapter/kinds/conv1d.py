@@ -17,7 +17,7 @@ from orbit.adapter.owners import Slot
 
 
 class Conv1DGraft(DenseGraft):
-    """The mixin; `kinds.py` derives it from Conv1D where a model has one."""
+    """The mixin; `registry.py` derives it from Conv1D where a model has one."""
 
     LINEAR = True
 

@@ -145,7 +145,7 @@ class DenseGraft(Graft):
     def row_norm(self, slot: Slot) -> Tensor:
         """‖W + s·B·A‖ row by row, (out,), without gradient."""
         A, B = (factor.detach() for factor in self.update(slot))
-        return dora.row_norm(self._squared_rows(A.device), self._times_weight(A), A, B, slot.coefficient)
+        return dora.row_norm(self._squared_rows(), self._times_weight(A), A, B, slot.coefficient)
 
     def _times_weight(self, A: Tensor) -> Tensor:
         """W·Aᵀ (out, r)."""
@@ -168,7 +168,7 @@ class DenseGraft(Graft):
             f"the weight of {type(self).__name__} is no dense matrix of its kind's shape, so its norm is not known"
         )
 
-    def _squared_rows(self, device: torch.device) -> Tensor:
+    def _squared_rows(self) -> Tensor:
         """‖W‖² row by row, (out,), kept while W is frozen and unchanged.
 
         Writing through `weight.data` leaves no mark on W and is seen after the next `train()` or `eval()` alone;
@@ -182,12 +182,7 @@ class DenseGraft(Graft):
         ref, seen, w2 = self.__dict__.get("_orbit_w2", (None, None, None))
         if keep and ref is not None and ref() is W and seen == mark:
             return w2
-        readable = self._readable()
-        if readable is not None:
-            w2 = dora.squared_rows(self.as_matrix(readable))
-        else:
-            eye = torch.eye(self.matrix_shape()[1], device=device)
-            w2 = dora.squared_rows(self._times_weight(eye))
+        w2 = dora.squared_rows(self.matrix())
         if keep:
             self.__dict__["_orbit_w2"] = (weakref.ref(W), mark, w2)
         return w2
@@ -212,7 +207,7 @@ class DenseGraft(Graft):
             raise GraftError(
                 f"its weight is {str(W.dtype).removeprefix('torch.')}; only real ones have an update here"
             )
-        dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
+        dtype = dora.wide(W.dtype)
         device = execution_device(self)
         A, B = self.fresh(config.r, device=device, dtype=dtype)
         down, up = self.factor_shapes(config.r)
@@ -244,17 +239,12 @@ class DenseGraft(Graft):
                 raise GraftError(
                     "its weight is quantised, derived or sharded, so that no row of it can be replaced"
                 )
-            dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
+            dtype = dora.wide(W.dtype)
             index = torch.tensor(tuple(indices), device=W.device)
             return TokenSlot(TokenRows(W.detach().index_select(0, index).to(dtype), indices))
 
     def merged_rows(self, slot: TokenSlot) -> Tensor:
-        W = self._parameters.get("weight")
-        if W is None or not self._is_dense(W) or W.is_meta:
-            raise MergeError(
-                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded"
-            )
-        rows = slot.rows
+        W, rows = self._mergeable(), slot.rows
         return W.detach().index_copy(0, rows.index, rows.weight.detach().to(W.dtype))
 
     def renorm(self, slot: Slot) -> None:
@@ -283,15 +273,19 @@ class DenseGraft(Graft):
 
     def merged_weight(self, slot: Slot) -> Tensor:
         """W + s·B·A, or its DoRA form, computed in at least float32 and rounded once."""
-        W = self._parameters.get("weight")
-        if W is None or not self._is_dense(W) or W.is_meta:
-            raise MergeError(
-                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded; save the task and "
-                "merge it into a model with plain weights"
-            )
+        W = self._mergeable()
         with torch.no_grad():
             dtype = dora.wide(W.dtype)
             V = self.as_matrix(W).to(dtype) + self.delta(slot).to(dtype)
             if slot.magnitude is not None:
                 V = dora.ratio(slot.magnitude.weight.to(dtype), self.row_norm(slot))[:, None] * V
             return self.as_weight(V).to(W.dtype).contiguous()
+
+    def _mergeable(self) -> Tensor:
+        W = self._parameters.get("weight")
+        if W is None or not self._is_dense(W) or W.is_meta:
+            raise MergeError(
+                f"the weight of {type(self).__name__} is quantised, derived, sharded or offloaded; save the task and "
+                "merge it into a model with plain weights"
+            )
+        return W

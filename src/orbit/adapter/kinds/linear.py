@@ -34,7 +34,7 @@ from orbit.adapter.routes.stacks import Kept, Sorting, Stack, Terms, grouped, pe
 
 
 class LinearGraft(DenseGraft, nn.Linear):
-    """The mixin for `nn.Linear`; `kinds.py` decides where it goes among the layer's bases."""
+    """The mixin for `nn.Linear`; `registry.py` decides where it goes among the layer's bases."""
 
     LINEAR = True
     _torchs_forward: ClassVar[bool]

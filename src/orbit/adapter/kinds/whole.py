@@ -40,8 +40,7 @@ from orbit.adapter.lora import fresh_factors
 from orbit.adapter.offload import execution_device, refuse_meta, weights_at_hand
 from orbit.adapter.owners import AnySlot, Bias, BiasSlot, Down, Gate, Magnitude, Slot, Tasks, Up, Whole
 from orbit.adapter.routes.mixing import mixed, weighted
-from orbit.adapter.routes.plan import Mix, Touched
-from orbit.adapter.routes.ranks import touched
+from orbit.adapter.routes.plan import Mix
 
 SITES = "lora_parameters"
 
@@ -60,10 +59,7 @@ class WholeGraft(Graft):
         cls._orbit_forwards = next(base for base in after if "forward" in vars(base))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.current_plan()
-        if type(plan) is Touched:
-            return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
-        return self._by_plan(plan, *args, **kwargs)
+        return self._by_plan(self.current_plan(), *args, **kwargs)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
         return self.run_with({}, args, kwargs)
@@ -265,7 +261,7 @@ class ParameterSite(Graft):
         n = W.shape[0] if W.dim() == 3 else 1
         out, into = self.matrix_shape()
         device = execution_device(self)
-        dtype = W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32
+        dtype = dora.wide(W.dtype)
         A, B = fresh_factors(into, out, config.r * n, device=device, dtype=dtype)
         slot = Slot(Down(A), Up(B, config.alpha, config.rslora, experts=n))
         if config.gated:
@@ -342,12 +338,7 @@ def adapted_weight(layer: Graft, slot: Slot, *, rounded: bool = True) -> Tensor:
     dtype = dora.wide(W.dtype)
     kind = "cpu" if W.is_meta else W.device.type
     with torch.autocast(kind, enabled=False):
-        A, B = layer.factors(slot)
-        BA = B.to(dtype) @ A.to(dtype)
-        if slot.start is not None:
-            A0, B0 = layer.factors(slot.start)
-            BA = BA - B0.to(dtype) @ A0.to(dtype)
-        delta = slot.coefficient.to(dtype) * BA
+        delta = layer.delta_in(dtype, slot)
         if getattr(layer, "transposed", False):
             delta = delta.mT
         V = W.to(dtype) + delta

@@ -133,17 +133,17 @@ class Mix(NamedTuple):
             if len(self.fits) >= FITS:
                 self.fits.clear()
             with torch.inference_mode(False):
-                weights, spread, _ = self._spread(rows // have)
+                weights, spread = self._spread(rows // have)
                 order = sorting([found.tolist() for found in spread], weights.device)
                 self.fits[rows] = weights, spread, order
         return Mix(self.slots, *self.fits[rows])
 
-    def _spread(self, each: int) -> tuple[Tensor, tuple[Tensor, ...], None]:
+    def _spread(self, each: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The weights and rows of a batch in which each row of the route stands for so many."""
         assert self.rows is not None
         steps = torch.arange(each, device=self.weights.device)
         spread = tuple((found[:, None] * each + steps).flatten() for found in self.rows)
-        return self.weights.repeat_interleave(each, 0), spread, None
+        return self.weights.repeat_interleave(each, 0), spread
 
 
 FITS = 16  # sizes of batch that a route remembers; the layers of a model see a few at a time
@@ -235,17 +235,19 @@ def renamed(route: Route, old: str, new: str) -> Route:
     >>> renamed("a", "a", "b"), renamed(PerRow(("a", None)), "a", "b").tasks
     ('b', ('b', None))
     """
+
+    def now(task: Any) -> Any:
+        return new if task == old else task
+
     if isinstance(route, Spread):
-        others = tuple(new if task == old else task for task in route.others)
-        return Spread(own(renamed(route.route, old, new)), others)
+        return Spread(own(renamed(route.route, old, new)), tuple(map(now, route.others)))
     if isinstance(route, PerRow):
-        return PerRow(tuple(new if task == old else task for task in route.tasks))
+        return PerRow(tuple(map(now, route.tasks)))
     if isinstance(route, Together):
-        return Together(tuple((new if task == old else task, weight) for task, weight in route.weights))
+        return Together(tuple((now(task), weight) for task, weight in route.weights))
     if isinstance(route, Scaled):
-        tasks = tuple(new if task == old else task for task in route.tasks)
-        return Scaled(tasks, route.scalings, route.layers)
-    return new if route == old else route
+        return Scaled(tuple(map(now, route.tasks)), route.scalings, route.layers)
+    return now(route)
 
 
 def plan_of(route: Route, layer: Graft) -> Plan:

@@ -385,8 +385,9 @@ class RouteState:
     @_outside_graphs
     def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {key: kwargs[key] for key in _ARGUMENTS - own_arguments(type(model)) if key in kwargs}
-        self._guarded_enter(given, model, (args, {k: v for k, v in kwargs.items() if k not in given}))
-        return (args, {key: value for key, value in kwargs.items() if key not in given}) if given else None
+        inputs = (args, {key: value for key, value in kwargs.items() if key not in given})
+        self._guarded_enter(given, model, inputs)
+        return inputs if given else None
 
     def _guarded_enter(self, given: dict[str, Any], model: nn.Module, inputs: _Inputs) -> None:
         try:
