@@ -1,18 +1,18 @@
 """Adapters against PEFT: `make bench-adapters`, or `python -m benchmarks.adapters [--device cuda] [--out table.md]`.
 
     steps     a training step (forward, backward, fused AdamW), LoRA and DoRA, fp32 and bf16
+    least     what no adapter can undercut on this machine: the model without tasks, and the products by A and B alone
     overhead  (ours − frozen) / (PEFT's − frozen), where frozen is forward and backward of the base alone
     memory    peak of a training step above what lay there before it
     saved     bytes that forward keeps for backward: distinct storages, the model's own left out
     rows      one task per row of the batch, 8 tasks, inference, against PEFT's `adapter_names=`: one prefill, or
-              10 steps of decoding under one route
+              32 steps of decoding under one route
     mixed     four tasks trained together, 2 rows of each a batch, against four runs with 2 rows each: PEFT's,
               which cannot mix while it trains, and ours
 
 Every figure is a ratio, ours over PEFT's. Times are interleaved: each round runs every contender once, in an
 order that rotates, ratios are taken within a round, and the table has their median. Where other processes
-keep the machine busy, `--clock cpu` counts this process's own time. Freed memory is kept (`keep_freed_memory`). A reply
-of 32 tokens is decoded under one route. `adapter_pairs.py` says what is timed and
+keep the machine busy, `--clock cpu` counts this process's own time. Freed memory is kept (`keep_freed_memory`). `adapter_pairs.py` says what is timed and
 checks that both sides do the same work.
 """
 
@@ -38,6 +38,7 @@ from benchmarks.adapter_pairs import (
     Frozen,
     InTurn,
     PeftServing,
+    Products,
     Serving,
     Shape,
     Together,
@@ -80,9 +81,7 @@ class Setting:
     rounds: int
     clock: Callable[[], float]
 
-    def times(
-        self, contenders: Mapping[str, Callable[[], object]], repeat: int = 1
-    ) -> dict[str, list[float]]:
+    def times(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of every contender in every round, after one round that does not count."""
         order = list(contenders)
         times: dict[str, list[float]] = {name: [] for name in order}
@@ -116,26 +115,38 @@ def timed(
     return Line(measure, median_ratio(mine, theirs), bar, f"{a:.4g} ms, {other} {b:.4g} ms")
 
 
+def floor(alone: list[float], products: list[float], theirs: list[float]) -> Line:
+    """The least that any adapter takes here: the model alone and the products by A and B."""
+    least = [a + p for a, p in zip(alone, products, strict=True)]
+    return timed("… the least: the model without, and the products by A and B", least, theirs, None)
+
+
 def steps(setting: Setting, kind: str, step_bars: tuple[float, float]) -> Iterator[Line]:
     base = setting.shape.model(DTYPES[kind], setting.device)
     tokens = setting.shape.tokens(setting.device)
     lora, peft_lora = training_pair(base, tokens)
     dora, peft_dora = training_pair(base, tokens, dora=True)
-    frozen = Frozen(base, tokens)
     t = setting.times(
-        {"lora": lora, "peft lora": peft_lora, "frozen": frozen, "dora": dora, "peft dora": peft_dora}
+        {
+            "lora": lora,
+            "peft lora": peft_lora,
+            "frozen": Frozen(base, tokens),
+            "products": Products(base, tokens.numel(), 1, backward=True),
+            "dora": dora,
+            "peft dora": peft_dora,
+        }
     )
+    frozen, products = t["frozen"], t["products"]
     yield timed(f"LoRA training step, {kind}", t["lora"], t["peft lora"], step_bars[0])
-    yield timed(
-        f"… of the frozen model, which no adapter can undercut, {kind}", t["frozen"], t["peft lora"], None
-    )
-    over = median_ratio(t["lora"], t["peft lora"], t["frozen"])
-    detail = f"frozen forward+backward {statistics.median(t['frozen']) * 1e3:.4g} ms"
+    yield floor(frozen, products, t["peft lora"])
+    over = median_ratio(t["lora"], t["peft lora"], frozen)
+    detail = f"frozen forward+backward {statistics.median(frozen) * 1e3:.4g} ms"
     yield Line(f"LoRA overhead over the frozen model, {kind}", over, 0.60, detail)
+    least = statistics.median(p / (b - f) for p, b, f in zip(products, t["peft lora"], frozen, strict=True))
+    detail = f"products {statistics.median(products) * 1e3:.4g} ms"
+    yield Line("… the least: the products by A and B", least, None, detail)
     yield timed(f"DoRA training step, {kind}", t["dora"], t["peft dora"], step_bars[1])
-    yield timed(
-        f"… of the frozen model, which no adapter can undercut, {kind}", t["frozen"], t["peft dora"], None
-    )
+    yield floor(frozen, products, t["peft dora"])
     yield timed(f"our DoRA step ÷ our LoRA step, {kind}", t["dora"], t["lora"], 1.12, other="our LoRA")
 
 
@@ -222,10 +233,16 @@ def rows(setting: Setting) -> Iterator[Line]:
             them = PeftServing(theirs, theirs.get_base_model(), tokens, chosen, repeat)  # type: ignore[operator]
             check_same(us(), them(), f"{what} logits", rtol=ROUNDING[dtype])
             none = Serving(mine, mine, tokens, [None], repeat)
-            t = setting.times({"us": us, "them": them, "none": none})
+            products = Products(base, tokens.numel(), len(names), backward=False)
+
+            def often(products: Products = products, repeat: int = repeat) -> None:
+                for _ in range(repeat):
+                    products()
+
+            t = setting.times({"us": us, "them": them, "none": none, "products": often})
             measure = f"one task per row, {len(names)} tasks, {what} {count}x{length}, {kind}"
             yield timed(measure, t["us"], t["them"], bar)
-            yield timed("… of the model without tasks, which none can undercut", t["none"], t["them"], None)
+            yield floor(t["none"], t["products"], t["them"])
 
 
 def mixed(setting: Setting) -> Iterator[Line]:
@@ -243,10 +260,13 @@ def mixed(setting: Setting) -> Iterator[Line]:
                 "together": together,
                 "separate": InTurn([mine for mine, _ in pairs]),
                 "peft": InTurn([theirs for _, theirs in pairs]),
+                "frozen": Frozen(base, tokens),
+                "products": Products(base, tokens.numel(), tasks, backward=True),
             }
             t = setting.times(contenders)
             measure = f"{tasks} tasks in mixed batches ÷ {tasks} runs, {each}x{length} each, {kind}"
             yield timed(measure, t["together"], t["peft"], 0.77)
+            yield floor(t["frozen"], t["products"], t["peft"])
             yield timed(f"{measure}, both ours", t["together"], t["separate"], None, other="separate")
 
 
