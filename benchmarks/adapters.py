@@ -12,8 +12,8 @@
 
 Every figure is a ratio, ours over PEFT's. Times are interleaved: each round runs every contender once, in an
 order that rotates, ratios are taken within a round, and the table has their median. Where other processes
-keep the machine busy, `--clock cpu` counts this process's own time. Freed memory is kept (`keep_freed_memory`). `adapter_pairs.py` says what is timed and
-checks that both sides do the same work.
+keep the machine busy, `--clock cpu` counts this process's own time. Freed memory is kept (`keep_freed_memory`).
+`adapter_pairs.py` says what is timed and checks that both sides do the same work.
 """
 
 from __future__ import annotations
