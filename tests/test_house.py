@@ -31,6 +31,7 @@ FORBIDDEN = {
     "model": ("adapter", "xlora", "multitask", "data", "objective", "evaluate", *FACES),
     "optim": ("adapter", "xlora", "multitask", "model", "data", "objective", "evaluate", *FACES),
     "adapter": ("core.loop", "xlora", "multitask", "data", "objective", "evaluate", *FACES),
+    "xlora": ("core.loop", "multitask", "data", "objective", "evaluate", *FACES),
     "objective": ("core.loop", "xlora", "multitask", "data", "evaluate", *FACES),
     "plugin": ("engine", "trainer", "pipeline", "cli", "chat", "demo"),
     "engine": ("trainer", "pipeline", "cli", "chat", "demo"),

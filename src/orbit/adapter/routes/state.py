@@ -162,6 +162,10 @@ class RouteState:
         self._settle()
         return bool(self._holds)
 
+    def is_chosen(self) -> bool:
+        """Did somebody choose the current route, by a call, a block or the default? A default of None is no choice."""
+        return self.default is not None or any(hold.changes for hold in self._holds)
+
     # -- switching -------------------------------------------------------------------------------------------
 
     def set_default(self, route: Route) -> None:

@@ -1,0 +1,223 @@
+"""A model that is a mixture of LoRA experts, and still its model.
+
+`mix` gives the model's class a generated subclass, as a graft does with a layer: its parameters keep their names, it
+is still a `PreTrainedModel` with its `generate`, `save_pretrained` and place in `transformers.Trainer`, and its
+forward makes two passes of its own (`passes.py`). The classifier is a submodule, `xlora_classifier`.
+
+The mixture is what the model computes where nobody chose a task: `model(x, task="math")`, `with route(model, None)` and
+`set_route` go before it, and `model.disable()` is the base model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orbit.adapter.graft import Graft
+from orbit.adapter.inject import adapter_parameters, set_trainable, task_layers
+from orbit.adapter.routes.route import route, set_route, state_of
+from orbit.xlora import passes
+from orbit.xlora.classifier import Classifier
+from orbit.xlora.config import xLoRAConfig
+from orbit.xlora.errors import XLoRAError
+from orbit.xlora.log import ScalingsLog
+
+
+class xLoRAModel(nn.Module):
+    """What a mixture is besides its own class: document 001's Model API.
+
+    Attributes:
+        xlora_config: the settings, which may be changed between forwards where they are no sizes.
+        xlora_experts: the names of the tasks that are mixed, in the order of the scalings' last axis.
+        xlora_classifier: the router.
+        xlora_log: predictions.
+    """
+
+    xlora_config: xLoRAConfig
+    xlora_experts: tuple[str, ...]
+    xlora_classifier: Classifier
+    xlora_log: ScalingsLog
+    xlora_enabled: bool
+    _xlora_original: type[nn.Module]
+
+    # -- the layers ------------------------------------------------------------------------------------------
+
+    def xlora_layers(self) -> dict[str, Graft]:
+        """The layers that carry experts, by dotted name, in the order of the scalings' third axis."""
+        carrying = [task_layers(self, expert) for expert in self.xlora_experts]
+        return {
+            path: module
+            for path, module in self.named_modules()
+            if isinstance(module, Graft) and any(path in layers for layers in carrying)
+        }
+
+    def xlora_places(self) -> Mapping[int, int]:
+        """The place of each of these layers on that axis, by `id(layer)`."""
+        kept = self.__dict__.get("_xlora_kept")
+        if kept is None:
+            layers = tuple(self.xlora_layers().values())
+            kept = self.__dict__["_xlora_kept"] = layers, {id(layer): k for k, layer in enumerate(layers)}
+        return kept[1]
+
+    # -- on and off ------------------------------------------------------------------------------------------
+
+    def xlora_acts(self) -> bool:
+        """Does the next forward mix experts, rather than follow a task that somebody chose?"""
+        return self.xlora_enabled and not state_of(self).is_chosen()
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """`with model.disable():` the base model, bit for bit."""
+        with route(self, None):
+            yield
+
+    # -- what is trained -------------------------------------------------------------------------------------
+
+    def set_use_trainable_adapters(self, use_trainable_adapters: bool) -> None:
+        """Set whether the experts train beside the classifier."""
+        for expert in self.xlora_experts:
+            set_trainable(self, expert, use_trainable_adapters)
+        self.xlora_config.use_trainable_adapters = use_trainable_adapters
+
+    def get_use_trainable_adapters(self) -> bool:
+        """Do the experts train?"""
+        return self.xlora_config.use_trainable_adapters
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(numbers that train, all numbers), the classifier's and the experts' included."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how much trains: of all, of the classifier and of the experts."""
+        trains, total = self.get_nb_trainable_parameters()
+        router = sum(p.numel() for p in self.xlora_classifier.parameters() if p.requires_grad)
+        experts = sum(
+            p.numel()
+            for e in self.xlora_experts
+            for p in adapter_parameters(self, e).values()
+            if p.requires_grad
+        )
+        print(
+            f"trainable params: {trains:,d} || all params: {total:,d} || trainable%: {100 * trains / total:.4f} "
+            f"|| classifier: {router:,d} || experts: {experts:,d}"
+        )
+
+    # -- scalings --------------------------------------------------------------------------------------------
+
+    def set_scaling_pass_value(self, value: float | None) -> None:
+        """Scale all experts by `value` in the scaling pass from now on; None is 1/n for n experts."""
+        config = self.xlora_config
+        self.xlora_config = replace(
+            config, scaling_pass_value=1 / len(self.xlora_experts) if value is None else value
+        )
+
+    def get_latest_scalings(self) -> Tensor | None:
+        """The last prediction (batch, seq, layers, experts), before top-k and the global weight; None before any."""
+        return self.xlora_log.latest
+
+    def enable_scalings_logging(self) -> None:
+        """Log the prediction of every forward from now on."""
+        self.xlora_log.enabled = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stop logging and clear the log."""
+        self.xlora_log.enabled = False
+        self.xlora_log.entries.clear()
+
+    def get_scalings_log(self) -> list[Tensor]:
+        """A shallow copy of the log."""
+        return list(self.xlora_log.entries)
+
+    def print_scalings_predictions(self, n_predictions_lifetime: int) -> None:
+        """Print the predictions of the next n forwards."""
+        self.xlora_log.to_print = n_predictions_lifetime
+
+    # -- copies ----------------------------------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self._xlora_original,), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        inherited = getattr(super(), "__getstate__", None)
+        state = dict(self.__dict__ if inherited is None else inherited())
+        state.pop("_xlora_kept", None)
+        return state
+
+
+xLoraModel = xLoRAModel  # document 001 spells it both ways
+
+
+def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAModel:
+    """Make `model`, which carries the tasks `experts`, a mixture of them, in place.
+
+    Everything but the classifier is frozen, and the experts where they are to train.
+
+    Raises:
+        XLoRAError: no experts, another hidden size, more experts to keep than there are, or it is a mixture already.
+    """
+    if isinstance(model, xLoRAModel):
+        raise XLoRAError(f"{type(model).__name__} is a mixture of {list(model.xlora_experts)} already")
+    if not experts:
+        raise XLoRAError("a mixture needs at least one expert: adapters={name: folder of a PEFT adapter}")
+    if config.top_k_lora is not None and config.top_k_lora > len(experts):
+        raise XLoRAError(
+            f"xLoRAConfig(top_k_lora={config.top_k_lora}): there are only {len(experts)} experts"
+        )
+    size = hidden_size(model)
+    if config.hidden_size != size:
+        raise XLoRAError(
+            f"xLoRAConfig(hidden_size={config.hidden_size}): the last hidden state of {type(model).__name__} has "
+            f"{size} features"
+        )
+    passes.decoder_of(model)
+    layers = {id(layer) for expert in experts for layer in task_layers(model, expert).values()}
+    device = next(model.parameters()).device if config.device is None else torch.device(config.device)
+    classifier = Classifier(config, len(layers), len(experts), device=device)
+    classifier.train(model.training)
+    set_route(model, None)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    cls = type(model)
+    model.__class__ = mixture_class(cls)
+    assert isinstance(model, xLoRAModel)
+    model.xlora_config, model.xlora_experts = replace(config), tuple(experts)
+    model.xlora_classifier, model.xlora_log, model.xlora_enabled = classifier, ScalingsLog(), True
+    model.set_use_trainable_adapters(config.use_trainable_adapters)
+    return model
+
+
+def hidden_size(model: nn.Module) -> int:
+    """The features of the last hidden state: what the head takes, else what the config says."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    found = getattr(head, "in_features", None) or getattr(getattr(model, "config", None), "hidden_size", None)
+    if not isinstance(found, int):
+        raise XLoRAError(
+            f"{type(model).__name__} is no causal language model of transformers: it has no hidden_size"
+        )
+    return found
+
+
+@functools.cache
+def mixture_class(cls: Any) -> type[nn.Module]:
+    """The class of mixtures whose own class is `cls`. It bears the same name, which transformers writes to configs."""
+
+    @functools.wraps(cls.forward)  # `generate` and Trainer read the signature
+    def forward(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
+        own = functools.partial(cls.forward, self)
+        return passes.run(self, own, args, kwargs) if self.xlora_acts() else own(*args, **kwargs)
+
+    body = {"forward": forward, "_xlora_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (xLoRAModel, cls), body)
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    new = mixture_class(cls)
+    return new.__new__(new)
