@@ -205,9 +205,10 @@ def hidden_size(model: nn.Module) -> int:
     return found
 
 
-@functools.cache
-def mixture_class(cls: Any) -> type[nn.Module]:
+def mixture_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of mixtures whose own class is `cls`. It bears the same name, which transformers writes to configs."""
+    if cls in _CLASSES:
+        return _CLASSES[cls]
 
     @functools.wraps(cls.forward)  # `generate` and Trainer read the signature
     def forward(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +216,11 @@ def mixture_class(cls: Any) -> type[nn.Module]:
         return passes.run(self, own, args, kwargs) if self.xlora_acts() else own(*args, **kwargs)
 
     body = {"forward": forward, "_xlora_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (xLoRAModel, cls), body)
+    _CLASSES[cls] = type(cls.__name__, (xLoRAModel, cls), body)
+    return _CLASSES[cls]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
