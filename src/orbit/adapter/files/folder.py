@@ -85,8 +85,25 @@ def save(
         TaskError: no such task. AdapterFileError: `peft=True` for a task that PEFT's format cannot hold. OSError:
         from the file system; then the former content is still there.
     """
-    model = bare(model)
     path = Path(path)
+    text, tensors = contents(model, name, peft=peft)
+    sharded = is_sharded(bare(model))
+    if is_main_process() or not sharded:
+        write(path, text, tensors)
+    if sharded:
+        dist.barrier()
+    return path
+
+
+def contents(model: nn.Module, name: str, *, peft: bool = False) -> tuple[str, dict[str, Tensor]]:
+    """What `save` writes: the config's text, and the tensors on the CPU, each with a memory of its own.
+
+    Of a model that `fully_shard` has sharded every rank must call it.
+
+    Raises:
+        TaskError, AdapterFileError: as `save`.
+    """
+    model = bare(model)
     config = task_config(model, name)
     layers = places(model, name)
     tensors: dict[str, Tensor] = {}
@@ -110,12 +127,7 @@ def save(
     fields["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     fields["task_type"] = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
     text = json.dumps(fields, indent=2, sort_keys=True)
-    sharded = is_sharded(model)
-    if is_main_process() or not sharded:
-        write(path, text, tensors)
-    if sharded:
-        dist.barrier()
-    return path
+    return text, tensors
 
 
 def load(
