@@ -11,22 +11,24 @@ The mixture is what the model computes where nobody chose a task: `model(x, task
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import adapter_parameters, set_trainable, task_layers
 from orbit.adapter.routes.route import route, set_route, state_of
-from orbit.xlora import passes
+from orbit.core.runtime import resolve_device
+from orbit.xlora import files, passes
 from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
-from orbit.xlora.log import ScalingsLog
+from orbit.xlora.log import ScalingsLog, save_scalings_log
 
 
 class xLoRAModel(nn.Module):
@@ -50,12 +52,7 @@ class xLoRAModel(nn.Module):
 
     def xlora_layers(self) -> dict[str, Graft]:
         """The layers that carry experts, by dotted name, in the order of the scalings' third axis."""
-        carrying = [task_layers(self, expert) for expert in self.xlora_experts]
-        return {
-            path: module
-            for path, module in self.named_modules()
-            if isinstance(module, Graft) and any(path in layers for layers in carrying)
-        }
+        return layers_with(self, self.xlora_experts)
 
     def xlora_places(self) -> Mapping[int, int]:
         """The place of each of these layers on that axis, by `id(layer)`."""
@@ -135,9 +132,55 @@ class xLoRAModel(nn.Module):
         """A shallow copy of the log."""
         return list(self.xlora_log.entries)
 
+    def flush_log_scalings(self, path: str | os.PathLike[str]) -> None:
+        """Write the log (num_logged, batch, seq, layers, experts) to `path`.npy, or where its tensors differ in shape
+        to one file for each sequence length and a JSON file that restores the order. The log stays.
+
+        Raises:
+            XLoRAError: the log is empty, or the path has an extension.
+        """
+        save_scalings_log(path, self.xlora_log.entries)
+
     def print_scalings_predictions(self, n_predictions_lifetime: int) -> None:
         """Print the predictions of the next n forwards."""
         self.xlora_log.to_print = n_predictions_lifetime
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        peft: bool = False,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write the mixture, without the base model: settings, classifier and experts; `from_pretrained` reads it.
+
+        Args:
+            save_directory: the folder. A new one appears complete, in an old one each file is replaced.
+            is_main_process: does this process write?
+            state_dict: take the tensors from here instead of the model, by the model's names.
+            peft: write what PEFT loads. Its experts are called 0, 1, …, in our order.
+            safe_serialization: write the classifier as safetensors, else for torch.load.
+            kwargs: `max_shard_size`, by which nothing here is split.
+
+        Raises:
+            XLoRAError: an unknown argument, a tensor that `state_dict` lacks, or what PEFT cannot hold. OSError: from
+                the file system.
+        """
+        for name in kwargs.keys() - {"max_shard_size"}:
+            raise XLoRAError(f"save_pretrained({name}={kwargs[name]!r}) cannot be honoured for a mixture")
+        files.save(
+            self,
+            Path(save_directory),
+            state_dict=state_dict,
+            peft=peft,
+            safe_serialization=safe_serialization,
+            writes=is_main_process,
+        )
 
     # -- copies ----------------------------------------------------------------------------------------------
 
@@ -154,13 +197,19 @@ class xLoRAModel(nn.Module):
 xLoraModel = xLoRAModel  # document 001 spells it both ways
 
 
-def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAModel:
+def mix(
+    model: nn.Module, experts: Sequence[str], config: xLoRAConfig, classifier: Classifier | None = None
+) -> xLoRAModel:
     """Make `model`, which carries the tasks `experts`, a mixture of them, in place.
 
     Everything but the classifier is frozen, and the experts where they are to train.
 
+    Args:
+        classifier: a trained one of these settings; None makes a new one.
+
     Raises:
         XLoRAError: no experts, another hidden size, more experts to keep than there are, or it is a mixture already.
+            The model is unchanged.
     """
     if isinstance(model, xLoRAModel):
         raise XLoRAError(f"{type(model).__name__} is a mixture of {list(model.xlora_experts)} already")
@@ -177,9 +226,7 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
             f"{size} features"
         )
     passes.decoder_of(model)
-    layers = {id(layer) for expert in experts for layer in task_layers(model, expert).values()}
-    device = next(model.parameters()).device if config.device is None else torch.device(config.device)
-    classifier = Classifier(config, len(layers), len(experts), device=device)
+    classifier = new_classifier(model, experts, config) if classifier is None else classifier
     classifier.train(model.training)
     set_route(model, None)
     for parameter in model.parameters():
@@ -191,6 +238,29 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
     model.xlora_classifier, model.xlora_log, model.xlora_enabled = classifier, ScalingsLog(), True
     model.set_use_trainable_adapters(config.use_trainable_adapters)
     return model
+
+
+def new_classifier(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> Classifier:
+    """A classifier for a mixture of these tasks of `model`.
+
+    Raises:
+        XLoRAError: there is no such device.
+    """
+    try:
+        device = resolve_device(config.device or next(model.parameters()).device)
+    except ValueError as error:
+        raise XLoRAError(f"xLoRAConfig(device={config.device!r}): {error}") from None
+    return Classifier(config, len(layers_with(model, experts)), len(experts), device=device)
+
+
+def layers_with(model: nn.Module, experts: Sequence[str]) -> dict[str, Graft]:
+    """The layers that carry any of these tasks, by dotted name, in the model's order."""
+    carrying = [task_layers(model, expert) for expert in experts]
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Graft) and any(path in layers for layers in carrying)
+    }
 
 
 def hidden_size(model: nn.Module) -> int:

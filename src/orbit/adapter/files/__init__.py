@@ -1,6 +1,6 @@
 """Adapters on disk."""
 
-from orbit.adapter.files.folder import contents, is_sharded, load, read, save
+from orbit.adapter.files.folder import contents, is_sharded, load, read, save, whole
 from orbit.adapter.files.writing import CONFIG, WEIGHTS, packed, replace_files, write_folder
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "read",
     "replace_files",
     "save",
+    "whole",
     "write_folder",
 ]

@@ -113,7 +113,7 @@ def contents(model: nn.Module, name: str, *, peft: bool = False) -> tuple[str, d
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
         tensors.update({key_of(place, end): tensor for end, tensor in found.items()})
-    tensors = _apart({key: _whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
+    tensors = _apart({key: whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
@@ -293,7 +293,8 @@ def _is_part(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # by its method: importing DTensor takes half a second
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor without gradient, of a sharded one all of it: then every rank must call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
 
