@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import adapter_parameters, set_trainable, task_layers
 from orbit.adapter.routes.route import route, set_route, state_of
-from orbit.xlora import passes
+from orbit.xlora import generation, passes
 from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
@@ -160,7 +160,8 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
     Everything but the classifier is frozen, and the experts where they are to train.
 
     Raises:
-        XLoRAError: no experts, another hidden size, more experts to keep than there are, or it is a mixture already.
+        XLoRAError: no experts, another hidden size, more experts to keep than there are, an encoder-decoder, or it is
+            a mixture already.
     """
     if isinstance(model, xLoRAModel):
         raise XLoRAError(f"{type(model).__name__} is a mixture of {list(model.xlora_experts)} already")
@@ -169,6 +170,10 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
     if config.top_k_lora is not None and config.top_k_lora > len(experts):
         raise XLoRAError(
             f"xLoRAConfig(top_k_lora={config.top_k_lora}): there are only {len(experts)} experts"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise XLoRAError(
+            f"{type(model).__name__} has an encoder and a decoder, and a mixture is one of a causal language model"
         )
     size = hidden_size(model)
     if config.hidden_size != size:
@@ -216,6 +221,13 @@ def mixture_class(cls: type[nn.Module]) -> type[nn.Module]:
         return passes.run(self, own, args, kwargs) if self.xlora_acts() else own(*args, **kwargs)
 
     body = {"forward": forward, "_xlora_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if hasattr(cls, "generate"):
+
+        @functools.wraps(cls.generate)
+        def generate(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
+            return cls.generate(self, *args, **generation.arguments(self, kwargs))  # type: ignore[operator]
+
+        body["generate"] = generate
     _CLASSES[cls] = type(cls.__name__, (xLoRAModel, cls), body)
     return _CLASSES[cls]
 
