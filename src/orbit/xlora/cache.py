@@ -60,11 +60,6 @@ class TwinCache(Cache):
         super().activate_past_recording()
         self.scaling.activate_past_recording()
 
-    @property
-    def is_compileable(self) -> bool:
-        """False: `generate` would compile the forward as one graph, and the two passes switch routes between them."""
-        return False
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self._twin_original,), self.__dict__
 
@@ -96,7 +91,7 @@ def twin(cache: Any) -> TwinCache:
     companion = copy.deepcopy(cache, {} if stream is None else {id(stream): stream})
     cache.__class__ = _twin_class(type(cache))
     cache.scaling = companion
-    return cache  # type: ignore[no-any-return]
+    return cache
 
 
 def _twin_class(cls: type) -> type:
@@ -110,5 +105,5 @@ _CLASSES: dict[type, type] = {}
 
 
 def _rebuild(cls: type) -> Any:
-    new = _twin_class(cls)
+    new: Any = _twin_class(cls)
     return new.__new__(new)

@@ -102,11 +102,16 @@ def cache_of(model: xLoRAModel, given: Mapping[str, Any]) -> TwinCache | None:
 def arguments(model: xLoRAModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of `generate` for a mixture: without a cache where none can be exact, which is said once.
 
+    A static cache on a GPU, which makes `generate` compile the forward, does not.
+
     Raises:
         CacheError: the model has no cache and was not told to do without.
     """
     given = dict(kwargs)
-    if not model.xlora_acts() or not _wants_cache(model, given):
+    if not model.xlora_acts():
+        return given
+    given["disable_compile"] = True  # of the whole forward, which switches routes outside of graphs
+    if not _wants_cache(model, given):
         return given
     why = why_stateless(model)
     if why is not None:

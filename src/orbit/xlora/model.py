@@ -225,7 +225,7 @@ def mixture_class(cls: type[nn.Module]) -> type[nn.Module]:
 
         @functools.wraps(cls.generate)
         def generate(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
-            return cls.generate(self, *args, **generation.arguments(self, kwargs))  # type: ignore[operator]
+            return cls.generate(self, *args, **generation.arguments(self, kwargs))
 
         body["generate"] = generate
     _CLASSES[cls] = type(cls.__name__, (xLoRAModel, cls), body)

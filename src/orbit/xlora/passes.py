@@ -45,6 +45,7 @@ _HEAD_ONLY = frozenset(
 )
 
 
+@torch.compiler.disable  # routes are switched outside of graphs; compile the model's blocks, which both passes run
 def run(
     model: xLoRAModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
