@@ -45,13 +45,18 @@ def tokens(rows: int = 2, length: int = 9) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length))
 
 
-def by_whole_passes(model: Any, ids: Tensor, steps: int, mask: Tensor | None = None) -> Tensor:
-    """The most likely continuation, with both passes on the whole text for every token and no cache."""
+def by_whole_passes(
+    model: Any, ids: Tensor, steps: int, mask: Tensor | None = None, *, bare: bool = False
+) -> Tensor:
+    """The most likely continuation, with both passes on the whole text for every token and no cache.
+
+    Positions are given where texts are padded; `bare` leaves them to a model that takes none.
+    """
     mask = torch.ones_like(ids) if mask is None else mask
     for _ in range(steps):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        given = {} if bare else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         with torch.no_grad():
-            logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            logits = model(ids, attention_mask=mask, use_cache=False, **given).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return ids

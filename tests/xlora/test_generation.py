@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tests.xlora.generating import EXPERTS, VOCABULARY, by_whole_passes, llama, mixed, tokens
 
 from orbit.adapter import route
 from orbit.xlora import CacheError
 from orbit.xlora.cache import TwinCache
+from tests.xlora.generating import EXPERTS, VOCABULARY, by_whole_passes, llama, mixed, tokens
 
 STEPS = 12
 LENGTHS = {"min_new_tokens": STEPS, "max_new_tokens": STEPS}
@@ -75,7 +75,8 @@ def test_the_end_of_a_text(mixture: Any) -> None:
     settings = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": end, "pad_token_id": 0}
     found = mixture.generate(ids, **settings)
     assert torch.equal(found, mixture.generate(ids, **settings, use_cache=False))
-    assert (found[0] == end).any() and int(found[0, -1]) in (end, 0)
+    assert (found[0] == end).any()
+    assert int(found[0, -1]) in (end, 0)
 
 
 OFFLOADED = pytest.param("offloaded", marks=pytest.mark.gpu)  # transformers offloads to streams of CUDA
@@ -89,6 +90,21 @@ def test_kinds_of_cache(mixture: Any, implementation: str, left: bool) -> None:
     ids, mask = (each.to(device) for each in (padded() if left else (tokens(3), torch.ones(3, 9).long())))
     found = mixture.generate(ids, attention_mask=mask, cache_implementation=implementation, **GREEDY)
     assert torch.equal(found, by_whole_passes(mixture, ids, STEPS, mask))
+
+
+def test_a_quantised_cache(mixture: Any) -> None:
+    from transformers import QuantizedCache
+
+    ids = tokens()
+    kept = QuantizedCache("fp8", config=mixture.config)
+    found = mixture.generate(
+        ids, past_key_values=kept, return_dict_in_generate=True, output_logits=True, **GREEDY
+    )
+    assert isinstance(kept.scaling, QuantizedCache)
+    assert kept.scaling.get_seq_length() == kept.get_seq_length() == ids.shape[1] + STEPS - 1
+    with torch.no_grad():
+        logits = mixture(found.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    assert (torch.stack(found.logits, 1) - logits).abs().mean() < 0.2 * logits.abs().mean()
 
 
 def test_static_beams(mixture: Any) -> None:
@@ -147,7 +163,8 @@ def test_a_cache_of_the_users(mixture: Any) -> None:
         found = mixture.generate(text, past_key_values=cache, **GREEDY)
         assert torch.equal(found, by_whole_passes(mixture, text, STEPS))
         text = found
-    assert type(cache).__name__ == "DynamicCache" and isinstance(cache, DynamicCache)
+    assert type(cache).__name__ == "DynamicCache"
+    assert isinstance(cache, DynamicCache)
 
 
 def test_one_prompt_for_many(mixture: Any) -> None:
@@ -179,7 +196,8 @@ def test_as_a_tuple(mixture: Any) -> None:
     ids = tokens()
     with torch.no_grad():
         logits, cache = mixture(ids, return_dict=False)
-        assert torch.equal(logits, mixture(ids).logits) and isinstance(cache, TwinCache)
+        assert torch.equal(logits, mixture(ids).logits)
+        assert isinstance(cache, TwinCache)
 
 
 @pytest.mark.parametrize("lost", ["reorder_cache", "crop"])

@@ -123,7 +123,7 @@ def arguments(model: xLoRAModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         model.__dict__["_xlora_said_uncached"] = True
         warnings.warn(
             f"{type(model).__name__} generates without a cache, both passes on the whole text for every token: {why}",
-            stacklevel=4,
+            stacklevel=3,
         )
     return given | {"use_cache": False}
 

@@ -11,7 +11,7 @@ The mixture is what the model computes where nobody chose a task: `model(x, task
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -59,11 +59,24 @@ class xLoRAModel(nn.Module):
 
     def xlora_places(self) -> Mapping[int, int]:
         """The place of each of these layers on that axis, by `id(layer)`."""
+        return self._xlora_layout()[1]
+
+    def xlora_flat(self) -> Collection[int]:
+        """Those of them, by `id(layer)`, that may be given all tokens in order as one axis, as OPT does.
+
+        A layer in a list within a block is one of several that each get some tokens of a mixture of experts.
+        """
+        return self._xlora_layout()[2]
+
+    def _xlora_layout(self) -> tuple[tuple[Graft, ...], Mapping[int, int], Collection[int]]:
         kept = self.__dict__.get("_xlora_kept")
         if kept is None:
-            layers = tuple(self.xlora_layers().values())
-            kept = self.__dict__["_xlora_kept"] = layers, {id(layer): k for k, layer in enumerate(layers)}
-        return kept[1]
+            layers = self.xlora_layers()
+            lists = [f"{path}." for path, module in self.named_modules() if isinstance(module, nn.ModuleList)]
+            places = {id(layer): k for k, layer in enumerate(layers.values())}
+            flat = {id(layers[path]) for path in layers if sum(map(path.startswith, lists)) < 2}
+            kept = self.__dict__["_xlora_kept"] = tuple(layers.values()), places, flat
+        return kept
 
     # -- on and off ------------------------------------------------------------------------------------------
 

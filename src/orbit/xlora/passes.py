@@ -12,14 +12,17 @@ no loss, no list of hidden states.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from orbit.adapter.errors import ScalingsError
 from orbit.adapter.routes.plan import Scaled
 from orbit.adapter.routes.route import route
+from orbit.adapter.routes.state import outside_graphs
 from orbit.xlora.cache import TwinCache
 from orbit.xlora.classifier import applied
 from orbit.xlora.errors import XLoRAError
@@ -45,7 +48,7 @@ _HEAD_ONLY = frozenset(
 )
 
 
-@torch.compiler.disable  # routes are switched outside of graphs; compile the model's blocks, which both passes run
+@outside_graphs  # routes are switched outside of graphs; compile the model's blocks, which both passes run
 def run(
     model: xLoRAModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
@@ -58,7 +61,7 @@ def run(
     whole = given.pop("logits_to_keep", 0) if _head_mixes(model) else 0
     as_tuple = given.get("return_dict") is False
     given["return_dict"] = True
-    with route(model, mixture(model, applied(prediction, model.xlora_config))):
+    with _naming_layers(model), route(model, mixture(model, applied(prediction, model.xlora_config))):
         output = forward(**given)
     if isinstance(whole, Tensor) or whole:
         output.logits = output.logits[:, whole if isinstance(whole, Tensor) else slice(-whole, None)]
@@ -74,7 +77,7 @@ def predict(model: xLoRAModel, given: Mapping[str, Any], cache: TwinCache | None
 
 def mixture(model: xLoRAModel, scalings: Tensor) -> Scaled:
     """The route of these scalings (batch, seq, layers, experts)."""
-    return Scaled(model.xlora_experts, scalings, model.xlora_places())
+    return Scaled(model.xlora_experts, scalings, model.xlora_places(), model.xlora_flat())
 
 
 def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], cache: Any | None) -> Tensor:
@@ -113,6 +116,18 @@ def decoder_of(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} is no causal language model of transformers: it has no decoder below a head"
         )
     return decoder
+
+
+@contextmanager
+def _naming_layers(model: xLoRAModel) -> Iterator[None]:
+    try:
+        yield
+    except ScalingsError as error:
+        name = next(path for path, layer in model.xlora_layers().items() if layer is error.layer)
+        raise XLoRAError(
+            f"{name}: {error}; experts of a mixture cannot lie on layers that are given a choice of tokens (a routed "
+            f"expert of the model's own): train them with AdapterConfig(exclude=({name!r},))"
+        ) from error
 
 
 def _head_mixes(model: xLoRAModel) -> bool:
