@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Four experts on disk, under the only names that PEFT takes."""
-    root, model = tmp_path_factory.mktemp("experts"), llama()
+    root, model = tmp_path_factory.mktemp("experts"), llama(initializer_range=0.1)
     for k in range(4):
         expert(model, str(k), seed=k, size=0.1)
         save(model, root / str(k), str(k))
@@ -57,7 +57,7 @@ def ours_and_peft(folders: dict[str, str], settings: dict[str, Any]) -> tuple[An
     """Both mixtures with one set of weights, and PEFT's classifier's parameters."""
     import peft
 
-    mine, theirs = llama(), llama()
+    mine, theirs = llama(initializer_range=0.1), llama(initializer_range=0.1)
     for name, folder in folders.items():
         load(mine, folder, name)
     shared = {"hidden_size": HIDDEN, "xlora_size": 16, "xlora_dropout_p": 0.0, **settings}
