@@ -79,7 +79,7 @@ def relative(mine: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
-@pytest.mark.filterwarnings("ignore:`enable_softmax_topk` and `enable_softmax` are both enabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:`enable_softmax_topk`:UserWarning")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_mixture_is_that_of_peft(settings: dict[str, Any], folders: dict[str, str]):
     mine, theirs, parameters = ours_and_peft(folders, settings)
