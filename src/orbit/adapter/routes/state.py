@@ -89,6 +89,7 @@ class RouteState:
         default: the task that is current outside of calls and blocks.
         current: the task that is current now.
         merged: the task that is merged into the weights, if any.
+        pinned: tasks that something else counts on, and what: they keep their names, and nothing is merged.
         routed: tasks whose calls a backward pass has reached since the last `check_gradients`.
     """
 
@@ -96,6 +97,7 @@ class RouteState:
         self.configs: dict[str, AdapterConfig] = {}
         self.default: Route = None
         self.merged: str | None = None
+        self.pinned: dict[str, str] = {}
         self._start()
 
     def _start(self) -> None:
@@ -112,7 +114,12 @@ class RouteState:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"configs": dict(self.configs), "default": self.default, "merged": self.merged}
+        return {
+            "configs": dict(self.configs),
+            "default": self.default,
+            "merged": self.merged,
+            "pinned": dict(self.pinned),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -155,6 +162,20 @@ class RouteState:
 
     def _point(self, layer: Graft) -> None:
         layer.point(None if self.merged is not None else self._shown)
+
+    def refuse_pinned(self, task: str) -> None:
+        """TaskError if something counts on this task."""
+        if task in self.pinned:
+            raise TaskError(f"task {task!r} is {self.pinned[task]}, and keeps its place and name until then")
+
+    def name_of(self, layer: nn.Module) -> str:
+        """The dotted name of a layer in the model of the running call, for messages; its class where there is none."""
+        for hold in reversed(self._holds):
+            root = None if hold.root is None else hold.root()
+            for path, module in () if root is None else root.named_modules():
+                if module is layer:
+                    return repr(path)
+        return f"a {type(layer).__name__}"
 
     @property
     def busy(self) -> bool:
