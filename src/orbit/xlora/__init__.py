@@ -6,7 +6,7 @@ from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.create import add_xlora_to_model, from_pretrained
 from orbit.xlora.errors import CacheError, XLoRAError
 from orbit.xlora.log import load_scalings_log
-from orbit.xlora.model import mix, xLoRAModel, xLoraModel
+from orbit.xlora.model import mix, remove, xLoRAModel, xLoraModel
 
 __all__ = [
     "CacheError",
@@ -16,6 +16,7 @@ __all__ = [
     "from_pretrained",
     "load_scalings_log",
     "mix",
+    "remove",
     "xLoRAConfig",
     "xLoRAModel",
     "xLoraModel",

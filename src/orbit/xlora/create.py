@@ -25,7 +25,8 @@ from orbit.core.rng import capture, preserved, restore
 from orbit.xlora import files
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
-from orbit.xlora.model import hidden_size, layers_with, mix, new_classifier, xLoRAModel
+from orbit.xlora.experts import expert_layers
+from orbit.xlora.model import hidden_size, mix, new_classifier, xLoRAModel
 
 
 def add_xlora_to_model(
@@ -99,7 +100,7 @@ def from_pretrained(
     with _undone_on_error(model), preserved():
         names = tuple(_with_experts(model, folders, config))
         if saved.base is not None:
-            files.check_layers(folder, saved.base, layers_with(model, names))
+            files.check_layers(folder, saved.base, expert_layers(model, names))
         classifier = new_classifier(model, names, config)
         files.fill(classifier, saved.tensors, saved.source)
         if isinstance(adapters, Mapping):

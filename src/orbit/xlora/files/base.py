@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from orbit.adapter.graft import Graft
+from orbit.adapter.kinds.registry import own_class
 from orbit.adapter.patterns import clean
 from orbit.xlora.errors import XLoRAError
 
@@ -58,8 +59,11 @@ def check_layers(folder: Path, base: Mapping[str, Any], layers: Mapping[str, Gra
 
 
 def _of_layers(layers: Mapping[str, Graft]) -> dict[str, Any]:
-    shapes = [f"{clean(path)} {layer.matrix_shape()}\n" for path, layer in layers.items()]
-    return {
-        "layers": len(layers),
-        "layers_sha256": hashlib.sha256("".join(shapes).encode()).hexdigest(),
-    }
+    shapes = "".join(f"{clean(path)} {_shape(layer)}\n" for path, layer in layers.items())
+    return {"layers": len(layers), "layers_sha256": hashlib.sha256(shapes.encode()).hexdigest()}
+
+
+def _shape(layer: Graft) -> str:
+    """(out, in) as the layer's settings tell it, for a weight that is packed has other shapes; or what it is."""
+    has_matrix = type(layer).matrix_shape is not Graft.matrix_shape
+    return str(layer.matrix_shape()) if has_matrix else own_class(layer).__name__
