@@ -234,7 +234,8 @@ def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
     Raises:
         XLoRAError: it is no mixture, or its class was changed since. RouteError: it is running.
     """
-    if type(model).__dict__.get("_xlora_original") is None:
+    original = type(model).__dict__.get("_xlora_original")
+    if original is None:
         raise XLoRAError(
             f"{type(model).__name__} is no mixture"
             + ("; its class was changed since it became one" if isinstance(model, xLoRAModel) else "")
@@ -248,7 +249,7 @@ def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
     del model.xlora_classifier
     for name in [name for name in model.__dict__ if name.startswith(("xlora_", "_xlora_"))]:
         del model.__dict__[name]
-    model.__class__ = model._xlora_original
+    model.__class__ = original
     for expert in () if keep_experts else experts:
         remove_task(model, expert)
     return model

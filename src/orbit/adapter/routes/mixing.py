@@ -99,9 +99,9 @@ def _refuse_misfit(layer: Graft, outputs: Any, weights: Tensor, axis: int) -> No
             and y.transpose(0, axis).shape[:2] != weights.shape[:2]
         ):
             raise RouteError(
-                f"layer {layer._orbit_route.name_of(layer)} gives {tuple(y.shape)}, and the scalings are for (batch, "
-                f"sequence) = {tuple(weights.shape[:2])}: it sees other positions than the model's tokens, or sees "
-                "them flattened; leave it out of the tasks that are scaled"
+                f"the scalings for (batch, sequence) = {tuple(weights.shape[:2])} do not fit layer "
+                f"{layer._orbit_route.name_of(layer)}, which gives {tuple(y.shape)}: it sees other positions than the "
+                "model's tokens, or sees them flattened; leave it out of the tasks that are scaled"
             )
 
 
