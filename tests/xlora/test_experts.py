@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from orbit.adapter import AdapterConfig, RouteError, inject, merge, set_route, tasks
+from orbit.adapter import AdapterConfig, inject, merge, set_route, tasks
 from orbit.xlora import XLoRAError, mix, xLoRAConfig
 from tests.xlora.oracle import HIDDEN, VOCABULARY, llama, mixture, same_as_dense, tokens
 
@@ -203,22 +203,24 @@ def test_a_tower_beside_the_decoder_is_refused():
         mix(model, ("odd",), xLoRAConfig(HIDDEN))
 
 
-class Flattened(nn.Module):
-    def __init__(self) -> None:
+class Halved(nn.Module):
+    """Gives some of the tokens to its layer, in an order of its own."""
+
+    def __init__(self, flat: bool) -> None:
         super().__init__()
-        self.inner = nn.Linear(HIDDEN, HIDDEN)
+        self.inner, self.flat = nn.Linear(HIDDEN, HIDDEN), flat
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x.flatten(0, 1)).view_as(x)
+        some = x[:, ::2]
+        return x + self.inner(some.flatten(0, 1) if self.flat else some).mean()
 
 
-def test_a_layer_that_sees_tokens_flattened_is_named_when_it_runs():
-    mixed = mixture(with_child(Flattened()), {"a": {}})
-    with pytest.raises(
-        RouteError, match=r"\(3, 9\) do not fit layer 'model.layers.0.mlp.inner', which gives \(27, 32\)"
-    ):
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}], ids=["lora", "pissa"])
+def test_a_layer_that_does_not_see_the_tokens_is_named_when_it_runs(flat: bool, options: dict[str, Any]):
+    mixed = mixture(with_child(Halved(flat)), {"a": options})
+    with pytest.raises(XLoRAError, match=r"model.layers.0.mlp.inner: scalings for .* = \(3, 9\) do not fit"):
         mixed(tokens())
-    assert not mixed.training
     with mixed.disable():
         mixed(tokens())
 

@@ -11,7 +11,7 @@ The mixture is what the model computes where nobody chose a task: `model(x, task
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,8 @@ from orbit.adapter.inject import remove as remove_task
 from orbit.adapter.routes.plan import Together
 from orbit.adapter.routes.replay import History, in_backward
 from orbit.adapter.routes.route import route, set_route, state_of
-from orbit.xlora import passes
+from orbit.adapter.routes.state import outside_graphs
+from orbit.xlora import generation, passes
 from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
@@ -59,11 +60,24 @@ class xLoRAModel(nn.Module):
 
     def xlora_places(self) -> Mapping[int, int]:
         """The place of each of these layers on that axis, by `id(layer)`."""
+        return self._xlora_layout()[1]
+
+    def xlora_flat(self) -> Collection[int]:
+        """Those of them, by `id(layer)`, that may be given all tokens in order as one axis, as OPT does.
+
+        A layer in a list within a block is one of several that each get some tokens of a mixture of experts.
+        """
+        return self._xlora_layout()[2]
+
+    def _xlora_layout(self) -> tuple[tuple[Graft, ...], Mapping[int, int], Collection[int]]:
         kept = self.__dict__.get("_xlora_kept")
         if kept is None:
-            layers = tuple(self.xlora_layers().values())
-            kept = self.__dict__["_xlora_kept"] = layers, {id(layer): k for k, layer in enumerate(layers)}
-        return kept[1]
+            layers = self.xlora_layers()
+            lists = [f"{path}." for path, module in self.named_modules() if isinstance(module, nn.ModuleList)]
+            places = {id(layer): k for k, layer in enumerate(layers.values())}
+            flat = {id(layers[path]) for path in layers if sum(map(path.startswith, lists)) < 2}
+            kept = self.__dict__["_xlora_kept"] = tuple(layers.values()), places, flat
+        return kept
 
     # -- on and off ------------------------------------------------------------------------------------------
 
@@ -71,6 +85,7 @@ class xLoRAModel(nn.Module):
         """Does the next forward mix experts, rather than follow a task that somebody chose?"""
         return self.xlora_enabled and not state_of(self).is_chosen()
 
+    @outside_graphs
     def _xlora_mixes(self) -> bool:
         """`xlora_acts`, and in a replay of the whole model what its forward did, whatever was chosen since."""
         history = self.__dict__.setdefault("_xlora_history", History(_MIXES))
@@ -161,9 +176,7 @@ class xLoRAModel(nn.Module):
         return state
 
 
-_MIXES = (
-    "a mixture"  # in the history of a model, which notes None for its forwards under a route that was chosen
-)
+_MIXES = "a mixture"  # in a model's history, which notes None for a forward under a route that was chosen
 
 xLoraModel = xLoRAModel  # document 001 spells it both ways
 
@@ -174,7 +187,8 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
     Everything but the classifier is frozen, and the experts where they are to train.
 
     Raises:
-        XLoRAError: no experts, another hidden size, more experts to keep than there are, or it is a mixture already.
+        XLoRAError: no experts, another hidden size, more experts to keep than there are, an encoder-decoder, or it is
+            a mixture already.
     """
     if isinstance(model, xLoRAModel):
         raise XLoRAError(f"{type(model).__name__} is a mixture of {list(model.xlora_experts)} already")
@@ -187,6 +201,10 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
     if config.top_k_lora is not None and config.top_k_lora > len(experts):
         raise XLoRAError(
             f"xLoRAConfig(top_k_lora={config.top_k_lora}): there are only {len(experts)} experts"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise XLoRAError(
+            f"{type(model).__name__} has an encoder and a decoder, and a mixture is one of a causal language model"
         )
     size = hidden_size(model)
     if config.hidden_size != size:
@@ -278,6 +296,13 @@ def mixture_class(cls: type[nn.Module]) -> type[nn.Module]:
         return passes.run(self, own, args, kwargs) if self._xlora_mixes() else own(*args, **kwargs)
 
     body = {"forward": forward, "_xlora_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if hasattr(cls, "generate"):
+
+        @functools.wraps(cls.generate)
+        def generate(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
+            return cls.generate(self, *args, **generation.arguments(self, kwargs))
+
+        body["generate"] = generate
     _CLASSES[cls] = type(cls.__name__, (xLoRAModel, cls), body)
     return _CLASSES[cls]
 

@@ -53,7 +53,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`torch.compiler.disable`, applied at the first call: it imports the compiler, which takes a second."""
     disabled: list[Callable[_P, _R]] = []
 
@@ -417,7 +417,7 @@ class RouteState:
             return
         self._leave_call(model, output)
 
-    @_outside_graphs
+    @outside_graphs
     def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {key: kwargs[key] for key in _ARGUMENTS - own_arguments(type(model)) if key in kwargs}
         inputs = (args, {key: value for key, value in kwargs.items() if key not in given})
@@ -448,7 +448,7 @@ class RouteState:
             return ()
         return elsewhere(model, names_in(route), tuple(self.configs))
 
-    @_outside_graphs
+    @outside_graphs
     def _leave_call(self, model: nn.Module, output: Any) -> None:
         me = threading.get_ident()
         if torch.is_grad_enabled() and not in_backward():
