@@ -26,6 +26,7 @@ from orbit.adapter.inject import remove as remove_task
 from orbit.adapter.routes.plan import Together
 from orbit.adapter.routes.replay import History, in_backward
 from orbit.adapter.routes.route import route, set_route, state_of
+from orbit.adapter.routes.state import outside_graphs
 from orbit.xlora import generation, passes
 from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
@@ -86,6 +87,7 @@ class xLoRAModel(nn.Module):
         """Does the next forward mix experts, rather than follow a task that somebody chose?"""
         return self.xlora_enabled and not state_of(self).is_chosen()
 
+    @outside_graphs
     def _xlora_mixes(self) -> bool:
         """`xlora_acts`, and in a replay of the whole model what its forward did, whatever was chosen since."""
         history = self.__dict__.setdefault("_xlora_history", History(_MIXES))
@@ -176,9 +178,7 @@ class xLoRAModel(nn.Module):
         return state
 
 
-_MIXES = (
-    "a mixture"  # in the history of a model, which notes None for its forwards under a route that was chosen
-)
+_MIXES = "a mixture"  # in a model's history, which notes None for a forward under a route that was chosen
 
 xLoraModel = xLoRAModel  # document 001 spells it both ways
 
@@ -268,7 +268,7 @@ def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
     del model.xlora_classifier
     for name in [name for name in model.__dict__ if name.startswith(("xlora_", "_xlora_"))]:
         del model.__dict__[name]
-    model.__class__ = model._xlora_original
+    model.__class__ = model._xlora_original  # type: ignore[assignment]
     for expert in () if keep_experts else experts:
         remove_task(model, expert)
     return model
