@@ -30,6 +30,7 @@ from orbit.xlora.log import ScalingsLog
 from orbit.xlora.model import xLoRAModel
 from orbit.xlora.reuse import Approximation, blocks_of
 
+
 @contextmanager
 def approximate(
     model: xLoRAModel,
@@ -95,7 +96,10 @@ def _with_labels(on: Mapping[str, Any] | Tensor) -> dict[str, Any]:
                 f"on= has neither labels nor input_ids, but {sorted(batch)}: nothing says what to predict"
             )
         mask = batch.get("attention_mask")
-        batch["labels"] = ids if mask is None else ids.masked_fill(mask == 0, -100)
+        labels = batch["labels"] = ids.clone()
+        if mask is not None:  # a text's first token is predicted from padding: it does not count
+            labels.masked_fill_(mask == 0, -100)
+            labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
     if not int((batch["labels"][:, 1:] != -100).sum()):
         raise XLoRAError("on= has no token to predict: texts of at least two tokens are needed")
     return batch

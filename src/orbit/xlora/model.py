@@ -35,6 +35,7 @@ from orbit.xlora.experts import check_layers, expert_layers
 from orbit.xlora.log import ScalingsLog
 from orbit.xlora.reuse import Approximation
 
+
 class xLoRAModel(nn.Module):
     """What a mixture is besides its own class: document 001's Model API.
 

@@ -1,7 +1,7 @@
 """An approximation at work: which tokens are routed, and what the others use (`approximate.py` says why).
 
-    p_t     f(h_t) where token t is routed, else p_{t−1}
-    routed  t < freeze_after and t mod route_every = 0;  t counts a text's own tokens from 0, without padding
+p_t     f(h_t) where token t is routed, else p_{t−1}
+routed  t < freeze_after and t mod route_every = 0;  t counts a text's own tokens from 0, without padding
 """
 
 from __future__ import annotations
@@ -178,5 +178,3 @@ def _tokens(given: Mapping[str, Any]) -> Tensor:
 
 def _each_row(values: Tensor, routed: Tensor) -> Tensor:
     return values.expand(len(routed), *values.shape[1:])
-
-
