@@ -157,6 +157,7 @@ def test_the_loss_of_a_padded_batch(mixture: Any) -> None:
     batch = {"input_ids": ids, "attention_mask": mask}
     with xlora.approximate(mixture, freeze_after=3, on=batch) as cost, torch.no_grad():
         labels = ids.masked_fill(mask == 0, -100)
+        labels[1, 2] = labels[2, 5] = -100
         assert float(mixture(**batch, labels=labels).loss) == pytest.approx(cost.loss)
     assert cost.tokens == 8 + 6 + 3
     assert cost.pass_share == pytest.approx(9 / 20)
