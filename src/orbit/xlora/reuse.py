@@ -85,12 +85,12 @@ class Approximation:
             self.passes += 1
             exact = _once(self._ahead(model, given, None))
             return carried(exact, self.routed(given, 0), None).expand(-1, -1, layers, -1)
-        mask = given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise CacheError(
-                "tokens that wait for a scaling pass need an attention_mask (batch, tokens), and this one is made for "
-                "the new tokens alone, as generate does with a static cache; use a dynamic one under approximate"
-            )
+        for name in ("attention_mask", "position_ids"):
+            if (one := given.get(name)) is not None and (not isinstance(one, Tensor) or one.dim() != 2):
+                raise CacheError(
+                    f"tokens that wait for a scaling pass need {name} of (batch, tokens), and these are not, "
+                    "as generate makes them for a static cache; use a dynamic one under approximate"
+                )
         late = self._lagging(cache)
         routed = self.routed(given, late.get_seq_length())
         new = {name: _each_row(given[name], routed) for name in _PER_TOKEN if given.get(name) is not None}
