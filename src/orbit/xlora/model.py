@@ -33,6 +33,7 @@ from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.experts import check_layers, expert_layers
 from orbit.xlora.log import ScalingsLog
+from orbit.xlora.reuse import Approximation
 
 
 class xLoRAModel(nn.Module):
@@ -43,6 +44,7 @@ class xLoRAModel(nn.Module):
         xlora_experts: the names of the tasks that are mixed, in the order of the scalings' last axis.
         xlora_classifier: the router.
         xlora_log: predictions.
+        xlora_approximation: of the running `approximate` block, or None.
     """
 
     xlora_config: xLoRAConfig
@@ -50,6 +52,7 @@ class xLoRAModel(nn.Module):
     xlora_classifier: Classifier
     xlora_log: ScalingsLog
     xlora_enabled: bool
+    xlora_approximation: Approximation | None = None
     _xlora_original: type[nn.Module]
 
     # -- the layers ------------------------------------------------------------------------------------------
