@@ -48,7 +48,9 @@ def run(
     model: xLoRAModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """The output of `forward`, the model's own, under the scalings that the classifier predicts."""
-    given = dict(inspect.signature(forward).bind_partial(*args).arguments) | dict(kwargs)
+    given = dict(kwargs)
+    if args:
+        given |= inspect.signature(forward).bind_partial(*args).arguments
     twin = _twin(model, given)
     hidden = scaling_pass(model, given, twin)
     prediction = model.xlora_classifier(hidden, model.xlora_config)
