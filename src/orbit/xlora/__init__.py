@@ -4,13 +4,19 @@ from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.create import add_xlora_to_model
 from orbit.xlora.errors import CacheError, XLoRAError
+from orbit.xlora.load import ExpertLoad, expert_load
 from orbit.xlora.model import mix, xLoRAModel, xLoraModel
+from orbit.xlora.scalings import Scalings, entropy
 
 __all__ = [
     "CacheError",
     "Classifier",
+    "ExpertLoad",
+    "Scalings",
     "XLoRAError",
     "add_xlora_to_model",
+    "entropy",
+    "expert_load",
     "mix",
     "xLoRAConfig",
     "xLoRAModel",
