@@ -4,8 +4,8 @@ from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.create import add_xlora_to_model
 from orbit.xlora.errors import CacheError, XLoRAError
-from orbit.xlora.load import ExpertLoad, expert_load
-from orbit.xlora.model import mix, xLoRAModel, xLoraModel
+from orbit.xlora.loads import ExpertLoad, expert_load
+from orbit.xlora.model import mix, remove, xLoRAModel, xLoraModel
 from orbit.xlora.scalings import Scalings, entropy
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "entropy",
     "expert_load",
     "mix",
+    "remove",
     "xLoRAConfig",
     "xLoRAModel",
     "xLoraModel",

@@ -20,7 +20,7 @@ get no gradient at all rather than zeros, which an optimizer with momentum or we
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -70,11 +70,13 @@ class Scaled:
     """Tasks weighted by a tensor, (batch, sequence, layers, tasks), with gradient if it has one.
 
     `layers` gives a layer's place along the third axis by `id(layer)`; a layer without a place stays at its base.
+    `flat` holds the `id` of layers whose input may have batch and sequence as one axis, its tokens in order.
     """
 
     tasks: tuple[str, ...]
     scalings: Tensor
     layers: Mapping[int, int]
+    flat: Collection[int] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise RouteError(
@@ -104,6 +106,7 @@ class Mix(NamedTuple):
             else None.
         order: the same, for linear layers.
         fits: of one task per row: what `fitted` made of `weights`, `rows` and `order`, by the number of rows.
+        flat: of weights per token: may the input have batch and sequence as one axis?
     """
 
     slots: tuple[AnySlot, ...]
@@ -111,6 +114,7 @@ class Mix(NamedTuple):
     rows: tuple[Tensor, ...] | None = None
     order: Sorting | None = None
     fits: dict[int, tuple[Tensor, tuple[Tensor, ...], Sorting | None]] | None = None
+    flat: bool = False
 
     def fitted(self, rows: int) -> Mix:
         """This mix of one task per row for a batch of so many rows.
@@ -246,7 +250,7 @@ def renamed(route: Route, old: str, new: str) -> Route:
     if isinstance(route, Together):
         return Together(tuple((now(task), weight) for task, weight in route.weights))
     if isinstance(route, Scaled):
-        return Scaled(tuple(map(now, route.tasks)), route.scalings, route.layers)
+        return Scaled(tuple(map(now, route.tasks)), route.scalings, route.layers, route.flat)
     return now(route)
 
 
@@ -270,7 +274,8 @@ def plan_of(route: Route, layer: Graft) -> Plan:
             return None
         columns = [route.tasks.index(task) for task in mine]
         weights = route.scalings[:, :, place]
-        return Mix(owners, weights if len(columns) == len(route.tasks) else weights[..., columns])
+        weights = weights if len(columns) == len(route.tasks) else weights[..., columns]
+        return Mix(owners, weights, flat=id(layer) in route.flat)
     key = (mine, device)
     if key not in route.cache:
         with torch.inference_mode(False):  # they may be kept until a training step, which saves them
