@@ -62,7 +62,9 @@ def token_losses(batch, **chosen):
     """−log p of every token but each row's first (rows, positions), and which of them are no padding."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     logits, labels = model(**inputs, use_cache=False, **chosen).logits[:, :-1], batch["labels"][:, 1:]
-    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels), labels >= 0
+    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(
+        labels
+    ), labels >= 0
 
 
 def stage(text, clock=[time.time()]):
@@ -72,7 +74,11 @@ def stage(text, clock=[time.time()]):
 
 # 1. The experts, in mixed batches.
 for kind in KINDS:
-    report = adapter.inject(model, adapter.AdapterConfig(r=8, alpha=16, targets=("q_proj", "v_proj", "down_proj"), layers=range(15, 30)), kind)
+    report = adapter.inject(
+        model,
+        adapter.AdapterConfig(r=8, alpha=16, targets=("q_proj", "v_proj", "down_proj"), layers=range(15, 30)),
+        kind,
+    )
 optimizer = adapter.TaskOptimizers(
     {
         kind: torch.optim.AdamW(adapter.adapter_parameters(model, kind).values(), lr=EXPERT_LR)

@@ -39,9 +39,21 @@ QUESTIONS = {
     ("Economy", "Industries"): "Which industries does {} have?",
     ("Economy", "Exports - commodities"): "What does {} export?",
 }
-TALK = ("ai", "botprofile", "computers", "conversations", "emotion", "gossip", "greetings", "health", "science")
+TALK = (
+    "ai",
+    "botprofile",
+    "computers",
+    "conversations",
+    "emotion",
+    "gossip",
+    "greetings",
+    "health",
+    "science",
+)
 TALK_HELD_OUT = ("food", "humor", "literature", "money", "movies", "politics", "psychology", "sports")
-ALTERNATIVES = ("emotion",)  # a remark and several replies to it; elsewhere each line replies to the one before
+ALTERNATIVES = (
+    "emotion",
+)  # a remark and several replies to it; elsewhere each line replies to the one before
 
 
 def facts(package: Path) -> Iterator[Text]:

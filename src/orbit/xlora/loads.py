@@ -67,7 +67,9 @@ def expert_load(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]])
         inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
         if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
             has = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
-            raise XLoRAError(f"expert_load takes input ids, or mappings with 'input_ids', and was given {has}")
+            raise XLoRAError(
+                f"expert_load takes input ids, or mappings with 'input_ids', and was given {has}"
+            )
         found = predict(model, {key: value for key, value in inputs.items() if key != "labels"})
         mask = inputs.get("attention_mask")
         real = torch.ones(found.shape[:2], dtype=torch.bool) if mask is None else mask.bool()

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from orbit.xlora.scalings import Scalings
 
 # viridis at even distances, as in the pictures that matplotlib draws
-COLOURS = (
-    "#440154 #482475 #414487 #355f8d #2a788e #21918c #22a884 #44bf70 #7ad151 #bddf26 #fde725".split()
-)  # fmt: skip
+COLOURS = "#440154 #482475 #414487 #355f8d #2a788e #21918c #22a884 #44bf70 #7ad151 #bddf26 #fde725"
 
 
 def write(scalings: Scalings, path: str | os.PathLike[str]) -> None:
@@ -41,8 +39,10 @@ def page(scalings: Scalings) -> str:
         "shown": [shown(token) for token in scalings.tokens],
         "low": min(0.0, float(values.min())),
         "high": max(float(values.max()), 1e-6),
-        "values": [[round(x, 4) for x in row] for row in values.flatten(1).tolist()],  # (seq, layers · experts)
-        "colours": COLOURS,
+        "values": [
+            [round(x, 4) for x in row] for row in values.flatten(1).tolist()
+        ],  # (seq, layers · experts)
+        "colours": COLOURS.split(),
     }
     written = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return _PAGE.replace("%DATA%", written)
@@ -54,7 +54,7 @@ _PAGE = """<!doctype html>
 <title>Scalings</title>
 <style>
   body { font: 13px/1.4 system-ui, sans-serif; margin: 0; color: #222; background: #fff }
-  header { position: sticky; top: 0; left: 0; z-index: 2; background: #fff; padding: 8px 12px; border-bottom: 1px solid #ddd }
+  header { position: sticky; top: 0; left: 0; z-index: 2; background: #fff; padding: 8px 12px }
   #bar { display: inline-block; width: 160px; height: 10px; vertical-align: middle; margin: 0 6px }
   #at { min-height: 3em; white-space: pre-wrap; font-variant-numeric: tabular-nums }
   #all { display: flex; gap: 12px; padding: 0 12px 12px 0; width: max-content }

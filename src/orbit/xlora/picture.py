@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orbit.xlora.scalings import Scalings
 
 ROW, TALLEST = 0.19, 200  # inches a token; tokens that are all named
-LAYERS_NAMED = 24
+COLUMN = 0.16  # inches a layer that is named
 
 
 def write(scalings: Scalings, path: str | os.PathLike[str]) -> None:
@@ -30,12 +30,21 @@ def write(scalings: Scalings, path: str | os.PathLike[str]) -> None:
     """
     need("plot", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     path = Path(path)
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise XLoRAError(f"{path.name}: a picture of scalings is .html or one of {sorted(known)}")
+    figure = draw(scalings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def draw(scalings: Scalings) -> Any:
+    """The matplotlib Figure of `scalings`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     seq, layers, experts = scalings.values.shape
     every = -(-seq // TALLEST)
     width = min(5.0, max(1.8, 0.07 * layers))
@@ -57,22 +66,27 @@ def write(scalings: Scalings, path: str | os.PathLike[str]) -> None:
             vmin=low,
             vmax=high,
         )
-        panel.set_title(f"{_drawable(shown(expert))}\nmean {scalings.values[:, :, k].mean():.2f}", parse_math=False, fontsize=9)
-        _name_layers(panel, scalings.layers)
+        panel.set_title(
+            f"{_drawable(shown(expert))}\nmean {scalings.values[:, :, k].mean():.2f}",
+            parse_math=False,
+            fontsize=9,
+        )
+        _name_layers(panel, scalings.layers, most=int(width / COLUMN))
     panels[0].set_yticks(range(0, seq, every))
     names = [
         _drawable(shown(token)) + (f"  {at * every}" if every > 1 else "")
         for at, token in enumerate(scalings.tokens[::every])
     ]
     panels[0].set_yticklabels(names, fontsize=8, parse_math=False)
-    bar = figure.colorbar(image, ax=list(panels), aspect=30, shrink=min(1.0, 25 / min(seq, TALLEST)), pad=0.02)
+    bar = figure.colorbar(
+        image, ax=list(panels), aspect=30, shrink=min(1.0, 25 / min(seq, TALLEST)), pad=0.02
+    )
     bar.set_label("scaling")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return figure
 
 
-def _name_layers(panel: Any, layers: tuple[str, ...]) -> None:
-    every = -(-len(layers) // LAYERS_NAMED)
+def _name_layers(panel: Any, layers: tuple[str, ...], most: int) -> None:
+    every = -(-len(layers) // most)
     places = range(0, len(layers), every)
     names = without_common(layers)
     panel.set_xticks(places)

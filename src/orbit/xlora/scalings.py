@@ -1,12 +1,12 @@
 """What a router did with a text: the scalings of every token, layer and expert, to look at and to draw.
 
-    s = Scalings.of(model, "When did Ghana become independent?", tokenizer)
-    s.winner                    'facts', the expert with the largest mean
-    s.plot("heatmap.html")      token × layer, one panel an expert; .png, .svg and .pdf by matplotlib
+s = Scalings.of(model, "When did Ghana become independent?", tokenizer)
+s.winner                    'facts', the expert with the largest mean
+s.plot("heatmap.html")      token × layer, one panel an expert; .png, .svg and .pdf by matplotlib
 
-    H = −Σ q ln q, q = s/Σs         the entropy of a token and layer, in nats: 0 is one expert, ln n all alike
+H = −Σ q ln q, q = s/Σs         the entropy of a token and layer, in nats: 0 is one expert, ln n all alike
 
-    values (seq, layers, experts)
+values (seq, layers, experts)
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class Scalings:
         wanted = len(self.tokens), len(self.layers), len(self.experts)
         if tuple(self.values.shape) != wanted or 0 in wanted:
             raise XLoRAError(
-                f"scalings of shape {tuple(self.values.shape)} for {wanted[0]} tokens, {wanted[1]} layers and {wanted[2]} "
-                "experts: they must be (seq, layers, experts) of one text, with a name for each"
+                f"scalings of shape {tuple(self.values.shape)} for {wanted[0]} tokens, {wanted[1]} layers and "
+                f"{wanted[2]} experts: they must be (seq, layers, experts) of one text, with a name for each"
             )
         if not torch.isfinite(self.values).all():
-            raise XLoRAError("scalings hold NaN or infinity: look at the classifier's weights and learning rate")
+            raise XLoRAError(
+                "scalings hold NaN or infinity: look at the classifier's weights and learning rate"
+            )
         object.__setattr__(self, "values", self.values.detach().float().cpu())
 
     @classmethod
@@ -92,18 +94,24 @@ class Scalings:
         mixture = _mixture(model)
         if isinstance(text, str):
             if tokenizer is None:
-                raise XLoRAError("Scalings.of was given a text and no tokenizer: Scalings.of(model, text, tokenizer)")
+                raise XLoRAError(
+                    "Scalings.of was given a text and no tokenizer: Scalings.of(model, text, tokenizer)"
+                )
             text = tokenizer(text)["input_ids"]
         ids = torch.as_tensor(text, dtype=torch.long)
         ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
         if ids.dim() != 1 or not len(ids):
-            raise XLoRAError(f"Scalings.of looks at one text of at least one token, got ids of shape {tuple(ids.shape)}")
+            raise XLoRAError(
+                f"Scalings.of looks at one text of at least one token, got ids of shape {tuple(ids.shape)}"
+            )
         prediction = predict(mixture, {"input_ids": ids[None]})
         if as_applied:
             prediction = applied(prediction, mixture.xlora_config)
         numbers = ids.tolist()
         # One by one, so that what a token adds is seen, its space or line break included.
-        tokens = map(str, numbers) if tokenizer is None else (tokenizer.decode([number]) for number in numbers)
+        tokens = (
+            map(str, numbers) if tokenizer is None else (tokenizer.decode([number]) for number in numbers)
+        )
         return cls(prediction[0], mixture.xlora_experts, tuple(mixture.xlora_layers()), tuple(tokens))
 
     @property
@@ -154,8 +162,8 @@ def entropy(scalings: Tensor, normalised: bool = False) -> Tensor:
     """
     if (scalings < 0).any():
         raise XLoRAError(
-            f"a scaling is {float(scalings.min()):.3g}, and entropy is of shares: it needs scalings of a softmax, which "
-            "xLoRAConfig(enable_softmax=True) gives"
+            f"a scaling is {float(scalings.min()):.3g}, and entropy is of shares: it needs scalings of a softmax, "
+            "which xLoRAConfig(enable_softmax=True) gives"
         )
     wide = scalings.to(torch.promote_types(scalings.dtype, torch.float32))
     total = wide.sum(-1, keepdim=True)
