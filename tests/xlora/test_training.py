@@ -242,7 +242,9 @@ def test_a_checkpoint_around_the_whole_model_replays_what_its_forward_was(wanted
     )
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # what torch has to say about it
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad=True"
+)  # what torch has to say about it
 def test_reentrant_checkpointing_is_refused_and_never_silent():
     model = mixture().train()
     checkpointed(model, use_reentrant=True)
