@@ -371,6 +371,8 @@ class RouteState:
         self._history.note(route)
 
     def _show(self, route: Route) -> None:
+        if route is None and self._shown is None:
+            return  # the layers have no plans, whatever tasks have come or gone
         self._shown = route
         for layer in self.layers():
             self._point(layer)
