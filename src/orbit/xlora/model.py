@@ -35,6 +35,7 @@ from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.experts import check_layers, expert_layers
 from orbit.xlora.log import ScalingsLog, save_scalings_log
+from orbit.xlora.reuse import Approximation
 
 
 class xLoRAModel(nn.Module):
@@ -45,6 +46,7 @@ class xLoRAModel(nn.Module):
         xlora_experts: the names of the tasks that are mixed, in the order of the scalings' last axis.
         xlora_classifier: the router.
         xlora_log: predictions.
+        xlora_approximation: of the running `approximate` block, or None.
     """
 
     xlora_config: xLoRAConfig
@@ -52,6 +54,7 @@ class xLoRAModel(nn.Module):
     xlora_classifier: Classifier
     xlora_log: ScalingsLog
     xlora_enabled: bool
+    xlora_approximation: Approximation | None = None
     _xlora_original: type[nn.Module]
 
     # -- the layers ------------------------------------------------------------------------------------------
@@ -303,7 +306,8 @@ def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
     Raises:
         XLoRAError: it is no mixture, or its class was changed since. RouteError: it is running.
     """
-    if type(model).__dict__.get("_xlora_original") is None:
+    original = type(model).__dict__.get("_xlora_original")
+    if original is None:
         raise XLoRAError(
             f"{type(model).__name__} is no mixture"
             + ("; its class was changed since it became one" if isinstance(model, xLoRAModel) else "")
@@ -317,7 +321,7 @@ def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
     del model.xlora_classifier
     for name in [name for name in model.__dict__ if name.startswith(("xlora_", "_xlora_"))]:
         del model.__dict__[name]
-    model.__class__ = model._xlora_original  # type: ignore[assignment]
+    model.__class__ = original
     for expert in () if keep_experts else experts:
         remove_task(model, expert)
     return model
