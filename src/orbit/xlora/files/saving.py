@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from orbit.adapter.files import contents, is_sharded, packed, whole, write_folder
+from orbit.adapter.files import apart, contents, is_sharded, packed, whole, write_folder
 from orbit.adapter.inject import task_owners
 from orbit.core.runtime import is_main_process
 from orbit.xlora.errors import XLoRAError
@@ -98,8 +98,8 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
     digests[file] = hashlib.sha256(content).hexdigest()
     yield file, content
     if safe_serialization:
-        whole_state = {key: whole(t.detach()).cpu().contiguous() for key, t in _state(model).items()}
-        yield RESUMED, to_bytes(whole_state, {"format": "pt"})
+        state = apart({key: whole(t).cpu().contiguous() for key, t in _state(model).items()})
+        yield RESUMED, to_bytes(state, {"format": "pt"})
     settings = model.xlora_config.as_plain()
     conf: dict[str, Any] = {
         "orbit_format": FORMAT,
