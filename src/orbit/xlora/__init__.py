@@ -4,7 +4,7 @@ from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.create import add_xlora_to_model
 from orbit.xlora.errors import CacheError, XLoRAError
-from orbit.xlora.model import mix, xLoRAModel, xLoraModel
+from orbit.xlora.model import mix, remove, xLoRAModel, xLoraModel
 
 __all__ = [
     "CacheError",
@@ -12,6 +12,7 @@ __all__ = [
     "XLoRAError",
     "add_xlora_to_model",
     "mix",
+    "remove",
     "xLoRAConfig",
     "xLoRAModel",
     "xLoraModel",

@@ -17,10 +17,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from orbit.adapter.owners import Beside
 from orbit.xlora.config import xLoRAConfig
 
 
-class Classifier(nn.Module):
+class Classifier(Beside):
     """The router of a mixture: `layers`, a Sequential with the indices that PEFT's files have.
 
     Args:

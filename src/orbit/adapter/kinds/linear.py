@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orbit.adapter import dora
-from orbit.adapter.errors import GraftError
+from orbit.adapter.errors import GraftError, ScalingsError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds.dense import DenseGraft
 from orbit.adapter.kinds.registry import register_kind
@@ -71,6 +71,8 @@ class LinearGraft(DenseGraft, nn.Linear):
         """The output under several tasks; `stacks.py` says which way is taken and why."""
         slots = [slot for slot in mix.slots if type(slot) is Slot and self._is_short(slot)]
         scaled = mix.rows is None and mix.weights.dim() > 1
+        if scaled and input.dim() == 2:
+            mix = self._flattened(mix, input)
         if len(slots) < len(mix.slots) or (scaled and input.shape[:-1] != mix.weights.shape[:-1]):
             return super().mixed(mix, input, *args, **kwargs)
         if mix.rows is not None:
@@ -78,6 +80,17 @@ class LinearGraft(DenseGraft, nn.Linear):
         y = self._short(mix, slots, input, args, kwargs)
         shift = self._shift(mix, slots, input.dim())
         return y if shift is None else y + shift.to(y.dtype)
+
+    def _flattened(self, mix: Mix, input: Tensor) -> Mix:
+        """A mix of weights per token for an input (batch·sequence, in)."""
+        tokens = mix.weights.shape[:-1]
+        if not mix.flat or len(input) != tokens.numel():
+            raise ScalingsError(
+                f"scalings for (batch, sequence) = {tuple(tokens)} do not fit an input of {len(input)} rows, which "
+                "tokens they are is unknown",
+                self,
+            )
+        return mix._replace(weights=mix.weights.flatten(0, 1))
 
     def _short(
         self, mix: Mix, slots: list[Slot], input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,7 +171,7 @@ class LinearGraft(DenseGraft, nn.Linear):
         if torch.compiler.is_compiling() or mix.derived is None:
             C = by_rank(weights.to(dtype), ranks)
         else:  # once for all layers; keyed by the mode for the same reason as in `Scaled.at`
-            key = (ranks, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            key = (ranks, weights.dim(), dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
             if key not in mix.derived:
                 mix.derived[key] = by_rank(weights.to(dtype), ranks)
             C = mix.derived[key]

@@ -44,15 +44,17 @@ def mixed(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any],
         if not torch.compiler.is_compiling():
             return _per_row(layer, mix, args, kwargs, axis, first.shape[axis])
     base = layer.base(*args, **kwargs)
-    return weighted(base, (layer.adapted(slot, *args, **kwargs) for slot in mix.slots), mix, axis)
+    return weighted(layer, base, (layer.adapted(slot, *args, **kwargs) for slot in mix.slots), mix, axis)
 
 
-def weighted(base: Any, each: Iterable[Any], mix: Mix, axis: int = 0) -> Any:
+def weighted(layer: Graft, base: Any, each: Iterable[Any], mix: Mix, axis: int = 0) -> Any:
     """base + Σ_t w_t·(y_t − base) over the outputs y_t of the mix's tasks.
 
     Raises:
         RouteError: weights per position, where an output is not (batch, sequence, …).
     """
+    if mix.weights.dim() == 3:
+        _refuse_misfit(layer, base, mix.weights, axis)
     total = base
     for index, one in enumerate(each):
         weight = mix.weights[..., index]
@@ -89,6 +91,20 @@ def _per_row(
     )
 
 
+def _refuse_misfit(layer: Graft, outputs: Any, weights: Tensor, axis: int) -> None:
+    for y in tree_leaves(outputs):
+        if (
+            isinstance(y, Tensor)
+            and y.is_floating_point()
+            and y.transpose(0, axis).shape[:2] != weights.shape[:2]
+        ):
+            raise RouteError(
+                f"layer {layer._orbit_route.name_of(layer)} gives {tuple(y.shape)}, and the scalings are for (batch, "
+                f"sequence) = {tuple(weights.shape[:2])}: it sees other positions than the model's tokens, or sees "
+                "them flattened; leave it out of the tasks that are scaled"
+            )
+
+
 def _chosen(weight: Tensor, one: Any, other: Any, axis: int) -> Any:
     """Rows of weight 1 from `one`, the rest from `other`."""
     if not isinstance(one, Tensor):
@@ -109,9 +125,4 @@ def _along(weight: Tensor, output: Tensor, axis: int) -> Tensor:
         return weight
     if weight.dim() == 2:
         weight, axis = weight.transpose(0, axis), 0
-        if output.shape[:2] != weight.shape:
-            raise RouteError(
-                f"scalings for (batch, sequence) = {tuple(weight.shape)} do not fit a layer's output "
-                f"{tuple(output.shape)}"
-            )
     return weight.reshape(*[1] * axis, *weight.shape, *[1] * (output.dim() - weight.dim() - axis))

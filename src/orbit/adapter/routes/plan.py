@@ -20,7 +20,7 @@ get no gradient at all rather than zeros, which an optimizer with momentum or we
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -71,11 +71,13 @@ class Scaled:
 
     `layers` gives a layer's place along the third axis by `id(layer)`; a layer without a place stays at its base.
     Where that axis has stride 0, all layers share what is derived from the scalings.
+    `flat` holds the `id` of layers whose input may have batch and sequence as one axis, its tokens in order.
     """
 
     tasks: tuple[str, ...]
     scalings: Tensor
     layers: Mapping[int, int]
+    flat: Collection[int] = ()
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def at(self, place: int, mine: tuple[str, ...], device: torch.device) -> tuple[Tensor, dict[Any, Tensor]]:
@@ -123,6 +125,7 @@ class Mix(NamedTuple):
         order: the same, for linear layers.
         derived: of scalings: what linear layers made of `weights`, shared by those that have the same.
         fits: of one task per row: what `fitted` made of `weights`, `rows` and `order`, by the number of rows.
+        flat: of weights per token: may the input have batch and sequence as one axis?
     """
 
     slots: tuple[AnySlot, ...]
@@ -130,6 +133,7 @@ class Mix(NamedTuple):
     rows: tuple[Tensor, ...] | None = None
     order: Sorting | None = None
     fits: dict[int, tuple[Tensor, tuple[Tensor, ...], Sorting | None]] | None = None
+    flat: bool = False
     derived: dict[Any, Tensor] | None = None
 
     def fitted(self, rows: int) -> Mix:
@@ -266,7 +270,7 @@ def renamed(route: Route, old: str, new: str) -> Route:
     if isinstance(route, Together):
         return Together(tuple((now(task), weight) for task, weight in route.weights))
     if isinstance(route, Scaled):
-        return Scaled(tuple(map(now, route.tasks)), route.scalings, route.layers)
+        return Scaled(tuple(map(now, route.tasks)), route.scalings, route.layers, route.flat)
     return now(route)
 
 
@@ -289,7 +293,7 @@ def plan_of(route: Route, layer: Graft) -> Plan:
         if place is None:
             return None
         weights, derived = route.at(place, mine, device)
-        return Mix(owners, weights, derived=derived)
+        return Mix(owners, weights, flat=id(layer) in route.flat, derived=derived)
     key = (mine, device)
     if key not in route.cache:
         with torch.inference_mode(False):  # they may be kept until a training step, which saves them

@@ -52,7 +52,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`torch.compiler.disable`, applied at the first call: it imports the compiler, which takes a second."""
     disabled: list[Callable[_P, _R]] = []
 
@@ -89,6 +89,7 @@ class RouteState:
         default: the task that is current outside of calls and blocks.
         current: the task that is current now.
         merged: the task that is merged into the weights, if any.
+        pinned: tasks that something else counts on, and what: they keep their names, and nothing is merged.
         routed: tasks whose calls a backward pass has reached since the last `check_gradients`.
     """
 
@@ -96,6 +97,7 @@ class RouteState:
         self.configs: dict[str, AdapterConfig] = {}
         self.default: Route = None
         self.merged: str | None = None
+        self.pinned: dict[str, str] = {}
         self._start()
 
     def _start(self) -> None:
@@ -112,7 +114,12 @@ class RouteState:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"configs": dict(self.configs), "default": self.default, "merged": self.merged}
+        return {
+            "configs": dict(self.configs),
+            "default": self.default,
+            "merged": self.merged,
+            "pinned": dict(self.pinned),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -155,6 +162,20 @@ class RouteState:
 
     def _point(self, layer: Graft) -> None:
         layer.point(None if self.merged is not None else self._shown)
+
+    def refuse_pinned(self, task: str) -> None:
+        """TaskError if something counts on this task."""
+        if task in self.pinned:
+            raise TaskError(f"task {task!r} is {self.pinned[task]}, and keeps its place and name until then")
+
+    def name_of(self, layer: nn.Module) -> str:
+        """The dotted name of a layer in the model of the running call, for messages; its class where there is none."""
+        for hold in reversed(self._holds):
+            root = None if hold.root is None else hold.root()
+            for path, module in () if root is None else root.named_modules():
+                if module is layer:
+                    return repr(path)
+        return f"a {type(layer).__name__}"
 
     @property
     def busy(self) -> bool:
@@ -388,7 +409,7 @@ class RouteState:
             return
         self._leave_call(model, output)
 
-    @_outside_graphs
+    @outside_graphs
     def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {key: kwargs[key] for key in _ARGUMENTS - own_arguments(type(model)) if key in kwargs}
         inputs = (args, {key: value for key, value in kwargs.items() if key not in given})
@@ -419,7 +440,7 @@ class RouteState:
             return ()
         return elsewhere(model, names_in(route), tuple(self.configs))
 
-    @_outside_graphs
+    @outside_graphs
     def _leave_call(self, model: nn.Module, output: Any) -> None:
         me = threading.get_ident()
         if torch.is_grad_enabled() and not in_backward():
