@@ -71,17 +71,11 @@ class Graft(Filed, nn.Module):
             return self.base(*args, **kwargs)
         if type(plan) is Mix:
             if plan.weights.requires_grad and not torch.is_grad_enabled():
-                self._refuse_lost_gradient()
+                self._orbit_route.refuse_lost_gradient(self)
             return self.mixed(plan, *args, **kwargs)
         if type(plan) is Touched:
             return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
         return self.adapted(plan, *args, **kwargs)  # type: ignore[arg-type]
-
-    def _refuse_lost_gradient(self) -> None:
-        raise RouteError(
-            f"layer {self._orbit_route.name_of(self)} runs without gradient under scalings that have one, which would "
-            "silently be lost. Reentrant activation checkpointing does so: use use_reentrant=False"
-        )
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""

@@ -70,8 +70,8 @@ class Scaled:
     """Tasks weighted by a tensor, (batch, sequence, layers, tasks), with gradient if it has one.
 
     `layers` gives a layer's place along the third axis by `id(layer)`; a layer without a place stays at its base.
-    Where that axis has stride 0, all layers share what is derived from the scalings.
     `flat` holds the `id` of layers whose input may have batch and sequence as one axis, its tokens in order.
+    Where that axis has stride 0, all layers share what is derived from the scalings.
     """
 
     tasks: tuple[str, ...]
@@ -293,7 +293,7 @@ def plan_of(route: Route, layer: Graft) -> Plan:
         if place is None:
             return None
         weights, derived = route.at(place, mine, device)
-        return Mix(owners, weights, flat=id(layer) in route.flat, derived=derived)
+        return Mix(owners, weights, derived=derived, flat=id(layer) in route.flat)
     key = (mine, device)
     if key not in route.cache:
         with torch.inference_mode(False):  # they may be kept until a training step, which saves them
