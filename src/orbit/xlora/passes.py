@@ -104,7 +104,7 @@ def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], cache: Any | None)
     value = config.scaling_pass_value * config.global_scaling_weight
     chosen = route(model, tasks=dict.fromkeys(model.xlora_experts, value)) if value else route(model, None)
     with torch.no_grad(), chosen:
-        output = decoder_of(model)(
+        output = body_of(model)(
             **passed,
             use_cache=cache is not None,
             past_key_values=cache,
@@ -114,8 +114,14 @@ def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], cache: Any | None)
     return hidden
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """Everything below the head of a causal LM: its decoder, and what puts images or sounds among the tokens."""
+    body = getattr(model, "base_model", None)
+    return body if isinstance(body, nn.Module) and body is not model else decoder_of(model)
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a causal LM below its head.
+    """The part of a causal LM that reads its tokens, below the head.
 
     Raises:
         XLoRAError: it has none.
