@@ -54,7 +54,9 @@ def run(
     model: xLoRAModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """The output of `forward`, the model's own, under the scalings that the classifier predicts."""
-    given = dict(inspect.signature(forward).bind_partial(*args).arguments) | dict(kwargs)
+    given = dict(kwargs)
+    if args:
+        given |= inspect.signature(forward).bind_partial(*args).arguments
     cache = cache_of(model, given)
     approximation = model.xlora_approximation
     prediction = (approximation.predict if approximation else predict)(model, given, cache)
