@@ -32,7 +32,7 @@ def mixed(model: nn.Module, *, targets: Any = None, **settings: Any) -> Any:
         inject(model, AdapterConfig(r=4, alpha=8, **chosen), expert)
     size = model.config.get_text_config().hidden_size
     size = getattr(model.config, "word_embed_proj_dim", size)
-    mixture = mix(model, EXPERTS, xLoRAConfig(size, layerwise_scalings=True, **settings))
+    mixture = mix(model, EXPERTS, xLoRAConfig(size, **{"layerwise_scalings": True} | settings))
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -272,9 +272,36 @@ def test_compiled(mixture: Any, what: str) -> None:
         for block in compiled.model.layers:
             block.compile(backend="eager")
     with torch.no_grad():
-        for text in (tokens(), tokens(3, 5)):
+        for text in (tokens(), tokens(3, 9)):
             assert (compiled(text).logits - mixture(text).logits).abs().max() < 1e-5
     torch._dynamo.reset()
+
+
+def test_a_stopping_criterion(mixture: Any) -> None:
+    from transformers import StoppingCriteriaList
+
+    ids = tokens(3)
+
+    def stop(text: Tensor, scores: Any, **_: Any) -> Tensor:
+        return text[:, -1] % 5 == 0
+
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": STEPS,
+        "stopping_criteria": StoppingCriteriaList([stop]),
+        "pad_token_id": 0,
+        "eos_token_id": 95,
+    }
+    found = mixture.generate(ids, **settings)
+    assert torch.equal(found, mixture.generate(ids, use_cache=False, **settings))
+    assert not torch.equal(found, mixture.generate(ids, **GREEDY))
+
+
+def test_paged_batching_is_refused(mixture: Any) -> None:
+    with pytest.raises(CacheError, match="cache= is a state"):
+        mixture(tokens(), cache=object(), use_cache=False)
+    with pytest.raises(CacheError, match="a mixture needs two"):
+        mixture.generate(tokens(), cache_implementation="paged", **GREEDY)
 
 
 def test_the_vocabulary_is_used(mixture: Any) -> None:

@@ -152,3 +152,16 @@ def test_padding_changes_nothing_for_the_others():
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     got = mixed(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
     torch.testing.assert_close(got, mixed(ids).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["one linear", "top 1 layerwise", "scaling pass"])
+def test_it_generates_what_peft_does(kind: str, folders: dict[str, str]):
+    mine, theirs, _ = ours_and_peft(folders, SETTINGS[kind])
+    ids = tokens()
+    steps = {"do_sample": False, "min_new_tokens": 16, "max_new_tokens": 16}
+    given = {"attention_mask": torch.ones_like(ids), **steps}
+    found = mine.eval().generate(ids, **given)
+    assert torch.equal(found, theirs.eval().generate(input_ids=ids, use_cache=False, **given))
+    with mine.disable():
+        assert not torch.equal(found, mine.generate(ids, **given))

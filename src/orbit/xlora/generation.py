@@ -23,13 +23,8 @@ from orbit.xlora.errors import CacheError
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
 
-_STATES = (
-    "cache_params",
-    "state",
-    "rnn_state",
-    "mems",
-    "past_buckets_states",
-)  # under which other models keep theirs
+# Under which names other models keep what they have read; the last is that of paged batching.
+_STATES = ("cache_params", "state", "rnn_state", "mems", "past_buckets_states", "cache")
 _MOVING_ROPE = ("dynamic", "longrope")
 
 
@@ -77,8 +72,8 @@ def cache_of(model: xLoRAModel, given: Mapping[str, Any]) -> TwinCache | None:
     for name in _STATES:
         if given.get(name) is not None:
             raise CacheError(
-                f"{name}= is a state of {type(model).__name__} that both passes of a mixture would write to; pass "
-                "use_cache=False and the whole text"
+                f"{name}= is a state of {type(model).__name__} that both passes of a mixture would write to; give the "
+                "whole text without it, or generate with a cache of keys and values that is not paged"
             )
     cache, asked = given.get("past_key_values"), given.get("use_cache")
     if isinstance(cache, TwinCache):
@@ -105,13 +100,17 @@ def arguments(model: xLoRAModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     A static cache on a GPU, which makes `generate` compile the forward, does not.
 
     Raises:
-        CacheError: the model has no cache and was not told to do without.
+        CacheError: the model has no cache and was not told to do without, or the cache is a paged one.
     """
     given = dict(kwargs)
     if not model.xlora_acts():
         return given
+    if "paged" in (_setting(model, given, "cache_implementation") or ""):
+        raise CacheError(
+            "paged batching keeps one cache for a model, and a mixture needs two; leave cache_implementation out"
+        )
     given["disable_compile"] = True  # of the whole forward, which switches routes outside of graphs
-    if not _wants_cache(model, given):
+    if _setting(model, given, "use_cache") is False:
         return given
     why = why_stateless(model)
     if why is not None:
@@ -128,7 +127,10 @@ def arguments(model: xLoRAModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return given | {"use_cache": False}
 
 
-def _wants_cache(model: Any, given: Mapping[str, Any]) -> bool:
-    said = [given.get("use_cache")]
-    said += [getattr(c, "use_cache", None) for c in (given.get("generation_config"), model.generation_config)]
-    return next((bool(wanted) for wanted in said if wanted is not None), True)
+def _setting(model: Any, given: Mapping[str, Any], name: str) -> Any:
+    """A setting of generation: the call's, or its config's, or the model's, the first that is not None."""
+    said = [given.get(name)]
+    said += [
+        getattr(config, name, None) for config in (given.get("generation_config"), model.generation_config)
+    ]
+    return next((value for value in said if value is not None), None)

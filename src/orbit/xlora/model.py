@@ -11,12 +11,13 @@ The mixture is what the model computes where nobody chose a task: `model(x, task
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from orbit.adapter.errors import RouteError
@@ -26,12 +27,15 @@ from orbit.adapter.inject import remove as remove_task
 from orbit.adapter.routes.plan import Together
 from orbit.adapter.routes.replay import History, in_backward
 from orbit.adapter.routes.route import route, set_route, state_of
-from orbit.xlora import generation, passes
+from orbit.adapter.routes.state import outside_graphs
+from orbit.core.runtime import resolve_device
+from orbit.xlora import files, generation, passes
 from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.experts import check_layers, expert_layers
-from orbit.xlora.log import ScalingsLog
+from orbit.xlora.log import ScalingsLog, save_scalings_log
+from orbit.xlora.reuse import Approximation
 
 
 class xLoRAModel(nn.Module):
@@ -42,6 +46,7 @@ class xLoRAModel(nn.Module):
         xlora_experts: the names of the tasks that are mixed, in the order of the scalings' last axis.
         xlora_classifier: the router.
         xlora_log: predictions.
+        xlora_approximation: of the running `approximate` block, or None.
     """
 
     xlora_config: xLoRAConfig
@@ -49,6 +54,7 @@ class xLoRAModel(nn.Module):
     xlora_classifier: Classifier
     xlora_log: ScalingsLog
     xlora_enabled: bool
+    xlora_approximation: Approximation | None = None
     _xlora_original: type[nn.Module]
 
     # -- the layers ------------------------------------------------------------------------------------------
@@ -84,6 +90,7 @@ class xLoRAModel(nn.Module):
         """Does the next forward mix experts, rather than follow a task that somebody chose?"""
         return self.xlora_enabled and not state_of(self).is_chosen()
 
+    @outside_graphs
     def _xlora_mixes(self) -> bool:
         """`xlora_acts`, and in a replay of the whole model what its forward did, whatever was chosen since."""
         history = self.__dict__.setdefault("_xlora_history", History(_MIXES))
@@ -157,9 +164,55 @@ class xLoRAModel(nn.Module):
         """A shallow copy of the log."""
         return list(self.xlora_log.entries)
 
+    def flush_log_scalings(self, path: str | os.PathLike[str]) -> None:
+        """Write the log (num_logged, batch, seq, layers, experts) to `path`.npy, or where its tensors differ in shape
+        to one file for each sequence length and a JSON file that restores the order. The log stays.
+
+        Raises:
+            XLoRAError: the log is empty, or the path has an extension.
+        """
+        save_scalings_log(path, self.xlora_log.entries)
+
     def print_scalings_predictions(self, n_predictions_lifetime: int) -> None:
         """Print the predictions of the next n forwards."""
         self.xlora_log.to_print = n_predictions_lifetime
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        peft: bool = False,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write the mixture, without the base model: settings, classifier and experts; `from_pretrained` reads it.
+
+        Args:
+            save_directory: the folder. A new one appears complete, in an old one each file is replaced.
+            is_main_process: does this process write?
+            state_dict: take the tensors from here instead of the model, by the model's names.
+            peft: write what PEFT loads. Its experts are called 0, 1, …, in our order.
+            safe_serialization: write the classifier as safetensors, else for torch.load.
+            kwargs: `max_shard_size`, by which nothing here is split.
+
+        Raises:
+            XLoRAError: an unknown argument, a tensor that `state_dict` lacks, or what PEFT cannot hold. OSError: from
+                the file system.
+        """
+        for name in kwargs.keys() - {"max_shard_size"}:
+            raise XLoRAError(f"save_pretrained({name}={kwargs[name]!r}) cannot be honoured for a mixture")
+        files.save(
+            self,
+            Path(save_directory),
+            state_dict=state_dict,
+            peft=peft,
+            safe_serialization=safe_serialization,
+            writes=is_main_process,
+        )
 
     # -- copies ----------------------------------------------------------------------------------------------
 
@@ -174,21 +227,24 @@ class xLoRAModel(nn.Module):
         return state
 
 
-_MIXES = (
-    "a mixture"  # in the history of a model, which notes None for its forwards under a route that was chosen
-)
+_MIXES = "a mixture"  # in a model's history, which notes None for a forward under a route that was chosen
 
 xLoraModel = xLoRAModel  # document 001 spells it both ways
 
 
-def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAModel:
+def mix(
+    model: nn.Module, experts: Sequence[str], config: xLoRAConfig, classifier: Classifier | None = None
+) -> xLoRAModel:
     """Make `model`, which carries the tasks `experts`, a mixture of them, in place.
 
     Everything but the classifier is frozen, and the experts where they are to train.
 
+    Args:
+        classifier: a trained one of these settings; None makes a new one.
+
     Raises:
         XLoRAError: no experts, another hidden size, more experts to keep than there are, an encoder-decoder, or it is
-            a mixture already.
+            a mixture already. The model is unchanged.
     """
     if isinstance(model, xLoRAModel):
         raise XLoRAError(f"{type(model).__name__} is a mixture of {list(model.xlora_experts)} already")
@@ -221,9 +277,7 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
             else f"task {state.merged!r} is merged into the weights; unmerge it before mixing"
         )
     check_layers(model, experts, passes.decoder_of(model))
-    layers = expert_layers(model, experts)
-    device = next(model.parameters()).device if config.device is None else torch.device(config.device)
-    classifier = Classifier(config, len(layers), len(experts), device=device)
+    classifier = new_classifier(model, experts, config) if classifier is None else classifier
     classifier.train(model.training)
     set_route(model, None)
     for parameter in model.parameters():
@@ -252,7 +306,8 @@ def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
     Raises:
         XLoRAError: it is no mixture, or its class was changed since. RouteError: it is running.
     """
-    if type(model).__dict__.get("_xlora_original") is None:
+    original = type(model).__dict__.get("_xlora_original")
+    if original is None:
         raise XLoRAError(
             f"{type(model).__name__} is no mixture"
             + ("; its class was changed since it became one" if isinstance(model, xLoRAModel) else "")
@@ -266,10 +321,23 @@ def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
     del model.xlora_classifier
     for name in [name for name in model.__dict__ if name.startswith(("xlora_", "_xlora_"))]:
         del model.__dict__[name]
-    model.__class__ = model._xlora_original
+    model.__class__ = original
     for expert in () if keep_experts else experts:
         remove_task(model, expert)
     return model
+
+
+def new_classifier(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> Classifier:
+    """A classifier for a mixture of these tasks of `model`.
+
+    Raises:
+        XLoRAError: there is no such device.
+    """
+    try:
+        device = resolve_device(config.device or next(model.parameters()).device)
+    except ValueError as error:
+        raise XLoRAError(f"xLoRAConfig(device={config.device!r}): {error}") from None
+    return Classifier(config, len(expert_layers(model, experts)), len(experts), device=device)
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -25,8 +25,9 @@ from orbit.adapter.routes.route import route
 from orbit.adapter.routes.state import outside_graphs
 from orbit.xlora.cache import TwinCache
 from orbit.xlora.classifier import applied
-from orbit.xlora.errors import XLoRAError
+from orbit.xlora.errors import CacheError, XLoRAError
 from orbit.xlora.generation import cache_of
+from orbit.xlora.lagging import Lagging
 
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
@@ -53,13 +54,16 @@ def run(
     model: xLoRAModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """The output of `forward`, the model's own, under the scalings that the classifier predicts."""
-    given = dict(inspect.signature(forward).bind_partial(*args).arguments) | dict(kwargs)
+    given = dict(kwargs)
+    if args:
+        given |= inspect.signature(forward).bind_partial(*args).arguments
     cache = cache_of(model, given)
-    prediction = predict(model, given, cache)
+    approximation = model.xlora_approximation
+    prediction = (approximation.predict if approximation else predict)(model, given, cache)
     model.xlora_log.note(prediction)
     given["past_key_values" if cache is not None else "use_cache"] = cache if cache is not None else False
     whole = given.pop("logits_to_keep", 0) if _head_mixes(model) else 0
-    as_tuple = given.get("return_dict") is False
+    as_tuple = given.get("return_dict", getattr(model.config, "return_dict", None)) is False
     given["return_dict"] = True
     with _naming_layers(model), route(model, mixture(model, applied(prediction, model.xlora_config))):
         output = forward(**given)
@@ -69,7 +73,16 @@ def run(
 
 
 def predict(model: xLoRAModel, given: Mapping[str, Any], cache: TwinCache | None) -> Tensor:
-    """The prediction (batch, seq, layers, experts) for a forward's arguments."""
+    """The prediction (batch, seq, layers, experts) for a forward's arguments.
+
+    Raises:
+        CacheError: the cache was filled under an approximation.
+    """
+    if cache is not None and isinstance(cache.scaling, Lagging):
+        raise CacheError(
+            "past_key_values was filled under xlora.approximate, whose scaling pass is another; start from an empty "
+            "cache, or go on under the same approximation"
+        )
     hidden = scaling_pass(model, given, None if cache is None else cache.scaling)
     prediction: Tensor = model.xlora_classifier(hidden, model.xlora_config)
     return prediction

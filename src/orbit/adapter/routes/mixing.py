@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from orbit.adapter.errors import RouteError
+from orbit.adapter.errors import ScalingsError
 
 if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
@@ -35,8 +35,8 @@ def mixed(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any],
         axis: the batch axis of tensors in arguments and outputs.
 
     Raises:
-        RouteError: the batch does not fit the route's rows; or weights per position, where an output is not
-            (batch, sequence, …).
+        RouteError: the batch does not fit the route's rows. ScalingsError: weights per position, where an output is
+            not (batch, sequence, …).
     """
     if mix.rows is not None:
         first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
@@ -51,7 +51,7 @@ def weighted(layer: Graft, base: Any, each: Iterable[Any], mix: Mix, axis: int =
     """base + Σ_t w_t·(y_t − base) over the outputs y_t of the mix's tasks.
 
     Raises:
-        RouteError: weights per position, where an output is not (batch, sequence, …).
+        ScalingsError: weights per position, where an output is not (batch, sequence, …).
     """
     if mix.weights.dim() == 3:
         _refuse_misfit(layer, base, mix.weights, axis)
@@ -98,10 +98,9 @@ def _refuse_misfit(layer: Graft, outputs: Any, weights: Tensor, axis: int) -> No
             and y.is_floating_point()
             and y.transpose(0, axis).shape[:2] != weights.shape[:2]
         ):
-            raise RouteError(
-                f"layer {layer._orbit_route.name_of(layer)} gives {tuple(y.shape)}, and the scalings are for (batch, "
-                f"sequence) = {tuple(weights.shape[:2])}: it sees other positions than the model's tokens, or sees "
-                "them flattened; leave it out of the tasks that are scaled"
+            raise ScalingsError(
+                f"scalings for (batch, sequence) = {tuple(weights.shape[:2])} do not fit its output {tuple(y.shape)}",
+                layer,
             )
 
 

@@ -32,6 +32,7 @@ from orbit.adapter.routes.plan import (
     PerRow,
     Plan,
     Route,
+    Scaled,
     Spread,
     as_route,
     describe,
@@ -167,6 +168,15 @@ class RouteState:
         """TaskError if something counts on this task."""
         if task in self.pinned:
             raise TaskError(f"task {task!r} is {self.pinned[task]}, and keeps its place and name until then")
+
+    def refuse_lost_gradient(self, layer: nn.Module) -> None:
+        """RouteError for a layer that runs without gradient under scalings that a router computed with one."""
+        route = own(self._shown)
+        if isinstance(route, Scaled) and route.scalings.grad_fn is not None:
+            raise RouteError(
+                f"layer {self.name_of(layer)} runs without gradient under scalings whose router needs one, which "
+                "would be lost: reentrant activation checkpointing does so; use use_reentrant=False"
+            )
 
     def name_of(self, layer: nn.Module) -> str:
         """The dotted name of a layer in the model of the running call, for messages; its class where there is none."""
@@ -361,6 +371,8 @@ class RouteState:
         self._history.note(route)
 
     def _show(self, route: Route) -> None:
+        if route is None and self._shown is None:
+            return  # the layers have no plans, whatever tasks have come or gone
         self._shown = route
         for layer in self.layers():
             self._point(layer)
