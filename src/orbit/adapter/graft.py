@@ -267,7 +267,7 @@ class Graft(Filed, nn.Module):
         for bank, owner in zip(self._banks_of(slot), slot, strict=True):
             if owner is not None:
                 if bank not in self._modules:
-                    self.add_module(bank, Tasks())
+                    self.add_module(bank, Tasks().train(self.training))
                 owner.train(self.training)
                 self._bank(bank).put(task, owner)
         self.__dict__.pop("_orbit_cache", None)

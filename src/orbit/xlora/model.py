@@ -214,6 +214,11 @@ class xLoRAModel(nn.Module):
             writes=is_main_process,
         )
 
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """What `transformers.Trainer` does not miss in its own checkpoints: whatever does not train."""
+        return set(self.state_dict()) - set(files.trained(self))
+
     # -- copies ----------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

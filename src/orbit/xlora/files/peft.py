@@ -12,9 +12,9 @@ has `use_cache=False`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -61,6 +61,11 @@ def refuse_for_peft(model: xLoRAModel) -> None:
         raise _refused("its classifier always has biases, and use_bias=False")
     if not config.enable_relu_and_dropout and config.xlora_depth > 1:
         raise _refused("its classifier always has ReLU, and enable_relu_and_dropout=False")
+    if differs_in_scaling_pass(config.as_plain()):
+        raise _refused(
+            "it applies top_k_lora and enable_softmax_topk in the scaling pass too, where here every expert takes part "
+            f"by scaling_pass_value={config.scaling_pass_value}"
+        )
     for name in model.xlora_experts:
         adapter = task_config(model, name)
         if adapter.dora:
@@ -74,6 +79,12 @@ def refuse_for_peft(model: xLoRAModel) -> None:
                 )
             if not isinstance(layer, (nn.Linear, nn.Embedding)):
                 raise _refused(f"it mixes no {type(layer).__name__}, and expert {name!r} is on {clean(path)}")
+
+
+def differs_in_scaling_pass(settings: Mapping[str, Any]) -> bool:
+    """Would PEFT, and the public implementation, choose among the experts in the scaling pass?"""
+    chooses = settings.get("top_k_lora") is not None or settings.get("enable_softmax_topk")
+    return bool(settings.get("scaling_pass_value") and chooses)
 
 
 def _refused(why: str) -> XLoRAError:

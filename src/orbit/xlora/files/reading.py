@@ -3,6 +3,7 @@
     here        xlora_config.json       settings, "adapters": {name: folder below}, "base", "sha256", "orbit_format"
                 xlora_classifier.safetensors, or .pt
                 adapters/<name>/        an adapter of `orbit.adapter.files`
+                model.safetensors       what trains, which transformers.Trainer reads back to resume; not read here
     the public  xlora_config.json       settings, "adapters": {name: path}, or a list of names, or absent
     one         xlora_classifier.safetensors, or .pt
                 adapters/<name>/, or <name>/
@@ -27,6 +28,7 @@ from orbit.adapter.files import WEIGHTS as PEFT_WEIGHTS
 from orbit.core.files import sha256_of
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
+from orbit.xlora.files.peft import differs_in_scaling_pass
 from orbit.xlora.files.weights import read_weights
 
 CONFIG, WEIGHTS, PICKLED = "xlora_config.json", "xlora_classifier.safetensors", "xlora_classifier.pt"
@@ -37,7 +39,7 @@ _SETTINGS = {entry.name for entry in fields(xLoRAConfig)} - {"device", "adapters
 _IGNORED = {
     *("adapters", "device", "base_model_id", "stop_token_id"),
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
-    *("peft_version", "_subfolders"),
+    *("peft_version", "_subfolders", "orbit_format"),
 }
 
 
@@ -189,6 +191,12 @@ def _settings(where: Path, conf: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise XLoRAError(
             f"{where}: {unknown[0]}={conf[unknown[0]]!r} cannot be honoured: it is of another version"
+        )
+    if "orbit_format" not in conf and differs_in_scaling_pass(conf):
+        raise XLoRAError(
+            f"{where}: with scaling_pass_value={conf['scaling_pass_value']}, top_k_lora and enable_softmax_topk chose "
+            "among the experts in the scaling pass too, and here every expert takes part; set it to 0, or train the "
+            "classifier anew"
         )
     if "hidden_size" not in conf:
         raise XLoRAError(f"{where}: hidden_size is missing")

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
 
 
+RESUMED = "model.safetensors"  # where transformers.Trainer looks for what it resumes, by the model's names
+
+
 def save(
     model: xLoRAModel,
     folder: Path,
@@ -93,6 +96,10 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
     content = to_bytes(weights, {"format": "pt"}) if safe_serialization else _pickled(weights)
     digests[file] = hashlib.sha256(content).hexdigest()
     yield file, content
+    yield (
+        RESUMED,
+        to_bytes({key: whole(t).cpu().clone() for key, t in trained(model).items()}, {"format": "pt"}),
+    )
     settings = model.xlora_config.as_plain()
     conf: dict[str, Any] = {
         "orbit_format": FORMAT,
@@ -102,6 +109,18 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
         "sha256": digests,
     }
     yield CONFIG, json.dumps(conf, indent=2).encode()
+
+
+def trained(model: xLoRAModel) -> dict[str, Tensor]:
+    """The tensors of the classifier, and of the experts where they train, by the model's names."""
+    experts = model.xlora_experts if model.get_use_trainable_adapters() else ()
+    owners = [owner for name in experts for owner in task_owners(model, name)]
+    kept = {
+        id(t)
+        for module in (*owners, model.xlora_classifier)
+        for t in module.state_dict(keep_vars=True).values()
+    }
+    return {key: t.detach() for key, t in model.state_dict(keep_vars=True).items() if id(t) in kept}
 
 
 def _pickled(tensors: dict[str, Tensor]) -> bytes:
