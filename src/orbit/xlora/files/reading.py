@@ -3,7 +3,7 @@
     here        xlora_config.json       settings, "adapters": {name: folder below}, "base", "sha256", "orbit_format"
                 xlora_classifier.safetensors, or .pt
                 adapters/<name>/        an adapter of `orbit.adapter.files`
-                model.safetensors       for transformers.Trainer, not read here
+                model.safetensors       what trains, which transformers.Trainer reads back to resume; not read here
     the public  xlora_config.json       settings, "adapters": {name: path}, or a list of names, or absent
     one         xlora_classifier.safetensors, or .pt
                 adapters/<name>/, or <name>/
