@@ -160,9 +160,12 @@ def edited(
     return edit
 
 
+CLASSIFIERS = ("xlora_classifier.safetensors", "adapter_model.safetensors")
+
+
 def retyped(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        path = next(path for path in folder.glob("*.safetensors"))
+        (path,) = (folder / name for name in CLASSIFIERS if (folder / name).is_file())
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path)
