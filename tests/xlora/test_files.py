@@ -62,6 +62,7 @@ def test_what_is_loaded_is_what_was_saved(kind: str, folders: dict[str, Path], t
     assert files_in(tmp_path / "x") == {
         "xlora_config.json",
         "xlora_classifier.safetensors",
+        "model.safetensors",
         *(f"adapters/{name}/adapter_config.json" for name in NAMES),
         *(f"adapters/{name}/adapter_model.safetensors" for name in NAMES),
     }
