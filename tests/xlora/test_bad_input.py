@@ -162,7 +162,7 @@ def edited(
 
 def retyped(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        path = next(path for path in folder.glob("*.safetensors"))
+        path = next(path for path in folder.glob("*.safetensors") if path.name != "model.safetensors")
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path)
