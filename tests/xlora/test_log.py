@@ -113,6 +113,14 @@ def test_a_path_with_an_extension_is_refused(path: str, model, tmp_path: Path) -
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_a_path_without_a_name_is_refused(path: str) -> None:
+    with pytest.raises(XLoRAError, match="is a folder"):
+        save_scalings_log(path, [torch.rand(1, 2, 3, 2)])
+    with pytest.raises(XLoRAError, match="is a folder"):
+        load_scalings_log(path)
+
+
 def test_an_empty_log_is_refused(tmp_path: Path) -> None:
     model = mixture(experts(tmp_path / "experts", "math"), base())
     model(TOKENS)
@@ -143,6 +151,15 @@ DAMAGES = {
         lambda folder: np.save(folder / "log-3.npy", np.zeros(3)),
         "holds no scalings",
     ),
+    "a file is half a zip": (
+        lambda folder: (folder / "log-3.npy").write_bytes(b"PK\x03\x04"),
+        "cannot be read",
+    ),
+    "a file has another machine's bytes": (
+        lambda folder: np.save(folder / "log-3.npy", np.zeros((1, 2, 3, 4, 3), ">f4")),
+        "holds no scalings",
+    ),
+    "the mapping is nested without end": (edit("[" * 100_000), "not JSON"),
     "the mapping is cut off": (edit('{"log-5.npy": [0,'), "not JSON"),
     "the mapping is a list": (edit("[1, 2]"), "must map files"),
     "the mapping has another number": (edit('{"log-5.npy": [0], "log-3.npy": [1]}'), "holds 2 scalings"),
@@ -170,3 +187,10 @@ def test_a_mapping_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(XLoRAError, match="in the way"):
         two_lengths(tmp_path)
     assert names(tmp_path) == ["log-mapping.json"]
+
+
+def test_only_files_of_the_log_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "log-mapping.json").write_text('{"mine": [0]}')
+    two_lengths(tmp_path)
+    assert "mine" in names(tmp_path) and len(load_scalings_log(tmp_path / "log")) == 3

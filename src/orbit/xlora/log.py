@@ -27,6 +27,7 @@ from orbit.adapter.files import replace_files
 from orbit.xlora.errors import XLoRAError
 
 _NATIVE = (torch.float16, torch.float32, torch.float64)
+_READ = ("float16", "float32", "float64")  # as numpy calls them, in this machine's order of bytes
 _WIDENED = {"bfloat16": torch.bfloat16}
 
 
@@ -71,6 +72,10 @@ def save_scalings_log(path: str | os.PathLike[str], entries: Sequence[Tensor]) -
         raise XLoRAError(
             f"{str(path)!r} has the extension {path.suffix!r}, and .npy or -<seq>.npy is added to a path without one: "
             f"pass {str(path.with_suffix(''))!r}"
+        )
+    if path.name in ("", ".."):
+        raise XLoRAError(
+            f"{str(path)!r} is a folder: pass the path of the files in it, as {str(path / 'log')!r}"
         )
     if not entries:
         raise XLoRAError(
@@ -119,12 +124,14 @@ def load_scalings_log(path: str | os.PathLike[str], verbose: bool = False) -> li
     """
     path = Path(path)
     path = path.with_suffix("") if path.suffix == ".npy" else path
+    if path.name in ("", ".."):
+        raise XLoRAError(f"{str(path)!r} is a folder: give the path as flush_log_scalings had it")
     listing = _mapping_of(path)
     if not listing.is_file():
         return list(_from_npy(path.with_name(f"{path.name}.npy"), verbose))
     try:
         mapping = json.loads(listing.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise XLoRAError(f"{listing} is not JSON: {error}") from None
     found: dict[int, Tensor] = {}
     places: list[int] = []
@@ -169,9 +176,10 @@ def _written_before(path: Path) -> list[Path]:
     if listing.is_file():
         try:
             named = list(_files_in(listing, json.loads(listing.read_text("utf-8"))))
-        except ValueError as error:  # XLoRAError is one
+        except (ValueError, RecursionError) as error:  # XLoRAError is one
             raise XLoRAError(f"{listing} is in the way: it is of no log ({error}); delete it") from None
-    candidates = [listing, path.with_name(f"{path.name}.npy"), *map(path.with_name, named)]
+    parts = [path.with_name(name) for name in named if name.startswith(f"{path.name}-")]
+    candidates = [listing, path.with_name(f"{path.name}.npy"), *parts]
     return [file for file in dict.fromkeys(candidates) if file.is_file()]
 
 
@@ -189,12 +197,13 @@ def _from_npy(file: Path, verbose: bool) -> Tensor:
             f"there is no file {file}; give the path as flush_log_scalings had it, without an extension"
         )
     try:
-        array = np.load(file, allow_pickle=False)
+        with file.open("rb") as opened:
+            array = np.lib.format.read_array(opened, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise XLoRAError(f"{file} cannot be read: {error}") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 5 or array.dtype.kind != "f":
+    if array.ndim != 5 or array.dtype not in _READ:
         raise XLoRAError(
-            f"{file} holds no scalings (num_logged, batch, seq, layers, experts) but {getattr(array, 'shape', array)}"
+            f"{file} holds no scalings (num_logged, batch, seq, layers, experts) but {array.dtype} {array.shape}"
         )
     if verbose:
         print(f"{file}: scalings {array.shape}")
