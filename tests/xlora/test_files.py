@@ -240,6 +240,30 @@ def test_a_save_that_is_cut_off_between_two_files_is_noticed(
         xlora.from_pretrained(tmp_path / "x", base())
 
 
+def test_a_folder_never_holds_an_older_mixture_in_the_other_format(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """`from_pretrained` and PEFT each read their own config, and would find what was saved before."""
+    saved = mixture(folders)
+    for peft in (False, True):
+        saved.save_pretrained(tmp_path / "x", peft=peft)
+        written = files_in(tmp_path / "x")
+        with pytest.raises(XLoRAError, match=r"_config.json is there.*choose another folder"):
+            saved.save_pretrained(tmp_path / "x", peft=not peft)
+        assert files_in(tmp_path / "x") == written
+        shutil.rmtree(tmp_path / "x")
+
+
+def test_what_is_resumed_from_is_what_was_saved_last(folders: dict[str, Path], tmp_path: Path) -> None:
+    saved = mixture(folders)
+    saved.save_pretrained(tmp_path / "x")
+    with torch.no_grad():
+        saved.xlora_classifier.layers[0].weight.zero_()
+    saved.save_pretrained(tmp_path / "x", safe_serialization=False)
+    resumed = load_file(tmp_path / "x" / "model.safetensors")
+    assert not resumed["xlora_classifier.layers.0.weight"].any()
+
+
 def test_a_state_dict_is_what_is_written(folders: dict[str, Path], tmp_path: Path) -> None:
     """As Trainer gives it: full tensors of a model that is sharded, perhaps under a wrapper's names."""
     saved = mixture(folders)

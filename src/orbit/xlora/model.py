@@ -203,8 +203,8 @@ class xLoRAModel(nn.Module):
             kwargs: `max_shard_size`, by which nothing here is split.
 
         Raises:
-            XLoRAError: an unknown argument, a tensor that `state_dict` lacks, or what PEFT cannot hold. OSError: from
-                the file system.
+            XLoRAError: an unknown argument, a tensor that `state_dict` lacks, what PEFT cannot hold, or a folder that
+                has a config of the other format. OSError: from the file system.
         """
         for name in kwargs.keys() - {"max_shard_size"}:
             raise XLoRAError(f"save_pretrained({name}={kwargs[name]!r}) cannot be honoured for a mixture")

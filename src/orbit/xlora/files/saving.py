@@ -18,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from orbit.adapter.files import CONFIG as PEFT_CONFIG
 from orbit.adapter.files import apart, contents, is_sharded, packed, whole, write_folder
 from orbit.adapter.inject import task_owners
 from orbit.core.runtime import is_main_process
@@ -53,11 +54,18 @@ def save(
         writes: does this process write? Else it only does its part in gathering a sharded model.
 
     Raises:
-        XLoRAError: `state_dict` lacks a tensor of the mixture, or `peft=True` for what PEFT cannot hold.
+        XLoRAError: `state_dict` lacks a tensor of the mixture, `peft=True` for what PEFT cannot hold, or the folder has
+            a config of the other format.
         AdapterFileError: an expert cannot be written. OSError: from the file system.
     """
     if peft and not safe_serialization:
         raise XLoRAError("save_pretrained(peft=True) writes safetensors: leave safe_serialization=False out")
+    other = folder / (CONFIG if peft else PEFT_CONFIG)
+    if other.is_file():
+        raise XLoRAError(
+            f"{other} is there, of what was saved for {'Orbit' if peft else 'PEFT'}, and would be read for what is "
+            "saved now: choose another folder, or delete that one"
+        )
     if state_dict is not None:
         given = _given(model, state_dict)
         again = partial(save, folder=folder, peft=peft, safe_serialization=safe_serialization, writes=writes)
@@ -96,9 +104,8 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
     content = to_bytes(weights, {"format": "pt"}) if safe_serialization else _pickled(weights)
     digests[file] = hashlib.sha256(content).hexdigest()
     yield file, content
-    if safe_serialization:
-        state = apart({key: whole(t).cpu().contiguous() for key, t in trained(model).items()})
-        yield RESUMED, to_bytes(state, {"format": "pt"})
+    state = apart({key: whole(t).cpu().contiguous() for key, t in trained(model).items()})
+    yield RESUMED, to_bytes(state, {"format": "pt"})
     settings = model.xlora_config.as_plain()
     conf: dict[str, Any] = {
         "orbit_format": FORMAT,
