@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,17 @@ def test_engine_resumes_to_the_bit():
     assert same(whole.state_dict(), again.state_dict())
 
 
-def test_transformers_saves_and_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("trains_experts", [False, True], ids=["router", "router and experts"])
+def test_transformers_saves_and_resumes(
+    trains_experts: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    logger = logging.getLogger("transformers.trainer")
+    monkeypatch.setattr(
+        logger, "handlers", [caplog.handler]
+    )  # what transformers logs does not get to the root
+
     def fresh() -> Any:
-        return mixture(**SETTINGS, use_trainable_adapters=True)
+        return mixture(**SETTINGS, use_trainable_adapters=trains_experts)
 
     options = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2}
     whole, again = fresh(), fresh()

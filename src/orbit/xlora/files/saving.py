@@ -104,7 +104,7 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
     content = to_bytes(weights, {"format": "pt"}) if safe_serialization else _pickled(weights)
     digests[file] = hashlib.sha256(content).hexdigest()
     yield file, content
-    state = apart({key: whole(t).cpu().contiguous() for key, t in trained(model).items()})
+    state = apart({key: whole(t).cpu().contiguous() for key, t in _trained(model).items()})
     yield RESUMED, to_bytes(state, {"format": "pt"})
     settings = model.xlora_config.as_plain()
     conf: dict[str, Any] = {
@@ -117,7 +117,7 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
     yield CONFIG, json.dumps(conf, indent=2).encode()
 
 
-def trained(model: xLoRAModel) -> dict[str, Tensor]:
+def _trained(model: xLoRAModel) -> dict[str, Tensor]:
     """The tensors of the classifier, and of the experts where they train, by the model's names."""
     experts = model.xlora_experts if model.get_use_trainable_adapters() else ()
     return {key: tensor.detach() for key, tensor in _state(model, experts).items()}
