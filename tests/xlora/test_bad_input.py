@@ -86,6 +86,25 @@ def test_settings(setting: str, folders: dict[str, Path]) -> None:
     refused(call, XLoRAError, message)
 
 
+def test_settings_of_a_mixture_keep_the_rules(folders: dict[str, Path]) -> None:
+    mixed = mixture(folders)
+    for name, value in (("softmax_temperature", 0), ("top_k_lora", 0), ("scaling_pass_value", float("nan"))):
+        before = getattr(mixed.xlora_config, name)
+        with pytest.raises(XLoRAError, match=f"{name}={value}"):
+            setattr(mixed.xlora_config, name, value)
+        assert getattr(mixed.xlora_config, name) == before
+    mixed.xlora_config.top_k_lora = 9
+    with pytest.raises(XLoRAError, match="top_k_lora=9: there are only 3"):
+        logits(mixed)
+
+
+@pytest.mark.parametrize("config", [None, {"hidden_size": 32}, 32])
+def test_settings_that_are_none(config: Any, folders: dict[str, Path]) -> None:
+    refused(
+        lambda model: xlora.add_xlora_to_model(model, config, folders), XLoRAError, "must be an xLoRAConfig"
+    )
+
+
 def add(adapters: Any) -> Callable[[Any], Any]:
     return lambda model: xlora.add_xlora_to_model(model, xlora.xLoRAConfig(32), adapters)
 

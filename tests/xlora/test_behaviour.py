@@ -414,6 +414,12 @@ def test_predictions_are_printed_as_often_as_asked(
     assert said.count("(3, 9, 14, 4)") == 2
 
 
+@pytest.mark.parametrize("n", [-1, 1.5, None, "2"])
+def test_a_number_of_predictions_that_is_none(n: Any, mixed: Any):
+    with pytest.raises(XLoRAError, match="print_scalings_predictions"):
+        mixed.print_scalings_predictions(n)
+
+
 def test_the_log_is_of_predictions_without_graph(mixed: Any, ids: Tensor, tmp_path: Path):
     mixed.train()
     mixed.enable_scalings_logging()

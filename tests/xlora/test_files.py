@@ -555,6 +555,11 @@ def test_load_model(base_folder: Path, on_disk: Path, folders: dict[str, Path], 
     assert capsys.readouterr().out == ""
 
 
+def test_load_model_without_the_folder_of_a_mixture_loads_nothing() -> None:
+    with pytest.raises(XLoRAError, match="needs fine_tune_model_name"):
+        xlora.xlora_utils.load_model("no such model", None, "cpu", torch.float32)
+
+
 def test_every_argument_of_load_model_does_something(
     base_folder: Path, on_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,7 @@ def test_without_softmax_there_is_a_load_and_no_entropy() -> None:
         ([], "no token"),
         ([{"input_ids": tokens(), "attention_mask": torch.zeros(3, 9)}], "no token"),
         ([[tokens()]], "was given list"),
+        (tokens(), r"batches of input ids \(batch, seq\)"),
         ([{"labels": tokens()}], r"was given \['labels'\]"),
     ],
 )

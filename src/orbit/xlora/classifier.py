@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from orbit.adapter.owners import Beside
 from orbit.xlora.config import xLoRAConfig
+from orbit.xlora.errors import XLoRAError
 
 
 class Classifier(Beside):
@@ -63,6 +64,8 @@ def applied(prediction: Tensor, config: xLoRAConfig) -> Tensor:
     once = prediction if prediction.stride(2) else prediction[:, :, :1]
     s = once
     if config.top_k_lora is not None:
+        if config.top_k_lora > once.shape[-1]:
+            raise XLoRAError(f"top_k_lora={config.top_k_lora}: there are only {once.shape[-1]} experts")
         chosen = once.topk(config.top_k_lora, -1).indices
         left = torch.zeros_like(once, dtype=torch.bool).scatter_(-1, chosen, True)
         s = once.masked_fill(~left, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,25 +56,11 @@ class xLoRAConfig:
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "xlora_depth", "xlora_size"):
-            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer ≥ 1")
-        top_k = self.top_k_lora
-        self._require(
-            "top_k_lora", top_k is None or (_is_int(top_k) and top_k >= 1), "None or an integer ≥ 1"
-        )
-        for name in ("scaling_pass_value", "global_scaling_weight"):
-            self._require(name, _is_finite(getattr(self, name)), "a finite number")
-        T = self.softmax_temperature
-        self._require("softmax_temperature", _is_finite(T) and T > 0, "a finite number over 0")
-        p = self.xlora_dropout_p
-        self._require(
-            "xlora_dropout_p", _is_finite(p) and 0 <= p < 1, "a probability, at least 0 and under 1"
-        )
-
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise XLoRAError(f"xLoRAConfig({name}={getattr(self, name)!r}): it must be {rule}")
+    def __setattr__(self, name: str, value: Any) -> None:
+        holds, rule = _RULES.get(name, (None, ""))
+        if holds is not None and not holds(value):
+            raise XLoRAError(f"xLoRAConfig({name}={value!r}): it must be {rule}")
+        super().__setattr__(name, value)
 
     def as_plain(self) -> dict[str, Any]:
         """The settings as JSON has them, without the device and the paths, which belong to a machine."""
@@ -83,9 +69,18 @@ class xLoRAConfig:
         return plain
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("hidden_size", "xlora_depth", "xlora_size"), (_is_count, "an integer ≥ 1")),
+    "top_k_lora": (lambda k: k is None or _is_count(k), "None or an integer ≥ 1"),
+    **dict.fromkeys(("scaling_pass_value", "global_scaling_weight"), (_is_finite, "a finite number")),
+    "softmax_temperature": (lambda T: _is_finite(T) and T > 0, "a finite number over 0"),
+    "xlora_dropout_p": (lambda p: _is_finite(p) and 0 <= p < 1, "a probability, at least 0 and under 1"),
+}

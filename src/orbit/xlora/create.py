@@ -48,9 +48,11 @@ def add_xlora_to_model(
         `use_trainable_adapters`, the experts.
 
     Raises:
-        XLoRAError: no experts, a name that the model has, another hidden size.
+        XLoRAError: no xLoRAConfig, no experts, a name that the model has, another hidden size.
         AdapterFileError: a folder does not belong to this model. The model is unchanged.
     """
+    if not isinstance(xlora_config, xLoRAConfig):
+        raise XLoRAError(f"xlora_config={xlora_config!r} must be an xLoRAConfig(hidden_size=…)")
     folders = adapters if adapters is not None else xlora_config.adapters
     if folders is not None and not isinstance(folders, Mapping):
         raise XLoRAError(f"adapters={folders!r} must be {{name: folder of a PEFT adapter}}")

@@ -70,6 +70,10 @@ def expert_load(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]])
             raise XLoRAError(
                 f"expert_load takes input ids, or mappings with 'input_ids', and was given {has}"
             )
+        if inputs["input_ids"].dim() != 2:
+            raise XLoRAError(
+                f"expert_load takes batches of input ids (batch, seq), and was given {tuple(inputs['input_ids'].shape)}"
+            )
         found = predict(model, {key: value for key, value in inputs.items() if key != "labels"})
         mask = inputs.get("attention_mask")
         real = torch.ones(found.shape[:2], dtype=torch.bool) if mask is None else mask.bool()

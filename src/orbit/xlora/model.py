@@ -177,7 +177,15 @@ class xLoRAModel(nn.Module):
         save_scalings_log(path, self.xlora_log.entries)
 
     def print_scalings_predictions(self, n_predictions_lifetime: int) -> None:
-        """Print the predictions of the next n forwards."""
+        """Print the predictions of the next n forwards.
+
+        Raises:
+            XLoRAError: n is no integer ≥ 0.
+        """
+        if not isinstance(n_predictions_lifetime, int) or n_predictions_lifetime < 0:
+            raise XLoRAError(
+                f"print_scalings_predictions({n_predictions_lifetime!r}): it must be an integer ≥ 0, how many are printed"
+            )
         self.xlora_log.to_print = n_predictions_lifetime
 
     # -- files -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from orbit.xlora.create import from_pretrained
+from orbit.xlora.errors import XLoRAError
 from orbit.xlora.log import load_scalings_log
 
 __all__ = ["load_model", "load_scalings_log"]
@@ -47,6 +48,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if load_xlora and fine_tune_model_name is None:
+        raise XLoRAError("load_model(load_xlora=True) needs fine_tune_model_name, the folder of the mixture")
     chosen = {"attn_implementation": "flash_attention_2"} if use_flash_attention_2 else {}
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **chosen).to(device)
     model.config.use_cache = use_cache
@@ -54,10 +57,7 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if load_xlora:
-        if fine_tune_model_name is None:
-            raise ValueError(
-                "load_model(load_xlora=True) needs fine_tune_model_name, the folder of the mixture"
-            )
+        assert fine_tune_model_name is not None
         model = from_pretrained(fine_tune_model_name, model, adapters, verbose, device)
     elif verbose:
         print(f"{type(model).__name__}: the base model alone, as load_xlora=False")
