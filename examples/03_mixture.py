@@ -1,7 +1,7 @@
 """A mixture of LoRA experts: three of them, each taught another kind of text, and a router that learns which to wake.
 
 python examples/03_mixture.py                  # SmolLM2-135M-Instruct
-python examples/03_mixture.py path/to/model    # any Hugging Face causal LM
+python examples/03_mixture.py path/to/model    # any causal LM whose layers are called as Llama's
 
 1. Three LoRA tasks learn from mixed batches: a row trains the expert of its own kind, over one forward of the base.
 2. A classifier learns how much of each expert every token gets, from the language-model loss alone. It is never told
@@ -9,7 +9,8 @@ python examples/03_mixture.py path/to/model    # any Hugging Face causal LM
 3. On texts held out (other countries, other topics, other chapters): is the expert with the largest scaling the text's
    own? And what is the perplexity of the router, of each expert alone, of the base?
 
-The texts are in examples/data, whose README says where they come from.
+The texts are in examples/data, whose README says where they come from. For your own, write KINDS and a file for each:
+lines of {"text": ..., "split": "train" or "held out"}.
 """
 
 import json
@@ -37,9 +38,10 @@ OUT = Path("runs/mixture")
 
 seed_everything(42)
 folder = resolve_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2")
-dtype = fastest_dtype(torch.device("cpu"))
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+dtype = fastest_dtype(device)
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
 pad = SFTCollator(tokenizer)
 half = model.config.num_hidden_layers // 2
 lines = [
@@ -75,7 +77,7 @@ def train(optimizer, loss, batch_size, epochs):
         forward_step=lambda engine, inputs, kinds: loss(inputs, kinds),
         plugins=[ProgressHook(interval=20), PickThreads(torch.get_num_threads())],
         mixed_precision="bf16" if dtype is torch.bfloat16 else None,
-        device="cpu",
+        device=device,
     )
     engine.run(loader, num_epochs=epochs)
 
@@ -124,7 +126,7 @@ def measure(kind, **chosen):
     texts = sorted((line for line in held_out if line["kind"] == kind), key=lambda line: len(line["text"]))
     total, tokens, woken = 0.0, 0, []
     for i in range(0, len(texts), 20):
-        inputs, _ = collate(texts[i : i + 20])
+        inputs = {name: tensor.to(device) for name, tensor in collate(texts[i : i + 20])[0].items()}
         losses, counted = token_losses(inputs, **chosen)
         total, tokens = total + float(losses.sum()), tokens + int(counted.sum())
         if not chosen:
