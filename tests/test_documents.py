@@ -128,6 +128,138 @@ def test_000_chat(
     assert capsys.readouterr().out
 
 
+# ── document 001 ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+TOKENS = torch.tensor([[3, 4, 5, 6, 7], [9, 10, 11, 12, 13]])
+
+
+@pytest.fixture
+def mistral(language_model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A working directory with the experts' checkpoints, and what the snippets replace."""
+    monkeypatch.chdir(language_model.parent)
+    model = tiny_llama(tiny_tokenizer())
+    for seed, folder in enumerate(["checkpoint", *(f"checkpoint_adapter_{k}" for k in (1, 2, 3))]):
+        adapter.inject(model, adapter.AdapterConfig(r=2, init="gaussian"), folder)
+        torch.manual_seed(seed)
+        for parameter in adapter.adapter_parameters(model, folder).values():
+            nn.init.normal_(parameter)
+        adapter.save(model, f"path/to/the/{folder}", folder)
+    return {
+        '"mistralai/Mistral-7B-Instruct-v0.1"': f'"{language_model}"',
+        "use_flash_attention_2=False,": "",
+        'device_map="cuda:0"': 'device_map="cpu"',
+        "import xlora": "import orbit.xlora as xlora",
+    }
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of the model in eval mode."""
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def test_001_converting_a_model(mistral: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(snippet("001", 1), mistral | {'torch.device("cuda")': 'torch.device("cpu")'})
+    made = names["model_created"]
+    assert made is names["model"]
+    assert made.xlora_experts == ("adapter_1", "adapter_2", "adapter_n")
+    assert made.xlora_config.xlora_depth == 8
+    assert made(TOKENS).logits.dtype == torch.bfloat16
+    with made.disable():
+        base = logits(made)
+    assert not torch.equal(logits(made), base)
+    assert "3 experts on 14 layers" in capsys.readouterr().out
+
+
+def trained(folder: Path, **config: Any) -> Any:
+    """A mixture over the model in a folder, of three experts that lie where the document has them."""
+    from transformers import AutoModelForCausalLM
+
+    import orbit.xlora as xlora
+
+    experts = dict.fromkeys(("adapter_1", "adapter_2", "adapter_n"), "./path/to/the/checkpoint/")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return xlora.add_xlora_to_model(base, xlora.xLoRAConfig(32, **config), experts)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_001_loading(number: int, mistral: dict[str, str], language_model: Path) -> None:
+    saved = trained(language_model, use_trainable_adapters=number == 3)
+    saved.save_pretrained("./path/to/saved/model")
+    names = run(snippet("001", number), mistral | {'"cuda"': '"cpu"'})
+    assert torch.equal(logits(names["model_created"]), logits(saved))
+    assert names["model_created"].get_use_trainable_adapters() == (number == 3)
+
+
+def test_001_loading_with_a_convenience_function(mistral: dict[str, str], language_model: Path) -> None:
+    saved = trained(language_model)
+    saved.save_pretrained("Mistral_v204-rerun_V51Zephyr/checkpoint-420/")
+    names = run(
+        snippet("001", 4),
+        {
+            '"HuggingFaceH4/zephyr-7b-beta"': f'"{language_model}"',
+            'device="cuda:0"': 'device="cpu"',
+            "from xlora.xlora_utils import": "from orbit.xlora.xlora_utils import",
+        },
+    )
+    assert torch.equal(logits(names["model_loaded"]), logits(saved))
+    assert names["tokenizer"]("hello").input_ids
+
+
+@pytest.fixture
+def loaded(mistral: dict[str, str]) -> dict[str, Any]:
+    """What the document calls `... # Load the model`, and the class that it names."""
+    import orbit.xlora as xlora
+
+    folders = {f"adapter_{k}": f"path/to/the/checkpoint_adapter_{k}" for k in (1, 2, 3)}
+    model = xlora.add_xlora_to_model(tiny_llama(tiny_tokenizer()), xlora.xLoRAConfig(32), folders)
+    return {"loaded": model, "xLoRAModel": xlora.xLoRAModel}
+
+
+LOADED = {"model: xLoRAModel = ...": "model: xLoRAModel = loaded"}
+
+
+def test_001_scalings_logging(loaded: dict[str, Any]) -> None:
+    import orbit.xlora as xlora
+
+    model = loaded["loaded"]
+    comment = "# Run forward passes to accumulate a log"
+    names = run(
+        snippet("001", 5),
+        LOADED | {comment: "run_forward_passes()"},
+        run_forward_passes=lambda: [model(TOKENS), model(TOKENS[:, :3])],
+        **loaded,
+    )
+    read = xlora.load_scalings_log("./path/to/output/file")
+    assert [entry.shape for entry in read] == [(2, 5, 14, 3), (2, 3, 14, 3)]
+    torch.testing.assert_close(read, names["log_copy"], rtol=0, atol=0)
+    assert torch.equal(names["scalings_pred"], read[1])
+    assert model.get_scalings_log() == []
+
+
+def test_001_trainable_parameters(loaded: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(snippet("001", 6), LOADED, **loaded)
+    assert names["num_trainable"] == 32 * 3 + 3
+    assert names["num_all_params"] == sum(p.numel() for p in loaded["loaded"].parameters())
+    assert "trainable params: 99 ||" in capsys.readouterr().out
+
+
+def test_001_setting_trainability(loaded: dict[str, Any]) -> None:
+    model = run(snippet("001", 7), LOADED, **loaded)["model"]
+    assert model.get_use_trainable_adapters() is True
+    assert all(p.requires_grad for p in adapter.adapter_parameters(model).values())
+
+
+def test_001_the_scaling_pass_value(loaded: dict[str, Any]) -> None:
+    before, after = snippet("001", 8).split("# Allow")
+    model = run(before, LOADED, **loaded)["model"]
+    assert model.xlora_config.scaling_pass_value == 0
+    none = logits(model)
+    run(f"# Allow{after}", model=model)
+    assert model.xlora_config.scaling_pass_value == 1 / 3
+    assert not torch.equal(logits(model), none), "the experts take part in the scaling pass"
+
+
 # ── document 003 ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 IMPORT = {"from mini.trainer import": "from orbit.trainer import"}

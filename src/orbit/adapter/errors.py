@@ -27,6 +27,21 @@ class RouteError(AdapterError, RuntimeError):
     """A route cannot be taken: merged weights, another thread's route, or a replay that cannot be pinned."""
 
 
+class ScalingsError(RouteError):
+    """Scalings per token do not fit what a layer was given.
+
+    Attributes:
+        layer: the layer.
+    """
+
+    def __init__(self, message: str, layer: object) -> None:
+        super().__init__(message, layer)
+        self.layer = layer
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class MergeError(AdapterError, RuntimeError):
     """Weights cannot be merged or unmerged."""
 

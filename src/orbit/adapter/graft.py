@@ -34,7 +34,7 @@ from orbit.adapter.routes.replay import in_backward
 from orbit.adapter.routes.state import RouteState
 
 _BACKUP = "_orbit_backup_"  # and a parameter's name: what it was before merging, a non-persistent buffer
-_TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_w2")  # derived: made anew by copies
+_TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_kept", "_orbit_w2")  # derived: made anew by copies
 
 
 class Graft(Filed, nn.Module):
@@ -70,6 +70,8 @@ class Graft(Filed, nn.Module):
         if plan is None:
             return self.base(*args, **kwargs)
         if type(plan) is Mix:
+            if plan.weights.requires_grad and not torch.is_grad_enabled():
+                self._orbit_route.refuse_lost_gradient(self)
             return self.mixed(plan, *args, **kwargs)
         if type(plan) is Touched:
             return touched(self._by_plan(plan.plan, *args, **kwargs), plan.others)
@@ -265,7 +267,7 @@ class Graft(Filed, nn.Module):
         for bank, owner in zip(self._banks_of(slot), slot, strict=True):
             if owner is not None:
                 if bank not in self._modules:
-                    self.add_module(bank, Tasks())
+                    self.add_module(bank, Tasks().train(self.training))
                 owner.train(self.training)
                 self._bank(bank).put(task, owner)
         self.__dict__.pop("_orbit_cache", None)
@@ -285,6 +287,7 @@ class Graft(Filed, nn.Module):
             if not len(tasks):
                 del self._modules[bank]
         self.__dict__.pop("_orbit_cache", None)
+        self.__dict__.pop("_orbit_kept", None)
         self.__dict__["_orbit_plan"] = None
 
     def point(self, route: Any) -> None:
@@ -407,6 +410,7 @@ class Graft(Filed, nn.Module):
             if moved is not None and torch._has_compatible_shallow_copy_type(parameter, moved):
                 parameter.data = moved.detach()
                 self._buffers[name] = parameter
+        self.__dict__.pop("_orbit_kept", None)
         if isinstance(self._orbit_plan, Mix):  # its weights lie on the former device
             self._orbit_route.attach(self)
         return self

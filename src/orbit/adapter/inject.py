@@ -26,7 +26,7 @@ from orbit.adapter.graft import Graft, graft, keep_off_fast_path, original_class
 from orbit.adapter.kinds.bias import any_bias
 from orbit.adapter.kinds.whole import ParameterSite
 from orbit.adapter.offload import refuse_preloaded
-from orbit.adapter.owners import AnySlot, check_task_name
+from orbit.adapter.owners import AnySlot, Beside, check_task_name
 from orbit.adapter.quantised import may_pack, never_pack, refuse_packed
 from orbit.adapter.reach import Planned, plan_injection
 from orbit.adapter.routes.plan import names_in
@@ -125,11 +125,13 @@ def remove(model: nn.Module, name: str) -> None:
     If the current route uses the task, the base model is current afterwards.
 
     Raises:
-        TaskError: no such task. RouteError: merged or running. GraftError: a layer's class was changed since.
+        TaskError: no such task, or something counts on it (a mixture, of its experts). RouteError: merged or
+            running. GraftError: a layer's class was changed since.
     """
     model = unwrapped(model)
     refuse_model(model)
     state = _state_with(model, name)
+    state.refuse_pinned(name)
     if state.merged is not None or state.busy:
         raise RouteError(f"task {name!r} cannot be removed while one is merged or the model is running")
     layers = [m for m in model.modules() if isinstance(m, Graft) and name in m.slots()]
@@ -157,7 +159,8 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     """Give a task another name. Its tensors, place, config and routes stay what they are.
 
     Raises:
-        TaskError: no task `old`, or there is a task `new`. RouteError: merged or running.
+        TaskError: no task `old`, there is a task `new`, or something counts on the old name. RouteError: merged
+            or running.
     """
     model = unwrapped(model)
     check_task_name(new)
@@ -166,6 +169,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
         return
     if new in state.configs:
         raise TaskError(f"there is a task {new!r} already; remove it first or choose another name")
+    state.refuse_pinned(old)
     if state.merged is not None or state.busy:
         raise RouteError(f"task {old!r} cannot be renamed while one is merged or the model is running")
     for layer in state.layers():
@@ -252,30 +256,33 @@ def set_trainable(model: nn.Module, name: str, trainable: bool = True) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Stop the training of every parameter that belongs to no adapter."""
+    """Stop the training of the base model's parameters."""
     for parameter in base_parameters(model):
         parameter.requires_grad_(False)
 
 
 def base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter that belongs to no adapter."""
+    """Every parameter that belongs to no adapter, nor to a module beside the model."""
     ours = {id(parameter) for parameter in adapter_parameters(model).values()}
+    beside = (module for module in model.modules() if isinstance(module, Beside))
+    ours.update(id(parameter) for module in beside for parameter in module.parameters())
     return [parameter for parameter in model.parameters() if id(parameter) not in ours]
 
 
 def base_state_dict(model: nn.Module, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
-    """`model.state_dict()` without the adapters: the keys and values of the model before grafting.
+    """`model.state_dict()` without the adapters and what is beside the model: its keys and values before grafting.
 
     For `model.save_pretrained(folder, state_dict=base_state_dict(model))`.
     """
-    prefixes = tuple(
-        f"{prefix}{path}.{bank}." if path else f"{prefix}{bank}."
-        for path, layer in model.named_modules(remove_duplicate=False)  # a layer used twice has two names
-        if isinstance(layer, Graft)
-        for bank in layer.banks()
-    )
+    left_out: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):  # a layer used twice has two names
+        here = f"{prefix}{path}." if path else prefix
+        if isinstance(module, Beside):
+            left_out.append(here)
+        elif isinstance(module, Graft):
+            left_out.extend(f"{here}{bank}." for bank in module.banks())
     state = model.state_dict(prefix=prefix, keep_vars=keep_vars)
-    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    return {key: value for key, value in state.items() if not key.startswith(tuple(left_out))}
 
 
 def check_gradients(model: nn.Module, *, may_be_empty: bool = False) -> None:

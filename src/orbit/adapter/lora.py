@@ -22,8 +22,9 @@ Backward, with M = dyᵀ·p, p = x·Aᵀ, e = dy·B, g = C∘e and sums over the
     du = dy + D∘dy     dx = du·W + g·A     dA = gᵀ·x     dB = dyᵀ·(C∘p)     dC = Σ e∘p     dD = Σ dy∘(u − b)
     where C is the same for all rows:      dB = C∘M      dC = Σ B∘M
 
-Kept for it are x, which its neighbours keep anyway, p, which is small, and for D's gradient u, a tensor of its
-own (never y, which an activation may overwrite). p is rank-major, (R, tokens): long rows are what BLAS likes.
+Kept for it is no more than the gradients asked for need: x for those of A and W alone, so a frozen mixture of tasks
+keeps no activations; p, which is small, for those of B and C; for D's u, a tensor of its own (never y, which an
+activation may overwrite). p is rank-major, (R, tokens): long rows are what BLAS likes.
 p and u are outputs too, because that makes second derivatives exact.
 
 Everything is multiplied in the dtype of u: float32 adapters of a bf16 layer are rounded to bf16 for the
@@ -105,7 +106,7 @@ class LowRank(torch.autograd.Function):
         if C is None or C.dim() < 2:
             q, up = p, (B if C is None else C * B).to(dtype)
         else:
-            q, up = by_rank(C, x) * p, B.to(dtype)
+            q, up = by_rank(C, x.shape) * p, B.to(dtype)
         y = u
         if D is not None:
             y = torch.addcmul(u, u if b is None else u - b.to(dtype), D.to(dtype))
@@ -119,11 +120,25 @@ class LowRank(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor | None, ...]) -> None:
         base, x, W, b, A, B, C, D = inputs
         _, p, u = output
-        if D is None or not ctx.needs_input_grad[7]:
+        assert x is not None
+        assert p is not None
+        _, x_asks, W_asks, _, A_asks, B_asks, C_asks, D_asks = ctx.needs_input_grad
+        ctx.fused, ctx.shape, ctx.dtypes = W is not None, x.shape, (x.dtype, p.dtype)
+        if D is None or not D_asks:
             u = b = None
         elif base is not None:
             u = base
-        ctx.save_for_backward(x, W, b, A, B, C, D, p, u)
+        ctx.save_for_backward(
+            x if A_asks or W_asks else None,
+            W if x_asks or W_asks else None,
+            b,
+            A if x_asks or A_asks else None,
+            B,
+            C,
+            D,
+            p if B_asks or C_asks else None,
+            u,
+        )
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -132,19 +147,19 @@ class LowRank(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, W, b, A, B, C, D, p, u = ctx.saved_tensors
         _, x_asks, W_asks, b_asks, A_asks, B_asks, C_asks, D_asks = ctx.needs_input_grad
-        dtype, same = p.dtype, C is None or C.dim() < 2
+        shape, (x_dtype, dtype), same = ctx.shape, ctx.dtypes, C is None or C.dim() < 2
         dW = db = dA = dB = dC = dD = dx = None
         g = dp
         if dy is not None:
-            dys = parts(dy, A)
+            dys = parts(dy, B)
             up = (B if C is None or not same else C * B).to(dtype)
             e = up.mT @ dys.mT
             q = p
             if not same:
-                each = by_rank(C, x)
-                q = (each * p).to(dtype)
+                each = by_rank(C, shape)
+                q = (each * p).to(dtype) if B_asks else None
                 if C_asks:
-                    dC = (e * p).T.view(*x.shape[:-1], p.shape[0]).sum_to_size(C.shape).to(C.dtype)
+                    dC = (e * p).T.view(*shape[:-1], p.shape[0]).sum_to_size(C.shape).to(C.dtype)
                 e = (each * e).to(dtype)
             g = e if g is None else g + e
             if B_asks or (C_asks and same):
@@ -158,7 +173,7 @@ class LowRank(torch.autograd.Function):
             elif D is not None:
                 through = torch.addcmul(dy, dy, D.to(dtype))
             if b_asks:  # y = (1 + D)∘(u − b) + b + …, and u has a b of its own where it is computed here
-                db = dy if W is not None else dy - through
+                db = dy if ctx.fused else dy - through
                 db = rows(db if du is None else db + du).sum(0)
             du = through if du is None else du + through
             if D_asks:
@@ -176,13 +191,13 @@ class LowRank(torch.autograd.Function):
                 dW = (rows(du).T @ rows(x).to(dtype)).to(W.dtype)
         if g is not None:
             if x_asks and dx is not None:
-                add_product_(dx.view(parts(x, A).shape), g.mT, A.to(dtype))
+                add_product_(dx.view(*g.shape[:-2], -1, shape[-1]), g.mT, A.to(dtype))
             elif x_asks:
                 low = rows(g.mT @ A.to(dtype))
                 dx = low if dx is None else dx + low
             dA = (g @ parts(x, A).to(dtype)).to(A.dtype) if A_asks else None
-        dx = None if dx is None else dx.view(x.shape).to(x.dtype)
-        return du if W is None else None, dx, dW, db, dA, dB, dC, dD
+        dx = None if dx is None else dx.view(shape).to(x_dtype)
+        return None if ctx.fused else du, dx, dW, db, dA, dB, dC, dD
 
 
 def _update(*inputs: Tensor | None) -> Tensor:
@@ -249,9 +264,9 @@ def add_product_(y: Tensor, a: Tensor, b: Tensor) -> None:
         y.baddbmm_(a, b)
 
 
-def by_rank(C: Tensor, x: Tensor) -> Tensor:
-    """C, broadcastable to (…, R), for every row of x: (R, rows)."""
-    return C.expand(*x.shape[:-1], C.shape[-1]).reshape(-1, C.shape[-1]).T
+def by_rank(C: Tensor, shape: torch.Size) -> Tensor:
+    """C, broadcastable to (…, R), for every row of an x of this shape: (R, rows)."""
+    return C.expand(*shape[:-1], C.shape[-1]).reshape(-1, C.shape[-1]).T
 
 
 def fresh_factors(

@@ -30,8 +30,8 @@ def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> 
 
     Raises:
         TaskError: no such task. MergeError: merged already, no task is current, a weight that is shared or
-        that is not a plain dense one. RouteError: a call or a `with route` is running. The model is
-        unchanged.
+        that is not a plain dense one, a mixture that needs the weights. RouteError: a call or a `with route`
+        is running. The model is unchanged.
     """
     model = unwrapped(model)
     state = state_of(model, name)
@@ -43,6 +43,8 @@ def merge(model: nn.Module, name: str | None = None, *, untie: bool = False) -> 
     layers = task_layers(model, name)
     if state.merged is not None:
         raise MergeError(f"task {state.merged!r} is merged already; unmerge it first")
+    for expert, why in state.pinned.items():
+        raise MergeError(f"task {expert!r} is {why}; nothing can be merged into the weights until then")
     if state.busy:
         raise RouteError(f"task {name!r} cannot be merged while a call or a `with route` is running")
     if not untie:

@@ -60,6 +60,19 @@ class Owner(nn.Module):
         return "x".join(map(str, self.weight.shape))
 
 
+class Beside(nn.Module):
+    """A module that stands beside the base model and is part neither of it nor of a task: a router, say.
+
+    No target reaches into it, the base's state dict leaves it out and freezing the base leaves it alone. A state
+    dict without any of its tensors, such as the base's, leaves it as it is.
+    """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 class Down(Owner):
     """A (r, in), the dropout probability of its input, and perhaps its start."""
 

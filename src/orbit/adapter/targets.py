@@ -25,7 +25,7 @@ from torch import nn
 
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds.registry import is_linear, kind_of, refusal
-from orbit.adapter.owners import Tasks
+from orbit.adapter.owners import Beside, Tasks
 from orbit.adapter.patterns import Pattern, clean
 
 
@@ -155,14 +155,14 @@ def _is_pattern(target: str) -> bool:
 
 
 def tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | None]]:
-    """Every module but the adapters' own, by name, and each one's parent."""
+    """Every module but the adapters' own and those beside the model, by name, and each one's parent."""
     modules: dict[str, nn.Module] = {}
     parents: dict[str, nn.Module | None] = {}
     seen: set[nn.Module] = set()
     left: list[tuple[str, nn.Module, nn.Module | None]] = [("", model, None)]
     while left:
         name, module, parent = left.pop()
-        if module not in seen and not isinstance(module, Tasks):
+        if module not in seen and not isinstance(module, (Tasks, Beside)):
             seen.add(module)
             modules[name], parents[name] = module, parent
             children = [

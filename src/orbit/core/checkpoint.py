@@ -11,7 +11,6 @@ Reading verifies the digest first: one flipped bit loads silently otherwise (298
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orbit.core.files import sync_folder, write_synced
+from orbit.core.files import sha256_of, sync_folder, write_synced
 
 LATEST = "checkpoint_latest.pt"
 _NAME = re.compile(r"checkpoint_step_(\d+)\.pt")
@@ -53,7 +52,7 @@ def save_checkpoint(state: dict[str, Any], path: Path | str) -> Path:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        digest = _digest(partial)
+        digest = sha256_of(partial)
         accepted = [digest]
         if path.exists() and is_valid(path):
             accepted += _digests(path)  # while the old file is still in place, it stays valid too
@@ -164,7 +163,7 @@ def prune(folder: Path | str, keep: set[Path]) -> None:
 def is_valid(path: Path) -> bool:
     """The file is there, and its sha256 is in its manifest."""
     path = path.resolve()
-    return path.is_file() and _manifest(path).is_file() and _digest(path) in _digests(path)
+    return path.is_file() and _manifest(path).is_file() and sha256_of(path) in _digests(path)
 
 
 def _check_plain(value: Any, place: str) -> None:
@@ -183,14 +182,6 @@ def _check_plain(value: Any, place: str) -> None:
             f"{type(value).__module__}.{type(value).__qualname__}: checkpoints hold tensors and plain "
             "values only, so that they load with weights_only=True; save a tensor, number, string, list or dict"
         )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _digests(path: Path) -> list[str]:

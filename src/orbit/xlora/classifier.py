@@ -7,7 +7,8 @@
     h (batch, seq, hidden)     z, p, s (batch, seq, layers, experts), with stride 0 along layers unless layerwise
 
 Source: Buehler & Buehler 2024 (arXiv 2402.07148) and the two public implementations, whose top-k softmax is meant
-per token and layer, as here. The classifier computes in its own dtype, float32 by default also on a bf16 base.
+per token and layer, as here. The classifier computes in its own dtype, float32 by default also on a
+bf16 base and under autocast.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from orbit.adapter.owners import Beside
 from orbit.xlora.config import xLoRAConfig
 
 
-class Classifier(nn.Module):
+class Classifier(Beside):
     """The router of a mixture: `layers`, a Sequential with the indices that PEFT's files have.
 
     Args:
@@ -47,7 +49,8 @@ class Classifier(nn.Module):
     def forward(self, hidden: Tensor, config: xLoRAConfig) -> Tensor:
         """The prediction p (batch, seq, layers, experts) for hidden states (batch, seq, hidden)."""
         weight = next(self.layers.parameters())
-        logits: Tensor = self.layers(hidden.to(weight.device, weight.dtype))
+        with torch.autocast(weight.device.type, enabled=False):
+            logits: Tensor = self.layers(hidden.to(weight.device, weight.dtype))
         batch, seq = hidden.shape[:2]
         logits = logits.view(batch, seq, -1, self.n_experts)
         if config.enable_softmax:

@@ -11,22 +11,31 @@ The mixture is what the model computes where nobody chose a task: `model(x, task
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from orbit.adapter.errors import RouteError
 from orbit.adapter.graft import Graft
-from orbit.adapter.inject import adapter_parameters, set_trainable, task_layers
+from orbit.adapter.inject import adapter_parameters, set_trainable
+from orbit.adapter.inject import remove as remove_task
+from orbit.adapter.routes.plan import Together
+from orbit.adapter.routes.replay import History, in_backward
 from orbit.adapter.routes.route import route, set_route, state_of
-from orbit.xlora import passes
+from orbit.adapter.routes.state import outside_graphs
+from orbit.core.runtime import resolve_device
+from orbit.xlora import files, generation, passes
 from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
-from orbit.xlora.log import ScalingsLog
+from orbit.xlora.experts import check_layers, expert_layers
+from orbit.xlora.log import ScalingsLog, save_scalings_log
+from orbit.xlora.reuse import Approximation
 
 
 class xLoRAModel(nn.Module):
@@ -37,6 +46,7 @@ class xLoRAModel(nn.Module):
         xlora_experts: the names of the tasks that are mixed, in the order of the scalings' last axis.
         xlora_classifier: the router.
         xlora_log: predictions.
+        xlora_approximation: of the running `approximate` block, or None.
     """
 
     xlora_config: xLoRAConfig
@@ -44,32 +54,51 @@ class xLoRAModel(nn.Module):
     xlora_classifier: Classifier
     xlora_log: ScalingsLog
     xlora_enabled: bool
+    xlora_approximation: Approximation | None = None
     _xlora_original: type[nn.Module]
 
     # -- the layers ------------------------------------------------------------------------------------------
 
     def xlora_layers(self) -> dict[str, Graft]:
         """The layers that carry experts, by dotted name, in the order of the scalings' third axis."""
-        carrying = [task_layers(self, expert) for expert in self.xlora_experts]
-        return {
-            path: module
-            for path, module in self.named_modules()
-            if isinstance(module, Graft) and any(path in layers for layers in carrying)
-        }
+        return expert_layers(self, self.xlora_experts)
 
     def xlora_places(self) -> Mapping[int, int]:
         """The place of each of these layers on that axis, by `id(layer)`."""
+        return self._xlora_layout()[1]
+
+    def xlora_flat(self) -> Collection[int]:
+        """Those of them, by `id(layer)`, that may be given all tokens in order as one axis, as OPT does.
+
+        A layer in a list within a block is one of several that each get some tokens of a mixture of experts.
+        """
+        return self._xlora_layout()[2]
+
+    def _xlora_layout(self) -> tuple[tuple[Graft, ...], Mapping[int, int], Collection[int]]:
         kept = self.__dict__.get("_xlora_kept")
         if kept is None:
-            layers = tuple(self.xlora_layers().values())
-            kept = self.__dict__["_xlora_kept"] = layers, {id(layer): k for k, layer in enumerate(layers)}
-        return kept[1]
+            layers = self.xlora_layers()
+            lists = [f"{path}." for path, module in self.named_modules() if isinstance(module, nn.ModuleList)]
+            places = {id(layer): k for k, layer in enumerate(layers.values())}
+            flat = {id(layers[path]) for path in layers if sum(map(path.startswith, lists)) < 2}
+            kept = self.__dict__["_xlora_kept"] = tuple(layers.values()), places, flat
+        return kept
 
     # -- on and off ------------------------------------------------------------------------------------------
 
     def xlora_acts(self) -> bool:
         """Does the next forward mix experts, rather than follow a task that somebody chose?"""
         return self.xlora_enabled and not state_of(self).is_chosen()
+
+    @outside_graphs
+    def _xlora_mixes(self) -> bool:
+        """`xlora_acts`, and in a replay of the whole model what its forward did, whatever was chosen since."""
+        history = self.__dict__.setdefault("_xlora_history", History(_MIXES))
+        if in_backward():
+            return history.route_of_replay() == _MIXES
+        acts = self.xlora_acts()
+        history.note(_MIXES if acts else None)
+        return acts
 
     @contextmanager
     def disable(self) -> Iterator[None]:
@@ -135,9 +164,55 @@ class xLoRAModel(nn.Module):
         """A shallow copy of the log."""
         return list(self.xlora_log.entries)
 
+    def flush_log_scalings(self, path: str | os.PathLike[str]) -> None:
+        """Write the log (num_logged, batch, seq, layers, experts) to `path`.npy, or where its tensors differ in shape
+        to one file for each sequence length and a JSON file that restores the order. The log stays.
+
+        Raises:
+            XLoRAError: the log is empty, or the path has an extension.
+        """
+        save_scalings_log(path, self.xlora_log.entries)
+
     def print_scalings_predictions(self, n_predictions_lifetime: int) -> None:
         """Print the predictions of the next n forwards."""
         self.xlora_log.to_print = n_predictions_lifetime
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        peft: bool = False,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write the mixture, without the base model: settings, classifier and experts; `from_pretrained` reads it.
+
+        Args:
+            save_directory: the folder. A new one appears complete, in an old one each file is replaced.
+            is_main_process: does this process write?
+            state_dict: take the tensors from here instead of the model, by the model's names.
+            peft: write what PEFT loads. Its experts are called 0, 1, …, in our order.
+            safe_serialization: write the classifier as safetensors, else for torch.load.
+            kwargs: `max_shard_size`, by which nothing here is split.
+
+        Raises:
+            XLoRAError: an unknown argument, a tensor that `state_dict` lacks, or what PEFT cannot hold. OSError: from
+                the file system.
+        """
+        for name in kwargs.keys() - {"max_shard_size"}:
+            raise XLoRAError(f"save_pretrained({name}={kwargs[name]!r}) cannot be honoured for a mixture")
+        files.save(
+            self,
+            Path(save_directory),
+            state_dict=state_dict,
+            peft=peft,
+            safe_serialization=safe_serialization,
+            writes=is_main_process,
+        )
 
     # -- copies ----------------------------------------------------------------------------------------------
 
@@ -147,28 +222,45 @@ class xLoRAModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         inherited = getattr(super(), "__getstate__", None)
         state = dict(self.__dict__ if inherited is None else inherited())
-        state.pop("_xlora_kept", None)
+        for transient in ("_xlora_kept", "_xlora_history"):
+            state.pop(transient, None)
         return state
 
+
+_MIXES = "a mixture"  # in a model's history, which notes None for a forward under a route that was chosen
 
 xLoraModel = xLoRAModel  # document 001 spells it both ways
 
 
-def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAModel:
+def mix(
+    model: nn.Module, experts: Sequence[str], config: xLoRAConfig, classifier: Classifier | None = None
+) -> xLoRAModel:
     """Make `model`, which carries the tasks `experts`, a mixture of them, in place.
 
     Everything but the classifier is frozen, and the experts where they are to train.
 
+    Args:
+        classifier: a trained one of these settings; None makes a new one.
+
     Raises:
-        XLoRAError: no experts, another hidden size, more experts to keep than there are, or it is a mixture already.
+        XLoRAError: no experts, another hidden size, more experts to keep than there are, an encoder-decoder, or it is
+            a mixture already. The model is unchanged.
     """
     if isinstance(model, xLoRAModel):
         raise XLoRAError(f"{type(model).__name__} is a mixture of {list(model.xlora_experts)} already")
     if not experts:
         raise XLoRAError("a mixture needs at least one expert: adapters={name: folder of a PEFT adapter}")
+    if len(set(experts)) < len(experts):
+        raise XLoRAError(
+            f"experts={list(experts)} names one twice; every expert has one place among the scalings"
+        )
     if config.top_k_lora is not None and config.top_k_lora > len(experts):
         raise XLoRAError(
             f"xLoRAConfig(top_k_lora={config.top_k_lora}): there are only {len(experts)} experts"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise XLoRAError(
+            f"{type(model).__name__} has an encoder and a decoder, and a mixture is one of a causal language model"
         )
     size = hidden_size(model)
     if config.hidden_size != size:
@@ -176,10 +268,16 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
             f"xLoRAConfig(hidden_size={config.hidden_size}): the last hidden state of {type(model).__name__} has "
             f"{size} features"
         )
-    passes.decoder_of(model)
-    layers = {id(layer) for expert in experts for layer in task_layers(model, expert).values()}
-    device = next(model.parameters()).device if config.device is None else torch.device(config.device)
-    classifier = Classifier(config, len(layers), len(experts), device=device)
+    state = state_of(model, Together(tuple((expert, 1.0) for expert in experts)))
+    unknown = [expert for expert in experts if expert not in state.configs]
+    if unknown or state.merged is not None:
+        raise XLoRAError(
+            f"there is no task {unknown[0]!r} to be an expert; the model has {list(state.configs)}"
+            if unknown
+            else f"task {state.merged!r} is merged into the weights; unmerge it before mixing"
+        )
+    check_layers(model, experts, passes.decoder_of(model))
+    classifier = new_classifier(model, experts, config) if classifier is None else classifier
     classifier.train(model.training)
     set_route(model, None)
     for parameter in model.parameters():
@@ -190,7 +288,56 @@ def mix(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> xLoRAM
     model.xlora_config, model.xlora_experts = replace(config), tuple(experts)
     model.xlora_classifier, model.xlora_log, model.xlora_enabled = classifier, ScalingsLog(), True
     model.set_use_trainable_adapters(config.use_trainable_adapters)
+    state.pinned.update(
+        dict.fromkeys(experts, f"an expert of the mixture {cls.__name__}; xlora.remove(model) ends it")
+    )
     return model
+
+
+def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
+    """Make a mixture an ordinary model of its own class again, in place; the classifier and the log are gone.
+
+    Args:
+        keep_experts: leave the experts in the model as the tasks that they are; else they are removed too.
+
+    Returns:
+        The same model. What it froze stays frozen.
+
+    Raises:
+        XLoRAError: it is no mixture, or its class was changed since. RouteError: it is running.
+    """
+    original = type(model).__dict__.get("_xlora_original")
+    if original is None:
+        raise XLoRAError(
+            f"{type(model).__name__} is no mixture"
+            + ("; its class was changed since it became one" if isinstance(model, xLoRAModel) else "")
+        )
+    assert isinstance(model, xLoRAModel)
+    state, experts = state_of(model), model.xlora_experts
+    if state.busy:
+        raise RouteError("the mixture cannot end while a call or a `with route` is running")
+    for expert in experts:
+        state.pinned.pop(expert, None)
+    del model.xlora_classifier
+    for name in [name for name in model.__dict__ if name.startswith(("xlora_", "_xlora_"))]:
+        del model.__dict__[name]
+    model.__class__ = original
+    for expert in () if keep_experts else experts:
+        remove_task(model, expert)
+    return model
+
+
+def new_classifier(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> Classifier:
+    """A classifier for a mixture of these tasks of `model`.
+
+    Raises:
+        XLoRAError: there is no such device.
+    """
+    try:
+        device = resolve_device(config.device or next(model.parameters()).device)
+    except ValueError as error:
+        raise XLoRAError(f"xLoRAConfig(device={config.device!r}): {error}") from None
+    return Classifier(config, len(expert_layers(model, experts)), len(experts), device=device)
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -213,9 +360,16 @@ def mixture_class(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)  # `generate` and Trainer read the signature
     def forward(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
         own = functools.partial(cls.forward, self)
-        return passes.run(self, own, args, kwargs) if self.xlora_acts() else own(*args, **kwargs)
+        return passes.run(self, own, args, kwargs) if self._xlora_mixes() else own(*args, **kwargs)
 
     body = {"forward": forward, "_xlora_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if hasattr(cls, "generate"):
+
+        @functools.wraps(cls.generate)
+        def generate(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
+            return cls.generate(self, *args, **generation.arguments(self, kwargs))
+
+        body["generate"] = generate
     _CLASSES[cls] = type(cls.__name__, (xLoRAModel, cls), body)
     return _CLASSES[cls]
 

@@ -12,17 +12,22 @@ no loss, no list of hidden states.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from orbit.adapter.errors import ScalingsError
 from orbit.adapter.routes.plan import Scaled
 from orbit.adapter.routes.route import route
+from orbit.adapter.routes.state import outside_graphs
 from orbit.xlora.cache import TwinCache
 from orbit.xlora.classifier import applied
-from orbit.xlora.errors import XLoRAError
+from orbit.xlora.errors import CacheError, XLoRAError
+from orbit.xlora.generation import cache_of
+from orbit.xlora.lagging import Lagging
 
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
@@ -44,35 +49,56 @@ _HEAD_ONLY = frozenset(
 )
 
 
+@outside_graphs  # routes are switched outside of graphs; compile the model's blocks, which both passes run
 def run(
     model: xLoRAModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """The output of `forward`, the model's own, under the scalings that the classifier predicts."""
-    given = dict(inspect.signature(forward).bind_partial(*args).arguments) | dict(kwargs)
-    twin = _twin(model, given)
-    hidden = scaling_pass(model, given, twin)
-    prediction = model.xlora_classifier(hidden, model.xlora_config)
+    given = dict(kwargs)
+    if args:
+        given |= inspect.signature(forward).bind_partial(*args).arguments
+    cache = cache_of(model, given)
+    approximation = model.xlora_approximation
+    prediction = (approximation.predict if approximation else predict)(model, given, cache)
     model.xlora_log.note(prediction)
-    if twin is not None:
-        given["past_key_values"] = twin.main
-    as_tuple = given.get("return_dict") is False
-    if as_tuple and twin is not None:
-        given["return_dict"] = True
-    with route(model, mixture(model, applied(prediction, model.xlora_config))):
+    given["past_key_values" if cache is not None else "use_cache"] = cache if cache is not None else False
+    whole = given.pop("logits_to_keep", 0) if _head_mixes(model) else 0
+    as_tuple = given.get("return_dict", getattr(model.config, "return_dict", None)) is False
+    given["return_dict"] = True
+    with _naming_layers(model), route(model, mixture(model, applied(prediction, model.xlora_config))):
         output = forward(**given)
-    if twin is None:
-        return output
-    output.past_key_values = twin
+    if isinstance(whole, Tensor) or whole:
+        output.logits = output.logits[:, whole if isinstance(whole, Tensor) else slice(-whole, None)]
     return output.to_tuple() if as_tuple else output
+
+
+def predict(model: xLoRAModel, given: Mapping[str, Any], cache: TwinCache | None) -> Tensor:
+    """The prediction (batch, seq, layers, experts) for a forward's arguments.
+
+    Raises:
+        CacheError: the cache was filled under an approximation.
+    """
+    if cache is not None and isinstance(cache.scaling, Lagging):
+        raise CacheError(
+            "past_key_values was filled under xlora.approximate, whose scaling pass is another; start from an empty "
+            "cache, or go on under the same approximation"
+        )
+    hidden = scaling_pass(model, given, None if cache is None else cache.scaling)
+    prediction: Tensor = model.xlora_classifier(hidden, model.xlora_config)
+    return prediction
 
 
 def mixture(model: xLoRAModel, scalings: Tensor) -> Scaled:
     """The route of these scalings (batch, seq, layers, experts)."""
-    return Scaled(model.xlora_experts, scalings, model.xlora_places())
+    return Scaled(model.xlora_experts, scalings, model.xlora_places(), model.xlora_flat())
 
 
-def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], twin: TwinCache | None) -> Tensor:
-    """The last hidden state (batch, seq, hidden) of the decoder for a forward's arguments, without gradient."""
+def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], cache: Any | None) -> Tensor:
+    """The last hidden state (batch, seq, hidden) of the decoder for a forward's arguments, without gradient.
+
+    Args:
+        cache: of this pass, which is filled.
+    """
     config = model.xlora_config
     passed = {key: value for key, value in given.items() if key not in _HEAD_ONLY}
     value = config.scaling_pass_value * config.global_scaling_weight
@@ -80,8 +106,8 @@ def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], twin: TwinCache | 
     with torch.no_grad(), chosen:
         output = decoder_of(model)(
             **passed,
-            use_cache=twin is not None,
-            past_key_values=None if twin is None else twin.scaling,
+            use_cache=cache is not None,
+            past_key_values=cache,
             return_dict=True,
         )
     hidden: Tensor = output.last_hidden_state
@@ -105,19 +131,19 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def _twin(model: Any, given: Mapping[str, Any]) -> TwinCache | None:
-    """The caches of this forward: of the one given, new ones where the model would make one, or none.
+@contextmanager
+def _naming_layers(model: xLoRAModel) -> Iterator[None]:
+    try:
+        yield
+    except ScalingsError as error:
+        name = next(path for path, layer in model.xlora_layers().items() if layer is error.layer)
+        raise XLoRAError(
+            f"{name}: {error}; experts of a mixture cannot lie on layers that are given a choice of tokens (a routed "
+            f"expert of the model's own): train them with AdapterConfig(exclude=({name!r},))"
+        ) from error
 
-    A model that trains would make one too, and nobody would read it.
-    """
-    cache = given.get("past_key_values")
-    if cache is not None:
-        return TwinCache.of(cache)
-    config = model.config.get_text_config(decoder=True)
-    if given.get("use_cache") is False or (model.training and torch.is_grad_enabled()):
-        return None
-    if not (given.get("use_cache") or getattr(config, "use_cache", False)):
-        return None
-    from transformers import DynamicCache
 
-    return TwinCache.of(DynamicCache(config=config))
+def _head_mixes(model: xLoRAModel) -> bool:
+    """Does the head carry experts? It then needs the scalings' tokens, all of them."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return id(head) in model.xlora_places()

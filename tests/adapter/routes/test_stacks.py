@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from orbit.adapter import AdapterConfig, adapter_parameters, inject, route
 from orbit.adapter.lora import fused
-from orbit.adapter.routes.stacks import Terms, grouped, per_row, sorting, stacked, together
+from orbit.adapter.routes.stacks import (
+    Terms,
+    by_rank,
+    end_to_end,
+    grouped,
+    per_row,
+    sorting,
+    stacked,
+    together,
+)
 
 RANKS = (2, 3, 3)
 
@@ -22,6 +31,10 @@ def tasks(dora: bool) -> tuple[Tensor, Tensor, list[Terms]]:
 
     terms = [Terms(t(r, 6), t(5, r), t(), t(5) if dora and k != 1 else None) for k, r in enumerate(RANKS)]
     return t(5, 6).detach(), t(5).detach(), terms
+
+
+def sum_of(terms: list[Terms], weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return together(end_to_end(terms), weights, by_rank(weights, RANKS))
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -45,7 +58,7 @@ def test_each_way_is_each_rows_task(dora: bool, length: tuple[int, ...], rows: l
         mask[found, task] = 1
     weights = mask.view(count, *[1] * len(length), -1)
     ways = [
-        fused(x, W, b, *together(terms, weights)),
+        fused(x, W, b, *sum_of(terms, weights)),
         fused(x, W, b, *per_row(stack, order, x.dim())),
     ]
     wanted = [t for task in terms for t in task if t is not None]
@@ -64,7 +77,7 @@ def test_a_weighted_sum_adds_up_what_each_task_adds(dora: bool) -> None:
     u = nn.functional.linear(x, W, b)
     for weights in (torch.randn(3).double(), torch.randn(2, 4, 3).double()):
         expected = u + sum(weights[..., k, None] * (fused(x, W, b, *t) - u) for k, t in enumerate(terms))
-        torch.testing.assert_close(fused(x, W, b, *together(terms, weights)), expected)
+        torch.testing.assert_close(fused(x, W, b, *sum_of(terms, weights)), expected)
 
 
 def test_blocks_are_seen() -> None:

@@ -1,6 +1,18 @@
 """Adapters on disk."""
 
-from orbit.adapter.files.folder import is_sharded, load, read, save
-from orbit.adapter.files.writing import CONFIG, WEIGHTS
+from orbit.adapter.files.folder import contents, is_sharded, load, read, save, whole
+from orbit.adapter.files.writing import CONFIG, WEIGHTS, packed, replace_files, write_folder
 
-__all__ = ["CONFIG", "WEIGHTS", "is_sharded", "load", "read", "save"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "contents",
+    "is_sharded",
+    "load",
+    "packed",
+    "read",
+    "replace_files",
+    "save",
+    "whole",
+    "write_folder",
+]

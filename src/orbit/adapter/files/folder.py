@@ -85,8 +85,25 @@ def save(
         TaskError: no such task. AdapterFileError: `peft=True` for a task that PEFT's format cannot hold. OSError:
         from the file system; then the former content is still there.
     """
-    model = bare(model)
     path = Path(path)
+    text, tensors = contents(model, name, peft=peft)
+    sharded = is_sharded(bare(model))
+    if is_main_process() or not sharded:
+        write(path, text, tensors)
+    if sharded:
+        dist.barrier()
+    return path
+
+
+def contents(model: nn.Module, name: str, *, peft: bool = False) -> tuple[str, dict[str, Tensor]]:
+    """What `save` writes: the config's text, and the tensors on the CPU, each with a memory of its own.
+
+    Of a model that `fully_shard` has sharded every rank must call it.
+
+    Raises:
+        TaskError, AdapterFileError: as `save`.
+    """
+    model = bare(model)
     config = task_config(model, name)
     layers = places(model, name)
     tensors: dict[str, Tensor] = {}
@@ -96,7 +113,7 @@ def save(
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
         tensors.update({key_of(place, end): tensor for end, tensor in found.items()})
-    tensors = _apart({key: _whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
+    tensors = _apart({key: whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
@@ -110,12 +127,7 @@ def save(
     fields["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     fields["task_type"] = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
     text = json.dumps(fields, indent=2, sort_keys=True)
-    sharded = is_sharded(model)
-    if is_main_process() or not sharded:
-        write(path, text, tensors)
-    if sharded:
-        dist.barrier()
-    return path
+    return text, tensors
 
 
 def load(
@@ -281,7 +293,8 @@ def _is_part(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # by its method: importing DTensor takes half a second
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor without gradient, of a sharded one all of it: then every rank must call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save as to_bytes
@@ -20,35 +20,64 @@ def write(path: Path, text: str, tensors: dict[str, Tensor]) -> None:
     if path.suffix == ".safetensors":
         content = to_bytes(tensors, {"format": "pt", "adapter_config": text})
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_files(path.parent, {path.name: content})
+        replace_files(path.parent, [(path.name, content)])
     else:
-        _write_folder(path, {WEIGHTS: to_bytes(tensors, {"format": "pt"}), CONFIG: text.encode()})
+        write_folder(path, packed(text, tensors))
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def packed(text: str, tensors: dict[str, Tensor]) -> list[tuple[str, bytes]]:
+    """The names and contents of the files of an adapter's folder."""
+    return [(WEIGHTS, to_bytes(tensors, {"format": "pt"})), (CONFIG, text.encode())]
+
+
+def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write files, by their names below `folder`: a new folder appears complete, in an old one each file is replaced.
+
+    Files are asked for one at a time, and all of them before the first is put in its place; the last one given comes
+    last.
+    """
     if folder.is_dir():
-        _replace_files(folder, files)
+        replace_files(folder, files)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         new = Path(scratch) / folder.name
         new.mkdir()
-        for name, content in files.items():
-            write_synced(new / name, content)
-        sync_folder(new)
+        names = _write_all(new, files)
         try:
             os.rename(new, folder)
         except OSError:
             if not folder.is_dir():
                 raise
-            _replace_files(folder, files)  # another process has made it meanwhile
+            _move_all(new, folder, names)  # another process has made it meanwhile
     sync_folder(folder.parent)
 
 
-def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def replace_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write files into a folder that is there; of those that it has under these names each is replaced whole."""
     with tempfile.TemporaryDirectory(prefix=".orbit.", dir=folder) as scratch:
-        for name, content in files.items():
-            write_synced(Path(scratch) / name, content)
-        for name in files:
-            os.replace(Path(scratch) / name, folder / name)
-    sync_folder(folder)
+        _move_all(Path(scratch), folder, _write_all(Path(scratch), files))
+
+
+def _write_all(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[str]:
+    names = []
+    for name, content in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_synced(folder / name, content)
+        names.append(name)
+    _sync_all(folder, names)
+    return names
+
+
+def _move_all(source: Path, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / name, folder / name)
+    _sync_all(folder, names)
+
+
+def _sync_all(folder: Path, names: Iterable[str]) -> None:
+    """The folder and those below it that hold one of these files, the deepest first."""
+    inside = {parent for name in names for parent in (folder / name).parents if parent.is_relative_to(folder)}
+    for each in sorted(inside, key=lambda path: len(path.parts), reverse=True):
+        sync_folder(each)

@@ -68,10 +68,10 @@ class AttentionGraft(WholeGraft, nn.MultiheadAttention):
         """Every task on the whole batch, and each row its own: no shape depends on who got which rows."""
         base, base_weights = self.base(**call)
         each = [self.adapted(slot, **call) for slot in mix.slots]
-        output = weighted(base, (y for y, _ in each), mix, axis)
+        output = weighted(self, base, (y for y, _ in each), mix, axis)
         if base_weights is None:
             return output, None
-        return output, weighted(base_weights, (w for _, w in each), mix)
+        return output, weighted(self, base_weights, (w for _, w in each), mix)
 
     def _take(self, call: dict[str, Any], rows: Tensor, axis: int, batch: int) -> dict[str, Any]:
         """The arguments of these rows. A tensor that is both query and key stays one tensor."""

@@ -88,7 +88,7 @@ class DenseGraft(Graft):
             return super().mixed(mix, input, *args, **kwargs)
         base = self.base(input, *args, **kwargs)
         each = (self.beside(base, slot, input, *args, **kwargs) for slot in mix.slots)  # type: ignore[arg-type]
-        return weighted(base, each, mix)
+        return weighted(self, base, each, mix)
 
     def beside(self, base: Tensor, slot: Slot, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output under one task, given the layer's own."""

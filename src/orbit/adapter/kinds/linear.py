@@ -15,6 +15,7 @@ beside u, which the layer's own forward computes whatever it is (`lora.low_rank`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -22,15 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orbit.adapter import dora
-from orbit.adapter.errors import GraftError
+from orbit.adapter.errors import GraftError, ScalingsError
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds.dense import DenseGraft
 from orbit.adapter.kinds.registry import register_kind
-from orbit.adapter.lora import fused, low_rank
+from orbit.adapter.lora import compute_dtype, fused, low_rank
 from orbit.adapter.offload import refuse_meta
 from orbit.adapter.owners import AnySlot, Bias, Slot, TokenRows
 from orbit.adapter.routes.plan import Mix
-from orbit.adapter.routes.stacks import Kept, Sorting, Stack, Terms, grouped, per_row, stacked, together
+from orbit.adapter.routes.stacks import (
+    Kept,
+    Stack,
+    Terms,
+    by_rank,
+    end_to_end,
+    grouped,
+    per_row,
+    stacked,
+    together,
+)
 
 
 class LinearGraft(DenseGraft, nn.Linear):
@@ -60,6 +71,8 @@ class LinearGraft(DenseGraft, nn.Linear):
         """The output under several tasks; `stacks.py` says which way is taken and why."""
         slots = [slot for slot in mix.slots if type(slot) is Slot and self._is_short(slot)]
         scaled = mix.rows is None and mix.weights.dim() > 1
+        if scaled and input.dim() == 2:
+            mix = self._flattened(mix, input)
         if len(slots) < len(mix.slots) or (scaled and input.shape[:-1] != mix.weights.shape[:-1]):
             return super().mixed(mix, input, *args, **kwargs)
         if mix.rows is not None:
@@ -67,6 +80,17 @@ class LinearGraft(DenseGraft, nn.Linear):
         y = self._short(mix, slots, input, args, kwargs)
         shift = self._shift(mix, slots, input.dim())
         return y if shift is None else y + shift.to(y.dtype)
+
+    def _flattened(self, mix: Mix, input: Tensor) -> Mix:
+        """A mix of weights per token for an input (batch·sequence, in)."""
+        tokens = mix.weights.shape[:-1]
+        if not mix.flat or len(input) != tokens.numel():
+            raise ScalingsError(
+                f"scalings for (batch, sequence) = {tuple(tokens)} do not fit an input of {len(input)} rows, which "
+                "tokens they are is unknown",
+                self,
+            )
+        return mix._replace(weights=mix.weights.flatten(0, 1))
 
     def _short(
         self, mix: Mix, slots: list[Slot], input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -81,23 +105,39 @@ class LinearGraft(DenseGraft, nn.Linear):
         if torch.is_grad_enabled():
             return self._together(mix, slots, input, args, kwargs)
         u = self.base(input, *args, **kwargs)
-        stack = self._kept_stack(slots, mix.order, u.dtype)
+        none, kept = mix.order.none, mix.order.kept
+        stack = self._kept_stack(kept, id(self), slots, u.dtype, lambda terms: stacked(terms, none))
         self._refuse_misfit(u.shape[-1], input, stack.A, stack.B)
         return grouped(u, self.bias, input, stack, mix.order)
 
-    def _kept_stack(self, slots: list[Slot], order: Sorting, dtype: torch.dtype) -> Stack:
-        """The tasks side by side in this dtype, made once under a route: rows of a few tokens are decoded often."""
+    def _sources(self, slots: list[Slot]) -> list[Tensor]:
+        """What the tasks' terms are made of."""
         owners = [owner for slot in slots for owner in slot if owner is not None]
-        parameters = [owner._parameters["weight"] for owner in owners] + [*self._parameters.values()]
-        sources: list[Tensor] = [t for t in parameters if t is not None]
-        kept = order.kept.get(id(self))
-        if kept is not None and kept.stack.A.dtype == dtype and kept.holds(sources):
-            return kept.stack
-        stack = stacked([self._terms(slot) for slot in slots], order.none)
-        stack = Stack(stack.A.to(dtype), stack.B.to(dtype), stack.D)
-        if not any(t.is_inference() for t in sources):
-            order.kept[id(self)] = Kept(sources, [t._version for t in sources], stack)
-        return stack
+        found = [owner._parameters["weight"] for owner in owners]
+        if any(slot.magnitude is not None for slot in slots):
+            found.extend(self._parameters.values())
+        return [t for t in found if t is not None]
+
+    def _kept_stack(
+        self,
+        place: dict[Any, Kept],
+        key: object,
+        slots: list[Slot],
+        dtype: torch.dtype,
+        make: Callable[[list[Terms]], Stack],
+    ) -> Stack:
+        """What `make` makes of the tasks' terms, in this dtype, without gradient, and kept in a place under a key."""
+        sources = self._sources(slots)
+        kept = place.get(key)
+        if kept is None or not kept.holds(sources, dtype):
+            with torch.inference_mode(False), torch.no_grad():  # it may serve a training step
+                A, B, D = make([self._terms(slot) for slot in slots])
+                stack = Stack(A.to(dtype), B.to(dtype), D)
+            kept = Kept.made_from(sources, stack)
+            if kept is None:
+                return stack
+            place[key] = kept
+        return kept.stack
 
     def _shift(self, mix: Mix, slots: list[Slot], dims: int) -> Tensor | None:
         """Σ_t w_t·(b_t − b), broadcastable to an output of so many dimensions; None where no task has a b_t."""
@@ -124,8 +164,27 @@ class LinearGraft(DenseGraft, nn.Linear):
     def _together(
         self, mix: Mix, slots: list[Slot], input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        terms = [self._terms(slot) for slot in slots]
-        return self._low_rank(input, *together(terms, self._spread(mix, input.dim())), args, kwargs)
+        """The output under tasks whose updates are one product, their ranks end to end."""
+        stack = self._end_to_end(slots, input)
+        weights, ranks = self._spread(mix, input.dim()), tuple(slot.up.r for slot in slots)
+        dtype = slots[0].up.scale.dtype
+        if torch.compiler.is_compiling() or mix.derived is None:
+            C = by_rank(weights.to(dtype), ranks)
+        else:  # once for all layers; keyed by the mode for the same reason as in `Scaled.at`
+            key = (ranks, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            if key not in mix.derived:
+                mix.derived[key] = by_rank(weights.to(dtype), ranks)
+            C = mix.derived[key]
+        return self._low_rank(input, *together(stack, weights, C), args, kwargs)
+
+    def _end_to_end(self, slots: list[Slot], input: Tensor) -> Stack:
+        """The tasks end to end; kept with the layer while all are frozen, beside the tensors that they own."""
+        eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        if eager and not any(t.requires_grad for t in self._sources(slots)):
+            dtype = compute_dtype(input, self.weight) if self.fuses else slots[0].down.weight.dtype
+            place = self.__dict__.setdefault("_orbit_kept", {})
+            return self._kept_stack(place, "end to end", slots, dtype, end_to_end)
+        return end_to_end([self._terms(slot) for slot in slots])
 
     def _terms(self, slot: Slot) -> Terms:
         A, B = slot.down.weight, slot.up.weight

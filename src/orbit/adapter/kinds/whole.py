@@ -78,7 +78,7 @@ class WholeGraft(Graft):
         # Adapted layers below follow the route of all rows, so that these may not be taken apart.
         first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         each = (self.adapted(slot, *args, **kwargs) for slot in mix.slots)
-        return weighted(self.base(*args, **kwargs), each, self.fitted(mix, first))
+        return weighted(self, self.base(*args, **kwargs), each, self.fitted(mix, first))
 
     def _has_layers_below(self) -> bool:
         own = {self, *self.sites().values()}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from orbit.adapter.errors import RouteError
+from orbit.adapter.errors import ScalingsError
 
 if TYPE_CHECKING:
     from orbit.adapter.graft import Graft
@@ -35,8 +35,8 @@ def mixed(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any],
         axis: the batch axis of tensors in arguments and outputs.
 
     Raises:
-        RouteError: the batch does not fit the route's rows; or weights per position, where an output is not
-            (batch, sequence, …).
+        RouteError: the batch does not fit the route's rows. ScalingsError: weights per position, where an output is
+            not (batch, sequence, …).
     """
     if mix.rows is not None:
         first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
@@ -44,15 +44,17 @@ def mixed(layer: Graft, mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any],
         if not torch.compiler.is_compiling():
             return _per_row(layer, mix, args, kwargs, axis, first.shape[axis])
     base = layer.base(*args, **kwargs)
-    return weighted(base, (layer.adapted(slot, *args, **kwargs) for slot in mix.slots), mix, axis)
+    return weighted(layer, base, (layer.adapted(slot, *args, **kwargs) for slot in mix.slots), mix, axis)
 
 
-def weighted(base: Any, each: Iterable[Any], mix: Mix, axis: int = 0) -> Any:
+def weighted(layer: Graft, base: Any, each: Iterable[Any], mix: Mix, axis: int = 0) -> Any:
     """base + Σ_t w_t·(y_t − base) over the outputs y_t of the mix's tasks.
 
     Raises:
-        RouteError: weights per position, where an output is not (batch, sequence, …).
+        ScalingsError: weights per position, where an output is not (batch, sequence, …).
     """
+    if mix.weights.dim() == 3:
+        _refuse_misfit(layer, base, mix.weights, axis)
     total = base
     for index, one in enumerate(each):
         weight = mix.weights[..., index]
@@ -89,6 +91,19 @@ def _per_row(
     )
 
 
+def _refuse_misfit(layer: Graft, outputs: Any, weights: Tensor, axis: int) -> None:
+    for y in tree_leaves(outputs):
+        if (
+            isinstance(y, Tensor)
+            and y.is_floating_point()
+            and y.transpose(0, axis).shape[:2] != weights.shape[:2]
+        ):
+            raise ScalingsError(
+                f"scalings for (batch, sequence) = {tuple(weights.shape[:2])} do not fit its output {tuple(y.shape)}",
+                layer,
+            )
+
+
 def _chosen(weight: Tensor, one: Any, other: Any, axis: int) -> Any:
     """Rows of weight 1 from `one`, the rest from `other`."""
     if not isinstance(one, Tensor):
@@ -109,9 +124,4 @@ def _along(weight: Tensor, output: Tensor, axis: int) -> Tensor:
         return weight
     if weight.dim() == 2:
         weight, axis = weight.transpose(0, axis), 0
-        if output.shape[:2] != weight.shape:
-            raise RouteError(
-                f"scalings for (batch, sequence) = {tuple(weight.shape)} do not fit a layer's output "
-                f"{tuple(output.shape)}"
-            )
     return weight.reshape(*[1] * axis, *weight.shape, *[1] * (output.dim() - weight.dim() - axis))

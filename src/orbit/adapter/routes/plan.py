@@ -20,7 +20,7 @@ get no gradient at all rather than zeros, which an optimizer with momentum or we
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -70,11 +70,31 @@ class Scaled:
     """Tasks weighted by a tensor, (batch, sequence, layers, tasks), with gradient if it has one.
 
     `layers` gives a layer's place along the third axis by `id(layer)`; a layer without a place stays at its base.
+    `flat` holds the `id` of layers whose input may have batch and sequence as one axis, its tokens in order.
+    Where that axis has stride 0, all layers share what is derived from the scalings.
     """
 
     tasks: tuple[str, ...]
     scalings: Tensor
     layers: Mapping[int, int]
+    flat: Collection[int] = ()
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def at(self, place: int, mine: tuple[str, ...], device: torch.device) -> tuple[Tensor, dict[Any, Tensor]]:
+        """The weights (batch, sequence, tasks) of some tasks at a place, and what layers derived from them."""
+        shared = self.scalings.stride(2) == 0
+        # A reentrant checkpoint runs forwards without gradient; what they make is not for those with.
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = (0 if shared else place, mine, device, mode)
+        if key not in self.cache:
+            if mode not in self.cache:
+                self.cache[mode] = (self.scalings[:, :, 0],) if shared else self.scalings.unbind(2)
+            weights = self.cache[mode][key[0]]
+            if mine != self.tasks:
+                weights = weights[..., [self.tasks.index(task) for task in mine]]
+            self.cache[key] = weights.to(device), {}
+        weights, derived = self.cache[key]
+        return weights, derived
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise RouteError(
@@ -103,7 +123,9 @@ class Mix(NamedTuple):
         rows: of one task per row: for each slot the rows that use it, (n,) long, and last the rows of none;
             else None.
         order: the same, for linear layers.
+        derived: of scalings: what linear layers made of `weights`, shared by those that have the same.
         fits: of one task per row: what `fitted` made of `weights`, `rows` and `order`, by the number of rows.
+        flat: of weights per token: may the input have batch and sequence as one axis?
     """
 
     slots: tuple[AnySlot, ...]
@@ -111,6 +133,8 @@ class Mix(NamedTuple):
     rows: tuple[Tensor, ...] | None = None
     order: Sorting | None = None
     fits: dict[int, tuple[Tensor, tuple[Tensor, ...], Sorting | None]] | None = None
+    flat: bool = False
+    derived: dict[Any, Tensor] | None = None
 
     def fitted(self, rows: int) -> Mix:
         """This mix of one task per row for a batch of so many rows.
@@ -246,7 +270,7 @@ def renamed(route: Route, old: str, new: str) -> Route:
     if isinstance(route, Together):
         return Together(tuple((now(task), weight) for task, weight in route.weights))
     if isinstance(route, Scaled):
-        return Scaled(tuple(map(now, route.tasks)), route.scalings, route.layers)
+        return Scaled(tuple(map(now, route.tasks)), route.scalings, route.layers, route.flat)
     return now(route)
 
 
@@ -268,9 +292,8 @@ def plan_of(route: Route, layer: Graft) -> Plan:
         place = route.layers.get(id(layer))
         if place is None:
             return None
-        columns = [route.tasks.index(task) for task in mine]
-        weights = route.scalings[:, :, place]
-        return Mix(owners, weights if len(columns) == len(route.tasks) else weights[..., columns])
+        weights, derived = route.at(place, mine, device)
+        return Mix(owners, weights, derived=derived, flat=id(layer) in route.flat)
     key = (mine, device)
     if key not in route.cache:
         with torch.inference_mode(False):  # they may be kept until a training step, which saves them

@@ -120,6 +120,7 @@ def find_state(model: nn.Module, way: Route = None) -> RouteState | None:
             raise RouteError("parts of this model are merged or running; unmerge and finish them first")
     for other in others:
         first.configs.update({**other.configs, **united})
+        first.pinned.update(other.pinned)
         _rehook(model, other, first)
     for layer in grafts.values():
         if layer.__dict__["_orbit_route"] is not first:

@@ -15,7 +15,7 @@ training on short rows.
 
 from __future__ import annotations
 
-import operator
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,7 +34,10 @@ class Terms(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """The tasks of a layer: A (n, R, in), B (n, out, R) times C, D (n, out) or None."""
+    """The tasks of a layer: A (n, R, in), B (n, out, R) times C, D (n, out) or None.
+
+    End to end: A (ΣR, in), B (out, ΣR).
+    """
 
     A: Tensor
     B: Tensor
@@ -88,17 +91,26 @@ def sorting(rows: Sequence[Sequence[int]], device: torch.device) -> Sorting:
     )
 
 
-def together(terms: Sequence[Terms], weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A, B, C, D of the sum of tasks with weights (…, tasks)."""
-    scales = torch.stack([t.C for t in terms])
-    weights = weights.to(scales.dtype)
-    w = weights * scales
-    C = torch.cat([w[..., k : k + 1].expand(*w.shape[:-1], t.A.shape[0]) for k, t in enumerate(terms)], -1)
-    D = None
-    for k, t in enumerate(terms):
-        if t.D is not None:
-            D = weights[..., k : k + 1] * t.D + (0 if D is None else D)
-    return torch.cat([t.A for t in terms]), torch.cat([t.B for t in terms], 1), C, D
+def end_to_end(terms: Sequence[Terms]) -> Stack:
+    """The terms of tasks, whose ranks follow each other."""
+    A, B = torch.cat([t.A for t in terms]), torch.cat([t.C * t.B for t in terms], 1)
+    return Stack(A, B, _of_tasks(terms))
+
+
+def together(stack: Stack, weights: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A, B, C, D of the sum of the tasks end to end in `stack` with weights (…, tasks), and C = `by_rank` of them."""
+    return stack.A, stack.B, C, None if stack.D is None else weights.to(stack.D.dtype) @ stack.D
+
+
+def by_rank(weights: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Weights (…, tasks), each as often as its task has ranks: (…, ΣR), which lies rank-major (`lora.py`).
+
+    >>> by_rank(torch.tensor([0.5, 2.0]), [1, 3])
+    tensor([0.5000, 2.0000, 2.0000, 2.0000])
+    """
+    of_task = weights.reshape(-1, weights.shape[-1]).T
+    each = [of_task[k : k + 1].expand(rank, of_task.shape[1]) for k, rank in enumerate(ranks)]
+    return torch.cat(each).T.view(*weights.shape[:-1], sum(ranks))
 
 
 def per_row(stack: Stack, order: Sorting, dims: int) -> tuple[Tensor, Tensor, None, Tensor | None]:
@@ -132,30 +144,45 @@ def stacked(terms: Sequence[Terms], none: bool) -> Stack:
     if any(A.shape[0] < R for A in As):
         As = [F.pad(A, (0, 0, 0, R - A.shape[0])) for A in As]
         Bs = [F.pad(B, (0, R - B.shape[1])) for B in Bs]
-    Ds = None
-    if any(t.D is not None for t in terms):
-        zero = torch.zeros_like(next(t.D for t in terms if t.D is not None))
-        Ds = [zero if t.D is None else t.D for t in terms] + ([zero] if none else [])
+    D = _of_tasks(terms)
     if none:
         As, Bs, Cs = ([*ts, torch.zeros_like(ts[0])] for ts in (As, Bs, Cs))
+        D = None if D is None else F.pad(D, (0, 0, 0, 1))
     B = torch.stack(Cs).view(-1, 1, 1) * torch.stack(Bs)
-    return Stack(torch.stack(As), B, None if Ds is None else torch.stack(Ds))
+    return Stack(torch.stack(As), B, D)
+
+
+def _of_tasks(terms: Sequence[Terms]) -> Tensor | None:
+    """D (n, out) of tasks, zero for those without; None if none has one."""
+    found = [t.D for t in terms if t.D is not None]
+    if not found:
+        return None
+    zero = torch.zeros_like(found[0])
+    return torch.stack([zero if t.D is None else t.D for t in terms])
 
 
 class Kept(NamedTuple):
     """A layer's Stack, for as long as nothing that it was made from is replaced or written to.
 
-    Writing through `parameter.data` leaves no mark on the parameter's version and is not seen; a route set anew
-    starts without anything kept.
+    Writing through `parameter.data` leaves no mark on the parameter's version and is not seen.
     """
 
-    sources: list[Tensor]
+    sources: list[weakref.ref[Tensor]]
     versions: list[int]
     stack: Stack
 
-    def holds(self, sources: list[Tensor]) -> bool:
+    @classmethod
+    def made_from(cls, sources: Sequence[Tensor], stack: Stack) -> Kept | None:
+        """This stack of these; None if what they are cannot be told later on, or it is no tensor to keep."""
+        if type(stack.A) is not Tensor or any(t.is_inference() for t in sources):
+            return None
+        return cls([weakref.ref(t) for t in sources], [t._version for t in sources], stack)
+
+    def holds(self, sources: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Is this the stack of these sources, in this dtype?"""
         return (
-            len(sources) == len(self.sources)
-            and all(map(operator.is_, sources, self.sources))
+            self.stack.A.dtype == dtype
+            and len(sources) == len(self.sources)
+            and all(ref() is t for ref, t in zip(self.sources, sources, strict=True))
             and [t._version for t in sources] == self.versions
         )

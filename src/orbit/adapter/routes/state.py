@@ -32,6 +32,7 @@ from orbit.adapter.routes.plan import (
     PerRow,
     Plan,
     Route,
+    Scaled,
     Spread,
     as_route,
     describe,
@@ -52,7 +53,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`torch.compiler.disable`, applied at the first call: it imports the compiler, which takes a second."""
     disabled: list[Callable[_P, _R]] = []
 
@@ -89,6 +90,7 @@ class RouteState:
         default: the task that is current outside of calls and blocks.
         current: the task that is current now.
         merged: the task that is merged into the weights, if any.
+        pinned: tasks that something else counts on, and what: they keep their names, and nothing is merged.
         routed: tasks whose calls a backward pass has reached since the last `check_gradients`.
     """
 
@@ -96,6 +98,7 @@ class RouteState:
         self.configs: dict[str, AdapterConfig] = {}
         self.default: Route = None
         self.merged: str | None = None
+        self.pinned: dict[str, str] = {}
         self._start()
 
     def _start(self) -> None:
@@ -112,7 +115,12 @@ class RouteState:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"configs": dict(self.configs), "default": self.default, "merged": self.merged}
+        return {
+            "configs": dict(self.configs),
+            "default": self.default,
+            "merged": self.merged,
+            "pinned": dict(self.pinned),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -155,6 +163,29 @@ class RouteState:
 
     def _point(self, layer: Graft) -> None:
         layer.point(None if self.merged is not None else self._shown)
+
+    def refuse_pinned(self, task: str) -> None:
+        """TaskError if something counts on this task."""
+        if task in self.pinned:
+            raise TaskError(f"task {task!r} is {self.pinned[task]}, and keeps its place and name until then")
+
+    def refuse_lost_gradient(self, layer: nn.Module) -> None:
+        """RouteError for a layer that runs without gradient under scalings that a router computed with one."""
+        route = own(self._shown)
+        if isinstance(route, Scaled) and route.scalings.grad_fn is not None:
+            raise RouteError(
+                f"layer {self.name_of(layer)} runs without gradient under scalings whose router needs one, which "
+                "would be lost: reentrant activation checkpointing does so; use use_reentrant=False"
+            )
+
+    def name_of(self, layer: nn.Module) -> str:
+        """The dotted name of a layer in the model of the running call, for messages; its class where there is none."""
+        for hold in reversed(self._holds):
+            root = None if hold.root is None else hold.root()
+            for path, module in () if root is None else root.named_modules():
+                if module is layer:
+                    return repr(path)
+        return f"a {type(layer).__name__}"
 
     @property
     def busy(self) -> bool:
@@ -340,6 +371,8 @@ class RouteState:
         self._history.note(route)
 
     def _show(self, route: Route) -> None:
+        if route is None and self._shown is None:
+            return  # the layers have no plans, whatever tasks have come or gone
         self._shown = route
         for layer in self.layers():
             self._point(layer)
@@ -386,7 +419,7 @@ class RouteState:
             return
         self._leave_call(model, output)
 
-    @_outside_graphs
+    @outside_graphs
     def _enter_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {key: kwargs[key] for key in _ARGUMENTS - own_arguments(type(model)) if key in kwargs}
         inputs = (args, {key: value for key, value in kwargs.items() if key not in given})
@@ -417,7 +450,7 @@ class RouteState:
             return ()
         return elsewhere(model, names_in(route), tuple(self.configs))
 
-    @_outside_graphs
+    @outside_graphs
     def _leave_call(self, model: nn.Module, output: Any) -> None:
         me = threading.get_ident()
         if torch.is_grad_enabled() and not in_backward():
