@@ -14,6 +14,7 @@ from orbit.plugin import (
     Mentor,
     Plugin,
     ProgressHook,
+    Warmup,
 )
 
 PLUGINS: dict[str, Callable[[Path], Plugin]] = {
@@ -24,4 +25,5 @@ PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "LoRA": lambda folder: LoRA(target_names=["4"], r=2, alpha=4),
     "Mentor": lambda folder: Mentor(),
     "ProgressHook": lambda folder: ProgressHook(3, with_records=True),
+    "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }

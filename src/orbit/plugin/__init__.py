@@ -8,6 +8,7 @@ from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
 from orbit.plugin.progress import ProgressHook
+from orbit.plugin.warmup import Warmup
 
 __all__ = [
     "BaseHook",
@@ -19,4 +20,5 @@ __all__ = [
     "Mentor",
     "Plugin",
     "ProgressHook",
+    "Warmup",
 ]
