@@ -204,7 +204,7 @@ def ours(base: nn.Module, tasks: Sequence[str] = ("default",), **kind: Any) -> n
     """A copy of the base with our adapters, whose values are as if they had been trained."""
     model = copy.deepcopy(base)
     for task in tasks:
-        inject(model, AdapterConfig(r=RANK, alpha=ALPHA, **kind), task)
+        inject(model, AdapterConfig(**{"r": RANK, "alpha": ALPHA, **kind}), task)
     noise = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():

@@ -84,16 +84,13 @@ def chat(corpus: Path) -> Iterator[Text]:
     """Every remark with its reply; whole topics are held out."""
     import yaml
 
-    seen = set()
     for topic in (*TALK, *TALK_HELD_OUT):
         for lines in yaml.safe_load((corpus / f"{topic}.yml").read_text("utf-8"))["conversations"]:
             lines = [" ".join(str(line).split()) for line in lines]
             asked = [lines[0]] * (len(lines) - 1) if topic in ALTERNATIVES else lines[:-1]
             for remark, reply in zip(asked, lines[1:], strict=True):
                 text = f"{remark}\n{reply}"
-                if text.lower() not in seen:
-                    seen.add(text.lower())
-                    yield text, topic in TALK_HELD_OUT, f"{topic}.yml"
+                yield text, topic in TALK_HELD_OUT, f"{topic}.yml"
 
 
 def verse(listing: Path) -> Iterator[Text]:
@@ -107,7 +104,8 @@ def verse(listing: Path) -> Iterator[Text]:
 
 
 def chosen(texts: Iterator[Text]) -> Iterator[dict[str, str]]:
-    fitting = [text for text in texts if len(text[0].split()) in WORDS]
+    different = {text[0].lower(): text for text in texts}.values()
+    fitting = [text for text in different if len(text[0].split()) in WORDS]
     for held_out, most in ((False, TRAIN), (True, HELD_OUT)):
         some = [text for text in fitting if text[1] is held_out]
         count = min(most, len(some))

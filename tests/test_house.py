@@ -247,7 +247,17 @@ def test_make_speaks_the_whole_vocabulary():
     clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
     run = subprocess.run(["make", "help"], cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
     targets = [line.split()[1] for line in run.stdout.splitlines()]
-    assert targets == ["help", "demo", "test", "check", "bench", "bench-adapters", "gpu", "docs"]
+    assert targets == [
+        "help",
+        "demo",
+        "test",
+        "check",
+        "bench",
+        "bench-adapters",
+        "bench-xlora",
+        "gpu",
+        "docs",
+    ]
 
 
 def test_ci_fails_when_the_tests_fail(tmp_path: Path):

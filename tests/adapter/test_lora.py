@@ -170,6 +170,20 @@ def test_keeps_x_and_a_small_p_and_for_dora_the_layers_product(D: str | None, si
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_keeps_no_input_for_frozen_factors(way: str) -> None:
+    given = inputs(2, 4, 6, bias=False)
+    for name in ("W", "A", "B"):
+        given[name].requires_grad_(False)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = WAYS[way](**given)
+    assert all(t.data_ptr() != given["x"].data_ptr() for t in kept)
+    x, C = given["x"], given["C"]
+    expected = torch.autograd.grad(formula(**given).square().sum(), [x, C])
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, C]), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_fresh_adapter_returns_the_very_bits(way: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         given = inputs(3, 64, 200, D="out", dtype=dtype)

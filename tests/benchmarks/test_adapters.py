@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks.adapter_pairs import Shape, Training, check_training, training_pair
-from benchmarks.adapters import GROUPS, Line, Setting, median_ratio, saved_bytes
+from benchmarks.adapters import GROUPS, saved_bytes
+from benchmarks.measuring import Line, Setting, median_ratio
 from orbit.adapter import adapter_parameters
 
 TINY = Shape(hidden=32, layers=1, vocabulary=64, intermediate=48, heads=2, batch=2, length=8)

@@ -96,6 +96,19 @@ def test_cached_is_uncached(family: str) -> None:
     assert (torch.cat(steps, 1) - whole).abs().max() < 1e-5 * max(1.0, float(whole.abs().max()))
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_assisted_with_sliding_windows(family: str) -> None:
+    name, settings, targets = FAMILIES[family]
+    mixture = mixed(made(name, settings), targets=targets)
+    ids = tokens(1, 9).repeat(1, 2)
+    settings = {"prompt_lookup_num_tokens": 4, "do_sample": False, "max_new_tokens": 24}
+    whole = by_whole_passes(mixture, ids, 24)
+    assert torch.equal(mixture.generate(ids, **settings), whole)
+    with torch.no_grad():
+        begun = mixture(ids[:, :8]).past_key_values
+    assert torch.equal(mixture.generate(ids, past_key_values=begun, **settings), whole)
+
+
 class Routed(nn.Module):
     """Experts of the model's own, each of which is given the tokens that chose it, and one that is given all."""
 
@@ -111,7 +124,8 @@ class Routed(nn.Module):
         out = self.shared(flat)
         for k, expert in enumerate(self.experts):
             rows = (chosen == k).nonzero()[:, 0].flip(0)
-            out[rows] += expert(flat[rows])
+            if len(rows):
+                out[rows] += expert(flat[rows])
         return out.view_as(hidden)
 
 

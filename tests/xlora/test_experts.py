@@ -203,6 +203,37 @@ def test_a_tower_beside_the_decoder_is_refused():
         mix(model, ("odd",), xLoRAConfig(HIDDEN))
 
 
+def seeing() -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(7)
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
+    vision = CLIPVisionConfig(hidden_size=16, image_size=8, patch_size=4, projection_dim=16, **heads)
+    text = LlamaConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, pad_token_id=0, **heads)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=VOCABULARY - 1)
+    ).eval()
+
+
+def test_the_scaling_pass_sees_the_images_that_the_model_sees():
+    options = {"targets": ("language_model.*.q_proj",), "exclude": ("vision_tower",)}
+    mixed = mixture(seeing(), {"a": options, "b": options})
+    ids = tokens().clamp(max=VOCABULARY - 2)
+    ids[:, 1:5] = VOCABULARY - 1  # the patches of an image
+    black, white = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    mixed(input_ids=ids, pixel_values=black)
+    first = mixed.get_latest_scalings()
+    mixed(input_ids=ids, pixel_values=white)
+    moved = (mixed.get_latest_scalings() - first).abs().amax((0, 2, 3))
+    assert moved[0] == 0
+    assert (moved[1:] > 0).all()
+    with mixed.disable():
+        hidden = mixed.model(input_ids=ids, pixel_values=white).last_hidden_state
+    torch.testing.assert_close(
+        mixed.get_latest_scalings(), mixed.xlora_classifier(hidden, mixed.xlora_config)
+    )
+
+
 class Halved(nn.Module):
     """Gives some of the tokens to its layer, in an order of its own."""
 

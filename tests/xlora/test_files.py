@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import orbit.xlora as xlora
 from orbit.adapter import AdapterConfig, adapter_parameters, inject, load, tasks
@@ -62,6 +63,7 @@ def test_what_is_loaded_is_what_was_saved(kind: str, folders: dict[str, Path], t
     assert files_in(tmp_path / "x") == {
         "xlora_config.json",
         "xlora_classifier.safetensors",
+        "model.safetensors",
         *(f"adapters/{name}/adapter_config.json" for name in NAMES),
         *(f"adapters/{name}/adapter_model.safetensors" for name in NAMES),
     }
@@ -78,11 +80,38 @@ def test_experts_of_every_make(tmp_path: Path) -> None:
         "embedding": {"targets": ("embed_tokens", "v_proj")},
         "head": {"targets": ("q_proj",), "save_modules": ("lm_head",)},
         "norm": {"targets": ("q_proj",), "save_modules": ("input_layernorm",)},
+        "biases": {"bias": "all"},
+        "token rows": {"targets": ("v_proj",), "tokens": {"embed_tokens": (3, 7)}},
     }
     made = {name: write_expert(tmp_path / name, seed, **makes[name]) for seed, name in enumerate(makes)}
     saved = mixture(made)
     saved.save_pretrained(tmp_path / "x")
     assert torch.equal(logits(xlora.from_pretrained(tmp_path / "x", base())), logits(saved))
+
+
+def test_experts_of_a_tied_embedding(tmp_path: Path) -> None:
+    """Token rows of a tied weight are the embedding's and the head's, one tensor under two names."""
+    config = LlamaConfig(
+        vocab_size=28,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+
+    def tied() -> Any:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+    options = {"targets": ("v_proj",), "tokens": {"embed_tokens": (3, 7)}}
+    made = {f"e{k}": write_expert(tmp_path / f"e{k}", k, tied(), **options) for k in range(2)}
+    saved = mixture(made, tied())
+    apart = {key: tensor.clone() for key, tensor in saved.state_dict().items()}
+    for state in (None, apart):
+        saved.save_pretrained(tmp_path / "x", state_dict=state)
+        loaded = xlora.from_pretrained(tmp_path / "x", tied())
+        assert torch.equal(logits(loaded), logits(saved))
 
 
 def test_names_are_free(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -442,6 +471,7 @@ def as_public(model: Any, folder: Path, *, pickled: bool = False, adapters: Any 
     (folder / "xlora_config.json").write_text(json.dumps(conf))
     tensors = load_file(folder / "xlora_classifier.safetensors")
     (folder / "xlora_classifier.safetensors").unlink()
+    (folder / "model.safetensors").unlink()
     order = sorted({int(key.split(".")[1]) for key in tensors})
     names = {f"layers.{k}": "last" if k == order[-1] else f"inner.{k}" for k in order}
     theirs = {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": t for key, t in tensors.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orbit.adapter import route
 from orbit.xlora import CacheError
-from orbit.xlora.cache import TwinCache
+from orbit.xlora.cache import TwinCache, twin
 from tests.xlora.generating import EXPERTS, VOCABULARY, by_whole_passes, llama, mixed, tokens
 
 STEPS = 12
@@ -192,6 +192,26 @@ def test_one_token_at_a_time(mixture: Any) -> None:
         assert (mixture(ids, past_key_values=cache).logits - torch.cat(steps, 1)).abs().max() < 1e-5
 
 
+def test_rows_of_a_cache(mixture: Any) -> None:
+    ids, more = tokens(2, 6), tokens(4, 3)
+    with torch.no_grad():
+        cache = mixture(ids).past_key_values
+        cache.batch_repeat_interleave(2)
+        whole = mixture(torch.cat([ids.repeat_interleave(2, 0), more], 1)).logits[:, 6:]
+        assert (mixture(more, past_key_values=copy.deepcopy(cache)).logits - whole).abs().max() < 1e-5
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        assert (mixture(more[[3, 0]], past_key_values=cache).logits - whole[[3, 0]]).abs().max() < 1e-5
+
+
+def test_an_offloaded_cache_shares_its_stream(mixture: Any) -> None:
+    from transformers import DynamicCache
+
+    pair = twin(DynamicCache(config=mixture.config, offloading=True))
+    assert pair.scaling.offloading
+    assert pair.scaling.prefetch_stream is pair.prefetch_stream
+    assert pair.scaling.layers[0] is not pair.layers[0]
+
+
 def test_as_a_tuple(mixture: Any) -> None:
     ids = tokens()
     with torch.no_grad():
@@ -308,3 +328,21 @@ def test_the_vocabulary_is_used(mixture: Any) -> None:
     """Random weights that always say one thing would hide a wrong cache."""
     found = mixture.generate(tokens(4), **GREEDY)[:, 9:]
     assert len(found.unique()) > VOCABULARY // 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 3])
+def test_smollm2(beams: int) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from orbit.demo.smollm2 import smollm2
+
+    folder = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    real = mixed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), noise=0.03)
+    texts = ["The capital of France is", "In the beginning God created the heaven and"]
+    given = dict(tokenizer(texts, return_tensors="pt", padding=True)) | GREEDY | {"num_beams": beams}
+    found = real.generate(**given)
+    assert torch.equal(found, real.generate(**given, use_cache=False))
+    with real.disable():
+        assert not torch.equal(found, real.generate(**given))

@@ -82,6 +82,7 @@ def test_a_bf16_prediction_with_a_gradient_is_taken_as_it_is() -> None:
     values = torch.rand(3, 2, 2, dtype=torch.bfloat16, requires_grad=True)
     s = Scalings(values, ("a", "b"), ("0", "1"), ("x", "y", "z"))
     assert s.values.dtype == torch.float32
+    assert not s.values.requires_grad
     assert torch.equal(s.values, values.detach().float())
 
 

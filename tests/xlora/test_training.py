@@ -17,6 +17,7 @@ from orbit.adapter import RouteError, adapter_parameters, check_gradients, route
 from orbit.engine import Engine
 from orbit.plugin import CheckpointingHook
 from orbit.trainer import BaseTrainer
+from orbit.xlora import from_pretrained
 from tests.xlora.oracle import VOCABULARY, llama, mixture, tokens
 
 SETTINGS = {"layerwise_scalings": True, "top_k_lora": 2, "xlora_depth": 2, "xlora_dropout_p": 0.2}
@@ -167,16 +168,20 @@ def test_engine_resumes_to_the_bit():
     assert same(whole.state_dict(), again.state_dict())
 
 
-def test_transformers_saves_and_resumes(tmp_path: Path):
+def test_transformers_saves_and_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     def fresh() -> Any:
         return mixture(**SETTINGS, use_trainable_adapters=True)
 
     options = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2}
     whole, again = fresh(), fresh()
     hugging_face(whole, tmp_path, **options).train()
+    caplog.clear()
     hugging_face(again, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "missing keys" not in caplog.text
     assert same(whole.state_dict(), again.state_dict())
     assert not same(whole.state_dict(), fresh().state_dict())
+    loaded = from_pretrained(tmp_path / "checkpoint-6", llama(), list(whole.xlora_experts), device="cpu")
+    assert torch.equal(loaded.eval()(tokens()).logits, whole.eval()(tokens()).logits)
 
 
 # -- gradients -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from orbit.xlora.errors import CacheError, XLoRAError
 from orbit.xlora.loads import ExpertLoad, expert_load
 from orbit.xlora.log import load_scalings_log
 from orbit.xlora.model import mix, remove, xLoRAModel, xLoraModel
+from orbit.xlora.remember import remember
 from orbit.xlora.reuse import Approximation
 from orbit.xlora.scalings import Scalings, entropy
 
@@ -26,6 +27,7 @@ __all__ = [
     "from_pretrained",
     "load_scalings_log",
     "mix",
+    "remember",
     "remove",
     "xLoRAConfig",
     "xLoRAModel",

@@ -35,6 +35,7 @@ from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.experts import check_layers, expert_layers
 from orbit.xlora.log import ScalingsLog, save_scalings_log
+from orbit.xlora.remember import Memory
 from orbit.xlora.reuse import Approximation
 
 
@@ -47,6 +48,7 @@ class xLoRAModel(nn.Module):
         xlora_classifier: the router.
         xlora_log: predictions.
         xlora_approximation: of the running `approximate` block, or None.
+        xlora_memory: of the running `remember` block, or None.
     """
 
     xlora_config: xLoRAConfig
@@ -55,6 +57,7 @@ class xLoRAModel(nn.Module):
     xlora_log: ScalingsLog
     xlora_enabled: bool
     xlora_approximation: Approximation | None = None
+    xlora_memory: Memory | None = None
     _xlora_original: type[nn.Module]
 
     # -- the layers ------------------------------------------------------------------------------------------
@@ -214,6 +217,11 @@ class xLoRAModel(nn.Module):
             writes=is_main_process,
         )
 
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """What `transformers.Trainer` does not miss in its own checkpoints: whatever does not train."""
+        return set(self.state_dict()) - set(files.trained(self))
+
     # -- copies ----------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -222,7 +230,7 @@ class xLoRAModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         inherited = getattr(super(), "__getstate__", None)
         state = dict(self.__dict__ if inherited is None else inherited())
-        for transient in ("_xlora_kept", "_xlora_history"):
+        for transient in ("_xlora_kept", "_xlora_history", "xlora_memory"):
             state.pop(transient, None)
         return state
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from orbit.xlora.classifier import applied
 from orbit.xlora.errors import CacheError, XLoRAError
 from orbit.xlora.generation import cache_of
 from orbit.xlora.lagging import Lagging
+from orbit.xlora.shared import sharing
 
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
@@ -59,8 +60,22 @@ def run(
         given |= inspect.signature(forward).bind_partial(*args).arguments
     cache = cache_of(model, given)
     approximation = model.xlora_approximation
-    prediction = (approximation.predict if approximation else predict)(model, given, cache)
-    model.xlora_log.note(prediction)
+    alone = cache is None and approximation is None
+    with sharing(model, given) if alone else nullcontext() as shared:
+        prediction = (approximation.predict if approximation else predict)(model, given, cache)
+        model.xlora_log.note(prediction)
+        if shared is not None:
+            shared.replaying = True
+        return _main_pass(model, forward, given, prediction, cache)
+
+
+def _main_pass(
+    model: xLoRAModel,
+    forward: Callable[..., Any],
+    given: dict[str, Any],
+    prediction: Tensor,
+    cache: TwinCache | None,
+) -> Any:
     given["past_key_values" if cache is not None else "use_cache"] = cache if cache is not None else False
     whole = given.pop("logits_to_keep", 0) if _head_mixes(model) else 0
     as_tuple = given.get("return_dict", getattr(model.config, "return_dict", None)) is False
@@ -83,7 +98,11 @@ def predict(model: xLoRAModel, given: Mapping[str, Any], cache: TwinCache | None
             "past_key_values was filled under xlora.approximate, whose scaling pass is another; start from an empty "
             "cache, or go on under the same approximation"
         )
-    hidden = scaling_pass(model, given, None if cache is None else cache.scaling)
+    memory = model.xlora_memory
+    if cache is not None or memory is None:
+        hidden = scaling_pass(model, given, None if cache is None else cache.scaling)
+    else:
+        hidden = memory.hidden(model, _passed(given), lambda: scaling_pass(model, given, None))
     prediction: Tensor = model.xlora_classifier(hidden, model.xlora_config)
     return prediction
 
@@ -100,12 +119,11 @@ def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], cache: Any | None)
         cache: of this pass, which is filled.
     """
     config = model.xlora_config
-    passed = {key: value for key, value in given.items() if key not in _HEAD_ONLY}
     value = config.scaling_pass_value * config.global_scaling_weight
     chosen = route(model, tasks=dict.fromkeys(model.xlora_experts, value)) if value else route(model, None)
     with torch.no_grad(), chosen:
-        output = decoder_of(model)(
-            **passed,
+        output = body_of(model)(
+            **_passed(given),
             use_cache=cache is not None,
             past_key_values=cache,
             return_dict=True,
@@ -114,8 +132,19 @@ def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], cache: Any | None)
     return hidden
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """Everything below the head of a causal LM: its decoder, and what puts images or sounds among the tokens."""
+    body = getattr(model, "base_model", None)
+    return body if isinstance(body, nn.Module) and body is not model else decoder_of(model)
+
+
+def _passed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a forward's arguments, those of the scaling pass."""
+    return {key: value for key, value in given.items() if key not in _HEAD_ONLY}
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a causal LM below its head.
+    """The part of a causal LM that reads its tokens, below the head.
 
     Raises:
         XLoRAError: it has none.

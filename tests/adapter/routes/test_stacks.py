@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from orbit.adapter import AdapterConfig, adapter_parameters, inject, route
 from orbit.adapter.lora import fused
+from orbit.adapter.routes.plan import Scaled
 from orbit.adapter.routes.stacks import (
+    Stack,
     Terms,
     by_rank,
     end_to_end,
@@ -115,3 +119,87 @@ def test_what_is_kept_under_a_route_follows_its_sources(dora: bool) -> None:
         check()
         layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}, assign=True)
         check()
+
+
+def frozen(trains: bool = False) -> tuple[nn.Module, Tensor]:
+    """A linear layer of two tasks that move nothing, unless they train, and an input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5))
+    for task in ("a", "b"):
+        inject(model, AdapterConfig(r=2, targets=["0"]), task)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_().requires_grad_(trains)
+    return model, torch.randn(3, 6)
+
+
+def sum_under(model: nn.Module, x: Tensor) -> Tensor:
+    with route(model, tasks={"a": 0.5, "b": 2.0}):
+        return model(x)
+
+
+def test_frozen_tasks_are_brought_end_to_end_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orbit.adapter.kinds import linear
+
+    calls: list[int] = []
+
+    def counted(terms: list[Terms]) -> Stack:
+        calls.append(len(terms))
+        return end_to_end(terms)
+
+    monkeypatch.setattr(linear, "end_to_end", counted)
+    model, x = frozen()
+    expected = sum_under(model, x)
+    assert torch.equal(sum_under(model, x), expected)
+    assert calls == [2]
+    with torch.inference_mode():
+        assert torch.equal(sum_under(model, x), expected)
+    assert calls == [2]
+    with torch.no_grad():
+        adapter_parameters(model, "a")["0.lora_B.a.weight"].mul_(2)
+    changed = sum_under(model, x)
+    assert calls == [2, 2]
+    assert not torch.equal(changed, expected)
+    assert not torch.equal(sum_under(copy.deepcopy(model), 2 * x), changed)
+    model.double()
+    torch.testing.assert_close(sum_under(model, x.double()), changed.double(), rtol=1e-4, atol=1e-4)
+    model.float()
+    state = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert sum_under(model, x).abs().max() == 0
+    trained, _ = frozen(trains=True)
+    calls.clear()
+    sum_under(trained, x)
+    sum_under(trained, x).sum().backward()
+    assert calls == [2, 2]
+    assert all(p.grad is not None for p in adapter_parameters(trained).values())
+
+
+def test_what_was_made_in_inference_mode_serves_a_training_step() -> None:
+    model, x = frozen()
+    with torch.inference_mode():
+        sum_under(model, x)
+    x.requires_grad_(True)
+    sum_under(model, x).sum().backward()
+    assert x.grad is not None
+
+
+def test_scalings_of_all_layers_are_spread_over_ranks_once_and_with_their_gradient() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    for task, r in (("a", 1), ("b", 3)):
+        inject(model, AdapterConfig(r=r, targets=["0", "1"]), task)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_().requires_grad_(False)
+    x, places = torch.randn(2, 4, 6), {id(layer): k for k, layer in enumerate(model)}
+    once = torch.rand(2, 4, 1, 2, requires_grad=True)
+    grads = []
+    for scalings in (once.expand(2, 4, 2, 2), once.repeat(1, 1, 2, 1)):
+        scaled = Scaled(("a", "b"), scalings, places)
+        with route(model, scaled):
+            grads.append(torch.autograd.grad(model(x).square().sum(), once)[0])
+        shared = scalings.stride(2) == 0
+        found = [made[1] for key, made in scaled.cache.items() if len(key) == 4]
+        assert len(found) == (1 if shared else 2)
+        assert all(len(derived) == 1 for derived in found)
+    torch.testing.assert_close(grads[0], grads[1])

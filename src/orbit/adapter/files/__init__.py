@@ -1,11 +1,12 @@
 """Adapters on disk."""
 
-from orbit.adapter.files.folder import contents, is_sharded, load, read, save, whole
+from orbit.adapter.files.folder import apart, contents, is_sharded, load, read, save, whole
 from orbit.adapter.files.writing import CONFIG, WEIGHTS, packed, replace_files, write_folder
 
 __all__ = [
     "CONFIG",
     "WEIGHTS",
+    "apart",
     "contents",
     "is_sharded",
     "load",

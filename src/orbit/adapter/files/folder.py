@@ -113,7 +113,7 @@ def contents(model: nn.Module, name: str, *, peft: bool = False) -> tuple[str, d
             raise AdapterFileError(f"task {name!r} cannot be written for PEFT: layer {place!r}: {why}")
         found = layer.peft_tensors(name) if peft else layer.file_tensors(name)
         tensors.update({key_of(place, end): tensor for end, tensor in found.items()})
-    tensors = _apart({key: whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
+    tensors = apart({key: whole(t).cpu().contiguous() for key, t in without_followers(tensors).items()})
     targets, parameters, copies = targets_of(model, name)
     fields = to_peft(
         config.as_plain() if peft else config,
@@ -271,7 +271,7 @@ def _undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
         raise
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With a memory of its own for each, as safetensors asks for: a bias may be shared."""
     seen: set[int] = set()
     for key, tensor in tensors.items():

@@ -171,7 +171,7 @@ class LinearGraft(DenseGraft, nn.Linear):
         if torch.compiler.is_compiling() or mix.derived is None:
             C = by_rank(weights.to(dtype), ranks)
         else:  # once for all layers; keyed by the mode for the same reason as in `Scaled.at`
-            key = (ranks, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            key = (ranks, weights.dim(), dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
             if key not in mix.derived:
                 mix.derived[key] = by_rank(weights.to(dtype), ranks)
             C = mix.derived[key]

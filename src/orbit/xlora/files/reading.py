@@ -3,6 +3,7 @@
     here        xlora_config.json       settings, "adapters": {name: folder below}, "base", "sha256", "orbit_format"
                 xlora_classifier.safetensors, or .pt
                 adapters/<name>/        an adapter of `orbit.adapter.files`
+                model.safetensors       what trains, which transformers.Trainer reads back to resume; not read here
     the public  xlora_config.json       settings, "adapters": {name: path}, or a list of names, or absent
     one         xlora_classifier.safetensors, or .pt
                 adapters/<name>/, or <name>/
@@ -193,9 +194,9 @@ def _settings(where: Path, conf: Mapping[str, Any]) -> dict[str, Any]:
         )
     if "orbit_format" not in conf and differs_in_scaling_pass(conf):
         raise XLoRAError(
-            f"{where}: scaling_pass_value={conf['scaling_pass_value']} with top_k_lora or enable_softmax_topk: its writer "
-            "chooses among the experts in the scaling pass too, and here every expert takes part; set it to 0, or "
-            "train the classifier anew"
+            f"{where}: with scaling_pass_value={conf['scaling_pass_value']}, top_k_lora and enable_softmax_topk chose "
+            "among the experts in the scaling pass too, and here every expert takes part; set it to 0, or train the "
+            "classifier anew"
         )
     if "hidden_size" not in conf:
         raise XLoRAError(f"{where}: hidden_size is missing")

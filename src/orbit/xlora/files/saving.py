@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from orbit.adapter.files import contents, is_sharded, packed, whole, write_folder
+from orbit.adapter.files import apart, contents, is_sharded, packed, whole, write_folder
 from orbit.adapter.inject import task_owners
 from orbit.core.runtime import is_main_process
 from orbit.xlora.errors import XLoRAError
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
 
 
-# `transformers.Trainer` resumes a run from a file of this name and no other: the classifier and experts once more.
-RESUMED = "model.safetensors"
+RESUMED = "model.safetensors"  # where transformers.Trainer looks for what it resumes, by the model's names
 
 
 def save(
@@ -98,8 +97,8 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
     digests[file] = hashlib.sha256(content).hexdigest()
     yield file, content
     if safe_serialization:
-        whole_state = {key: whole(t.detach()).cpu().contiguous() for key, t in _state(model).items()}
-        yield RESUMED, to_bytes(whole_state, {"format": "pt"})
+        state = apart({key: whole(t).cpu().contiguous() for key, t in trained(model).items()})
+        yield RESUMED, to_bytes(state, {"format": "pt"})
     settings = model.xlora_config.as_plain()
     conf: dict[str, Any] = {
         "orbit_format": FORMAT,
@@ -109,6 +108,23 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
         "sha256": digests,
     }
     yield CONFIG, json.dumps(conf, indent=2).encode()
+
+
+def trained(model: xLoRAModel) -> dict[str, Tensor]:
+    """The tensors of the classifier, and of the experts where they train, by the model's names."""
+    experts = model.xlora_experts if model.get_use_trainable_adapters() else ()
+    return {key: tensor.detach() for key, tensor in _state(model, experts).items()}
+
+
+def _state(model: xLoRAModel, experts: tuple[str, ...]) -> dict[str, Tensor]:
+    """The part of the model's state_dict that is the classifier's and these experts'."""
+    owners = [owner for name in experts for owner in task_owners(model, name)]
+    kept = {
+        id(t)
+        for module in (*owners, model.xlora_classifier)
+        for t in module.state_dict(keep_vars=True).values()
+    }
+    return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in kept}
 
 
 def _pickled(tensors: dict[str, Tensor]) -> bytes:
@@ -131,21 +147,10 @@ class _Saving(nn.Module):
 def _given(model: xLoRAModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a state_dict that the model has, under its names below `_Saving`."""
     given = {key.removeprefix("_orig_mod.").removeprefix("module."): t for key, t in state_dict.items()}
-    missing = [key for key in _state(model) if key not in given]
+    missing = [key for key in _state(model, model.xlora_experts) if key not in given]
     if missing:
         raise XLoRAError(
             f"state_dict lacks {missing[0]}, and a mixture is saved with its classifier and experts"
         )
     own = model.state_dict(keep_vars=True)
     return {f"model.{key}": tensor for key, tensor in given.items() if key in own}
-
-
-def _state(model: xLoRAModel) -> dict[str, Tensor]:
-    """The part of the model's state_dict that is the classifier's and the experts'."""
-    owners = [owner for name in model.xlora_experts for owner in task_owners(model, name)]
-    needed = {
-        id(t)
-        for module in (*owners, model.xlora_classifier)
-        for t in module.state_dict(keep_vars=True).values()
-    }
-    return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in needed}
