@@ -326,7 +326,15 @@ def test_003_state_management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("number", "hook"), [(5, "ProgressHook"), (6, "LoggingHook"), (8, "CheckpointingHook")]
+    ("number", "hook"),
+    [
+        (5, "ProgressHook"),
+        (6, "LoggingHook"),
+        (8, "CheckpointingHook"),
+        (9, "CudaMaxMemoryHook"),
+        (10, "EmaHook"),
+        (12, "ImageFileLoggerHook"),
+    ],
 )
 def test_003_hooks_take_the_documents_arguments(
     number: int, hook: str, tmp_path: Path, monkeypatch: Any
@@ -335,7 +343,9 @@ def test_003_hooks_take_the_documents_arguments(
     from orbit import trainer as documented
 
     code = snippet("003", number)
-    built = run(f"hook = {code.strip()}", **{hook: getattr(documented, hook)}, signal=signal)["hook"]
+    device = {'device="cuda",  ': 'device="cpu",  '} if 'device="cuda"' in code else {}
+    names = {hook: getattr(documented, hook), "signal": signal}
+    built = run(f"hook = {code.strip()}", device, **names)["hook"]
     trainer_class = quick_tour_trainer()
     trainer_class.build_hooks = lambda self: [built]
     trainer = trainer_class(max_steps=2, device="cpu")

@@ -161,6 +161,7 @@ class Core(Base):
                     self.state.metrics[f"val_{name}"] = value
                 self.emit("after_eval")
             finally:
+                self.emit("leave_eval")
                 self.state.phase, self._eval_losses = phase, losses
                 for module, training in modes:
                     module.training = training
