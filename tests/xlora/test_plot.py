@@ -114,6 +114,23 @@ def test_a_picture_has_a_panel_an_expert_with_the_values_on_one_scale(
     assert bar.get_ylabel() == "scaling"
 
 
+def test_many_experts_stand_in_rows_of_five() -> None:
+    values = torch.softmax(torch.randn(4, 3, 12), -1)
+    names = tuple(f"e{k}" for k in range(12))
+    figure = picture.draw(Scalings(values, names, ("a", "b", "c"), ("$x_1$", "$", "<", "")))
+    figure.draw_without_rendering()
+    *panels, _ = figure.axes
+    assert [panel.get_title().partition("\n")[0] for panel in panels] == list(names)
+    left, bottom = zip(
+        *((round(p.get_position().x0, 2), round(p.get_position().y0, 2)) for p in panels), strict=True
+    )
+    assert len(set(left)) == 5 and len(set(bottom)) == 3
+    for k, panel in enumerate(panels):
+        seen = [label.get_text() for label in panel.get_yticklabels() if label.get_visible()]
+        assert seen == (["$x_1$", "$", "<", "∅"] if k % 5 == 0 else [])
+        assert k % 5 or not any(label.get_parse_math() for label in panel.get_yticklabels())
+
+
 def test_a_long_text_names_every_third_token_with_its_place() -> None:
     s = scalings(tuple(f"t{k}" for k in range(450)), layers=2, experts=2)
     figure = picture.draw(s)

@@ -1,4 +1,4 @@
-"""Scalings drawn by matplotlib: tokens downwards, layers to the right, one panel an expert, one colour scale.
+"""Scalings drawn by matplotlib: tokens downwards, layers to the right, one panel an expert, five in a row, one colour scale.
 
 Every token has a row with its text. A text of more than 200 tokens keeps its height, and every second, third, … token
 is named, with its place. A character that the font lacks stands as its number, since matplotlib would draw a
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROW, TALLEST = 0.19, 200  # inches a token; tokens that are all named
 COLUMN = 0.16  # inches a layer that is named
+ABREAST = 5  # panels in a row
 
 
 def write(scalings: Scalings, path: str | os.PathLike[str]) -> None:
@@ -48,13 +49,18 @@ def draw(scalings: Scalings) -> Any:
     seq, layers, experts = scalings.values.shape
     every = -(-seq // TALLEST)
     width = min(5.0, max(1.8, 0.07 * layers))
+    columns = min(experts, ABREAST)
+    rows = -(-experts // columns)
     figure = Figure(
-        figsize=(1.9 + experts * (width + 0.25) + 0.6, 1.9 + ROW * min(seq, TALLEST)),
+        figsize=(1.9 + columns * (width + 0.25) + 0.6, rows * (1.9 + ROW * min(seq, TALLEST))),
         layout="constrained",
         dpi=110,
     )
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, experts, sharey=True, squeeze=False)[0]
+    places = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels, spare = places.flat[:experts], places.flat[experts:]
+    for place in spare:
+        place.remove()
     low = min(0.0, float(scalings.values.min()))
     high = max(float(scalings.values.max()), low + 1e-6)
     for k, (panel, expert) in enumerate(zip(panels, scalings.experts, strict=True)):
@@ -72,14 +78,15 @@ def draw(scalings: Scalings) -> Any:
             fontsize=9,
         )
         _name_layers(panel, scalings.layers, most=int(width / COLUMN))
-    panels[0].set_yticks(range(0, seq, every))
     names = [
         _drawable(shown(token)) + (f"  {at * every}" if every > 1 else "")
         for at, token in enumerate(scalings.tokens[::every])
     ]
-    panels[0].set_yticklabels(names, fontsize=8, parse_math=False)
+    for first in places[:, 0]:
+        first.set_yticks(range(0, seq, every))
+        first.set_yticklabels(names, fontsize=8, parse_math=False)
     bar = figure.colorbar(
-        image, ax=list(panels), aspect=30, shrink=min(1.0, 25 / min(seq, TALLEST)), pad=0.02
+        image, ax=list(panels), aspect=30, shrink=min(1.0, 25 / min(seq, TALLEST) / rows), pad=0.02
     )
     bar.set_label("scaling")
     return figure
