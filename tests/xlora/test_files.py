@@ -359,6 +359,12 @@ def test_both_orders_of_arguments(call: str, on_disk: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("arguments", [(False, "cuda:99"), ("cuda:99",), ("cuda:99", False)])
+def test_the_device_is_asked_for_in_both_orders(arguments: tuple[Any, ...], on_disk: Path) -> None:
+    with pytest.raises(XLoRAError, match=r"device='cuda:99'"):
+        xlora.from_pretrained(on_disk, base(), list(NAMES), *arguments)
+
+
 @pytest.mark.parametrize("arguments", [(True, "cpu"), ("cpu", True), (True,)])
 def test_verbose_in_both_orders(
     arguments: tuple[Any, ...], on_disk: Path, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ import torch
 
 from orbit.core.extras import MissingExtraError
 from orbit.xlora import Scalings, XLoRAError, picture
-from orbit.xlora.names import shown
+from orbit.xlora.names import shown, without_common
 from orbit.xlora.page import page
 
 HOSTILE = (
@@ -164,3 +164,6 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
 
 def test_what_names_look_like() -> None:
     assert [shown(token) for token in ("\u2028", "a" * 30, "\t\r")] == ["U+2028", "a" * 23 + "…", "→←"]
+    assert without_common(["a.b.q", "a.b.k"]) == ["q", "k"]
+    assert without_common(["a.b", "a.b.c"]) == ["b", "b.c"]
+    assert without_common(["a.q"]) == ["q"]
