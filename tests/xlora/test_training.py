@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from orbit.adapter import RouteError, adapter_parameters, check_gradients, route
+from orbit.adapter import RouteError, adapter_parameters, check_gradients, route, set_trainable
 from orbit.engine import Engine
 from orbit.plugin import CheckpointingHook
 from orbit.trainer import BaseTrainer
@@ -191,6 +191,20 @@ def test_transformers_saves_and_resumes(
     assert not same(whole.state_dict(), fresh().state_dict())
     loaded = from_pretrained(tmp_path / "checkpoint-6", llama(), list(whole.xlora_experts), device="cpu")
     assert torch.equal(loaded.eval()(tokens()).logits, whole.eval()(tokens()).logits)
+
+
+def test_transformers_resumes_an_expert_that_trains_alone(tmp_path: Path):
+    """Whatever trains is resumed, also where not all experts do."""
+
+    def run(resume: str | None) -> Any:
+        model = mixture(**SETTINGS)
+        set_trainable(model, model.xlora_experts[1], True)
+        hugging_face(model, tmp_path, max_steps=4, save_steps=2).train(resume_from_checkpoint=resume)
+        return model
+
+    whole, again = run(None), run(str(tmp_path / "checkpoint-2"))
+    assert same(whole.state_dict(), again.state_dict())
+    assert not same(parts(whole)["experts"], parts(mixture(**SETTINGS))["experts"])
 
 
 # -- gradients -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from orbit.adapter.files import CONFIG as PEFT_CONFIG
 from orbit.adapter.files import apart, contents, is_sharded, packed, whole, write_folder
-from orbit.adapter.inject import task_owners
+from orbit.adapter.inject import adapter_parameters, task_owners
 from orbit.core.runtime import is_main_process
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.files.base import fingerprint
@@ -118,8 +118,9 @@ def _files(model: xLoRAModel, safe_serialization: bool) -> Iterator[tuple[str, b
 
 
 def _trained(model: xLoRAModel) -> dict[str, Tensor]:
-    """The tensors of the classifier, and of the experts where they train, by the model's names."""
-    experts = model.xlora_experts if model.get_use_trainable_adapters() else ()
+    """The tensors of the classifier, and of the experts where one of them trains, by the model's names."""
+    some = any(p.requires_grad for e in model.xlora_experts for p in adapter_parameters(model, e).values())
+    experts = model.xlora_experts if some else ()
     return {key: tensor.detach() for key, tensor in _state(model, experts).items()}
 
 
