@@ -25,7 +25,7 @@ def llama(**settings: Any) -> nn.Module:
     ).eval()
 
 
-def mixed(model: nn.Module, *, targets: Any = None, **settings: Any) -> Any:
+def mixed(model: nn.Module, *, targets: Any = None, noise: float = 0.2, **settings: Any) -> Any:
     """`model` as a mixture of three experts and a classifier with large random weights."""
     chosen = {} if targets is None else {"targets": targets}
     for expert in EXPERTS:
@@ -35,7 +35,7 @@ def mixed(model: nn.Module, *, targets: Any = None, **settings: Any) -> Any:
     mixture = mix(model, EXPERTS, xLoRAConfig(size, **{"layerwise_scalings": True} | settings))
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
         for parameter in mixture.xlora_classifier.parameters():
             parameter.normal_(std=1.0)
     return mixture

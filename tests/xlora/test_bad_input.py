@@ -132,6 +132,7 @@ def test_a_mixture_is_no_base(folders: dict[str, Path], written: Path) -> None:
 
 def test_interrupted(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
+        torch.rand(1)  # a classifier begins to be drawn
         raise KeyboardInterrupt
 
     monkeypatch.setattr("orbit.xlora.create.mix", interrupt)

@@ -328,3 +328,21 @@ def test_the_vocabulary_is_used(mixture: Any) -> None:
     """Random weights that always say one thing would hide a wrong cache."""
     found = mixture.generate(tokens(4), **GREEDY)[:, 9:]
     assert len(found.unique()) > VOCABULARY // 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 3])
+def test_smollm2(beams: int) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from orbit.demo.smollm2 import smollm2
+
+    folder = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    real = mixed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), noise=0.03)
+    texts = ["The capital of France is", "In the beginning God created the heaven and"]
+    given = dict(tokenizer(texts, return_tensors="pt", padding=True)) | GREEDY | {"num_beams": beams}
+    found = real.generate(**given)
+    assert torch.equal(found, real.generate(**given, use_cache=False))
+    with real.disable():
+        assert not torch.equal(found, real.generate(**given))

@@ -55,7 +55,7 @@ def add_xlora_to_model(
     if folders is not None and not isinstance(folders, Mapping):
         raise XLoRAError(f"adapters={folders!r} must be {{name: folder of a PEFT adapter}}")
     with _undone_on_error(model):
-        mixture = _with_experts(model, folders or {}, xlora_config)
+        mixture = _with_experts(model, folders or {})
         mix(model, tuple(mixture), replace(xlora_config, adapters=mixture))
     return _made(model, verbose)
 
@@ -98,7 +98,7 @@ def from_pretrained(
     if saved.base is not None:
         files.check_base(folder, saved.base, model, hidden_size(model))
     with _undone_on_error(model), preserved():
-        names = tuple(_with_experts(model, folders, config))
+        names = tuple(_with_experts(model, folders))
         if saved.base is not None:
             files.check_layers(folder, saved.base, expert_layers(model, names))
         classifier = new_classifier(model, names, config)
@@ -110,7 +110,7 @@ def from_pretrained(
 
 
 def _with_experts(
-    model: nn.Module, folders: Mapping[str, str | os.PathLike[str]], config: xLoRAConfig
+    model: nn.Module, folders: Mapping[str, str | os.PathLike[str]]
 ) -> dict[str, str | os.PathLike[str]]:
     """Load the experts, and say which from where."""
     if isinstance(model, xLoRAModel):
