@@ -40,20 +40,12 @@ QUESTIONS = {
     ("Economy", "Exports - commodities"): "What does {} export?",
 }
 TALK = (
-    "ai",
-    "botprofile",
-    "computers",
-    "conversations",
-    "emotion",
-    "gossip",
-    "greetings",
-    "health",
-    "science",
+    *("ai", "botprofile", "computers", "conversations", "food", "health", "humor", "literature", "money"),
+    *("movies", "politics", "psychology", "science", "sports"),
 )
-TALK_HELD_OUT = ("food", "humor", "literature", "money", "movies", "politics", "psychology", "sports")
-ALTERNATIVES = (
-    "emotion",
-)  # a remark and several replies to it; elsewhere each line replies to the one before
+TALK_HELD_OUT = ("emotion", "gossip", "greetings")
+# A remark and several replies to it; in the other files each line replies to the one before.
+ALTERNATIVES = ("emotion",)
 
 
 def facts(package: Path) -> Iterator[Text]:
