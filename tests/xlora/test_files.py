@@ -245,11 +245,11 @@ def test_a_folder_never_holds_an_older_mixture_in_the_other_format(
 ) -> None:
     """`from_pretrained` and PEFT each read their own config, and would find what was saved before."""
     saved = mixture(folders)
-    for peft in (False, True):
-        saved.save_pretrained(tmp_path / "x", peft=peft)
+    for for_peft in (False, True):
+        saved.save_pretrained(tmp_path / "x", peft=for_peft)
         written = files_in(tmp_path / "x")
         with pytest.raises(XLoRAError, match=r"_config.json is there.*choose another folder"):
-            saved.save_pretrained(tmp_path / "x", peft=not peft)
+            saved.save_pretrained(tmp_path / "x", peft=not for_peft)
         assert files_in(tmp_path / "x") == written
         shutil.rmtree(tmp_path / "x")
 

@@ -193,4 +193,5 @@ def test_only_files_of_the_log_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     (tmp_path / "log-mapping.json").write_text('{"mine": [0]}')
     two_lengths(tmp_path)
-    assert "mine" in names(tmp_path) and len(load_scalings_log(tmp_path / "log")) == 3
+    assert "mine" in names(tmp_path)
+    assert len(load_scalings_log(tmp_path / "log")) == 3

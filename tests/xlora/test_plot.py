@@ -124,7 +124,7 @@ def test_many_experts_stand_in_rows_of_five() -> None:
     left, bottom = zip(
         *((round(p.get_position().x0, 2), round(p.get_position().y0, 2)) for p in panels), strict=True
     )
-    assert len(set(left)) == 5 and len(set(bottom)) == 3
+    assert (len(set(left)), len(set(bottom))) == (5, 3)
     for k, panel in enumerate(panels):
         seen = [label.get_text() for label in panel.get_yticklabels() if label.get_visible()]
         assert seen == (["$x_1$", "$", "<", "∅"] if k % 5 == 0 else [])

@@ -184,7 +184,7 @@ class xLoRAModel(nn.Module):
         """
         if not isinstance(n_predictions_lifetime, int) or n_predictions_lifetime < 0:
             raise XLoRAError(
-                f"print_scalings_predictions({n_predictions_lifetime!r}): it must be an integer ≥ 0, how many are printed"
+                f"print_scalings_predictions({n_predictions_lifetime!r}): it must be an integer ≥ 0"
             )
         self.xlora_log.to_print = n_predictions_lifetime
 
