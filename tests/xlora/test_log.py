@@ -195,3 +195,16 @@ def test_only_files_of_the_log_are_replaced(tmp_path: Path) -> None:
     two_lengths(tmp_path)
     assert "mine" in names(tmp_path)
     assert len(load_scalings_log(tmp_path / "log")) == 3
+
+
+def test_two_logs_never_share_a_file(tmp_path: Path) -> None:
+    """`log` of length 5 and `log-5` of one shape both write log-5.npy."""
+    other = [torch.rand(2, 5, 4, 3)]
+    two_lengths(tmp_path)
+    with pytest.raises(XLoRAError, match=r"log-5.npy is of the log .*log-mapping.json"):
+        save_scalings_log(tmp_path / "log-5", other)
+    (tmp_path / "log-mapping.json").unlink()
+    save_scalings_log(tmp_path / "log-5", other)
+    with pytest.raises(XLoRAError, match=r"log-5.npy is there, and of no log at .*log"):
+        two_lengths(tmp_path)
+    torch.testing.assert_close(load_scalings_log(tmp_path / "log-5"), other, rtol=0, atol=0)

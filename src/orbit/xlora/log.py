@@ -65,7 +65,7 @@ def save_scalings_log(path: str | os.PathLike[str], entries: Sequence[Tensor]) -
         entries: predictions (batch, seq, layers, experts).
 
     Raises:
-        XLoRAError: the log is empty, or the path has an extension; nothing is written.
+        XLoRAError: the log is empty, the path has an extension, or a file is another log's; nothing is written.
     """
     path = Path(path)
     if path.suffix:
@@ -103,6 +103,7 @@ def save_scalings_log(path: str | os.PathLike[str], entries: Sequence[Tensor]) -
         files.append((_mapping_of(path).name, json.dumps(mapping, indent=2).encode()))
     path.parent.mkdir(parents=True, exist_ok=True)
     before = _written_before(path)
+    _refuse_to_share(path, [path.with_name(name) for name, _ in files], before)
     replace_files(path.parent, files)
     for stale in before:
         if stale.name not in dict(files):
@@ -181,6 +182,18 @@ def _written_before(path: Path) -> list[Path]:
     parts = [path.with_name(name) for name in named if name.startswith(f"{path.name}-")]
     candidates = [listing, path.with_name(f"{path.name}.npy"), *parts]
     return [file for file in dict.fromkeys(candidates) if file.is_file()]
+
+
+def _refuse_to_share(path: Path, files: Sequence[Path], before: Sequence[Path]) -> None:
+    """Raise XLoRAError for a file that is another log's: `log` of length 5 and `log-5` both have log-5.npy."""
+    for other in path.parent.glob("*-mapping.json"):
+        named = other.read_text("utf-8", "replace") if other != _mapping_of(path) else ""
+        for file in files:
+            if any(mark + json.dumps(file.name)[1:] in named for mark in ('"', "/")):
+                raise XLoRAError(f"{file} is of the log that {other} lists: choose another path")
+    for file in files:
+        if file.exists() and file not in before:
+            raise XLoRAError(f"{file} is there, and of no log at {path}: choose another path, or delete it")
 
 
 def _as_npy(tensors: Sequence[Tensor]) -> bytes:

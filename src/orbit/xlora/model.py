@@ -43,7 +43,8 @@ class xLoRAModel(nn.Module):
     """What a mixture is besides its own class: document 001's Model API.
 
     Attributes:
-        xlora_config: the settings, which may be changed between forwards where they are no sizes.
+        xlora_config: the settings, which may be changed between forwards where they are no sizes;
+            `use_trainable_adapters` by `set_use_trainable_adapters` alone.
         xlora_experts: the names of the tasks that are mixed, in the order of the scalings' last axis.
         xlora_classifier: the router.
         xlora_log: predictions.

@@ -1,8 +1,8 @@
 """Scalings drawn by matplotlib: tokens downwards, layers to the right, one panel an expert, one colour scale.
 
 Five panels stand abreast. Every token has a line with its text. A text of more than 200 tokens keeps its height, and
-every second, third, … token is named, with its place. A character that the font lacks stands as its number, since matplotlib would draw a
-box and warn; `page.py` shows it.
+every second, third, … token is named, with its place. A character that the font lacks stands as its number,
+since matplotlib would draw a box and warn; `page.py` shows it.
 """
 
 from __future__ import annotations
