@@ -217,6 +217,22 @@ def test_caches_of_another_kind(mixture: Any) -> None:
             mixture(ids, past_key_values=ours)
 
 
+def test_an_emptied_cache_is_an_empty_one(mixture: Any) -> None:
+    ids = tokens()
+    with torch.no_grad():
+        exact = mixture(ids).logits
+        with xlora.approximate(mixture, route_every=3, on=ids):
+            first = mixture(ids)
+            cache = first.past_key_values
+            cache.crop(-ids.shape[1])
+            assert torch.equal(mixture(ids, past_key_values=cache).logits, first.logits)
+            cache.reset()
+        with xlora.approximate(mixture, route_every=4, on=ids):
+            mixture(ids, past_key_values=cache)
+            cache.reset()
+        assert torch.equal(mixture(ids, past_key_values=cache).logits, exact)
+
+
 def test_tokens_that_wait_are_given_alike(mixture: Any) -> None:
     ids = tokens(2, 5)
     with torch.no_grad(), xlora.approximate(mixture, route_every=6, on=ids):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orbit.xlora import XLoRAError, passes, remember
+from orbit.xlora.remember import _keys
 from tests.xlora.oracle import llama, mixture, tokens
 
 
@@ -77,6 +78,14 @@ def test_rows_are_found_in_other_batches_by_all_that_they_hold() -> None:
         assert memory.misses == misses + 2
         model(ids, attention_mask=mask, use_cache=True)  # with a cache, it does not ask
         assert memory.misses == misses + 2
+
+
+def test_positions_of_images_are_not_rows() -> None:
+    ids = tokens(3, 4)
+    assert len(_keys({"input_ids": ids, "position_ids": torch.arange(4)[None]})) == 3
+    for batch in (ids, ids[:2]):
+        positions = torch.zeros(3, len(batch), 4, dtype=torch.long)
+        assert _keys({"input_ids": batch, "position_ids": positions}) == []
 
 
 def test_the_least_recently_used_goes_first() -> None:

@@ -161,9 +161,12 @@ def _keys(passed: Mapping[str, Any]) -> list[bytes]:
     """A digest of every row of a scaling pass's arguments; none if there are others than those of content."""
     content = {name: value for name, value in passed.items() if value is not None}
     tokens = content.get("input_ids")
-    if tokens is None or any(
-        name not in _CONTENT or not isinstance(t, Tensor) for name, t in content.items()
+    if tokens is None or not all(
+        name in _CONTENT and isinstance(t, Tensor) and len(t) in (1, len(tokens))
+        for name, t in content.items()
     ):
+        return []
+    if "position_ids" in content and content["position_ids"].dim() != 2:  # of images: (3, batch, seq)
         return []
     digests = [hashlib.sha256() for _ in tokens]
     for name in _CONTENT:

@@ -115,8 +115,9 @@ class Approximation:
     def _lagging(self, cache: TwinCache) -> Lagging:
         settings = (self.freeze_after, self.route_every, self.router_layer)
         late = cache.scaling
-        if not isinstance(late, Lagging) and not late.get_seq_length():
-            late = cache.scaling = Lagging(late, settings)
+        if not late.get_seq_length():
+            empty = late.cache if isinstance(late, Lagging) else late
+            late = cache.scaling = Lagging(empty, settings)
         if not isinstance(late, Lagging) or late.settings != settings:
             raise CacheError(
                 "past_key_values was filled exactly or under another approximation, whose scaling pass is another; "
