@@ -168,9 +168,12 @@ def test_engine_resumes_to_the_bit():
     assert same(whole.state_dict(), again.state_dict())
 
 
-def test_transformers_saves_and_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("experts_train", [False, True])
+def test_transformers_saves_and_resumes(
+    experts_train: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     def fresh() -> Any:
-        return mixture(**SETTINGS, use_trainable_adapters=True)
+        return mixture(**SETTINGS, use_trainable_adapters=experts_train)
 
     options = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2}
     whole, again = fresh(), fresh()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from orbit.adapter.errors import RouteError
 from orbit.adapter.graft import Graft
-from orbit.adapter.inject import adapter_parameters, set_trainable
+from orbit.adapter.inject import adapter_parameters, base_state_dict, set_trainable
 from orbit.adapter.inject import remove as remove_task
 from orbit.adapter.routes.plan import Together
 from orbit.adapter.routes.replay import History, in_backward
@@ -219,8 +219,8 @@ class xLoRAModel(nn.Module):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
-        """What `transformers.Trainer` does not miss in its own checkpoints: whatever does not train."""
-        return set(self.state_dict()) - set(files.trained(self))
+        """What `transformers.Trainer` need not miss in its checkpoints: the base model."""
+        return set(base_state_dict(self))
 
     # -- copies ----------------------------------------------------------------------------------------------
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from orbit.adapter import AdapterConfig, adapter_parameters, inject, route, set_route
+from orbit.adapter import AdapterConfig, adapter_parameters, inject, route, set_route, set_trainable
 from orbit.adapter.lora import fused
 from orbit.adapter.routes.plan import Scaled
 from orbit.adapter.routes.stacks import (
@@ -199,12 +200,15 @@ def test_training_is_seen_where_the_optimizer_leaves_no_mark() -> None:
         step(model, x, "a")
 
 
-def test_writing_to_data_is_seen_after_a_change_of_mode_and_an_exchange_of_it_at_once() -> None:
+@pytest.mark.parametrize("then", [nn.Module.eval, lambda model: set_trainable(model, "a", False)])
+def test_writing_to_data_is_seen_later_and_an_exchange_of_it_at_once(
+    then: Callable[[nn.Module], object],
+) -> None:
     model, x = frozen()
     parameter = adapter_parameters(model, "a")["0.lora_B.a.weight"]
     before = sum_under(model, x)
     parameter.data.mul_(2)
-    model.eval()
+    then(model)
     after = sum_under(model, x)
     assert not torch.equal(after, before)
     parameter.data = parameter.data / 2

@@ -128,7 +128,7 @@ class LinearGraft(DenseGraft, nn.Linear):
     ) -> Stack:
         """What `make` makes of the tasks' terms, in this dtype, without gradient, and kept in a place under a key."""
         sources = self._sources(slots)
-        kept, age = place.get(key), self._age()
+        kept, age = place.get(key), self.stacks_age
         if kept is None or not kept.holds(sources, age, dtype):
             with torch.inference_mode(False), torch.no_grad():  # it may serve a training step
                 A, B, D = make([self._terms(slot) for slot in slots])
@@ -138,20 +138,6 @@ class LinearGraft(DenseGraft, nn.Linear):
                 return stack
             place[key] = kept
         return kept.stack
-
-    def _age(self) -> int:
-        """How often what was made of the tasks' tensors was forgotten."""
-        age: int = self.__dict__.get("_orbit_age", 0)
-        return age
-
-    def _forget_stacks(self) -> None:
-        """The tasks' tensors are about to be written to."""
-        self.__dict__.pop("_orbit_kept", None)
-        self.__dict__["_orbit_age"] = self._age() + 1
-
-    def train(self, mode: bool = True) -> Any:
-        self._forget_stacks()
-        return super().train(mode)
 
     def _shift(self, mix: Mix, slots: list[Slot], dims: int) -> Tensor | None:
         """Σ_t w_t·(b_t − b), broadcastable to an output of so many dimensions; None where no task has a b_t."""
@@ -208,7 +194,7 @@ class LinearGraft(DenseGraft, nn.Linear):
             or any(o is not None and o.weight.requires_grad for o in slot[2:])
         )
         if trains and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._forget_stacks()
+            self.forget_stacks()
         if slot.magnitude is None:
             return Terms(A, B, slot.coefficient, None)
         refuse_meta(A, self.weight)

@@ -165,7 +165,7 @@ class Kept(NamedTuple):
     """A layer's Stack, for as long as nothing that it was made from is replaced or written to.
 
     Two ways of writing leave no mark on a tensor: fused optimizers, and `parameter.data`. So the layer counts its
-    `age`, which is another after it was trained, `train()` or `eval()`.
+    `age`, which is another after it was trained, `set_trainable`, `train()` or `eval()`.
     """
 
     sources: list[weakref.ref[Tensor]]

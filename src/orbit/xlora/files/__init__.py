@@ -2,7 +2,7 @@
 
 from orbit.xlora.files.base import check_base, check_layers
 from orbit.xlora.files.reading import Saved, read
-from orbit.xlora.files.saving import save, trained
+from orbit.xlora.files.saving import save
 from orbit.xlora.files.weights import fill
 
-__all__ = ["Saved", "check_base", "check_layers", "fill", "read", "save", "trained"]
+__all__ = ["Saved", "check_base", "check_layers", "fill", "read", "save"]
