@@ -170,8 +170,12 @@ def test_engine_resumes_to_the_bit():
 
 @pytest.mark.parametrize("experts_train", [False, True])
 def test_transformers_saves_and_resumes(
-    experts_train: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    experts_train: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)  # to where caplog listens
+
     def fresh() -> Any:
         return mixture(**SETTINGS, use_trainable_adapters=experts_train)
 
