@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -325,3 +326,14 @@ def test_after_a_refusal_the_model_can_be_used(written: Path, folders: dict[str,
     with pytest.raises(XLoRAError):
         xlora.add_xlora_to_model(model, xlora.xLoRAConfig(32, top_k_lora=9), folders)
     assert torch.equal(logits(xlora.from_pretrained(written / "ours", model)), logits(mixture(folders)))
+
+
+def test_settings_of_a_mixture_are_replaced_and_so_checked(folders: dict[str, Path]) -> None:
+    model = mixture(folders)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.xlora_config.softmax_temperature = 0.0
+    with pytest.raises(XLoRAError, match="softmax_temperature=0.0"):
+        dataclasses.replace(model.xlora_config, softmax_temperature=0.0)
+    model.xlora_config = dataclasses.replace(model.xlora_config, enable_softmax=False)
+    logits(model)
+    assert not torch.allclose(model.get_latest_scalings().sum(-1), torch.ones(()))

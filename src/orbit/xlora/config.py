@@ -13,9 +13,9 @@ import torch
 from orbit.xlora.errors import XLoRAError
 
 
-@dataclass
+@dataclass(frozen=True)
 class xLoRAConfig:
-    """How a classifier turns hidden states into scalings of the experts.
+    """How a classifier turns hidden states into scalings of the experts. `dataclasses.replace` changes a copy.
 
     Attributes:
         hidden_size: of the model's last hidden state.

@@ -43,7 +43,8 @@ class xLoRAModel(nn.Module):
     """What a mixture is besides its own class: document 001's Model API.
 
     Attributes:
-        xlora_config: the settings, which may be changed between forwards where they are no sizes.
+        xlora_config: the settings. Between forwards they may be replaced by others of the same sizes:
+            `model.xlora_config = dataclasses.replace(model.xlora_config, top_k_lora=2)`.
         xlora_experts: the names of the tasks that are mixed, in the order of the scalings' last axis.
         xlora_classifier: the router.
         xlora_log: predictions.
@@ -115,7 +116,7 @@ class xLoRAModel(nn.Module):
         """Set whether the experts train beside the classifier."""
         for expert in self.xlora_experts:
             set_trainable(self, expert, use_trainable_adapters)
-        self.xlora_config.use_trainable_adapters = use_trainable_adapters
+        self.xlora_config = replace(self.xlora_config, use_trainable_adapters=use_trainable_adapters)
 
     def get_use_trainable_adapters(self) -> bool:
         """Do the experts train?"""
@@ -145,10 +146,8 @@ class xLoRAModel(nn.Module):
 
     def set_scaling_pass_value(self, value: float | None) -> None:
         """Scale all experts by `value` in the scaling pass from now on; None is 1/n for n experts."""
-        config = self.xlora_config
-        self.xlora_config = replace(
-            config, scaling_pass_value=1 / len(self.xlora_experts) if value is None else value
-        )
+        value = 1 / len(self.xlora_experts) if value is None else value
+        self.xlora_config = replace(self.xlora_config, scaling_pass_value=value)
 
     def get_latest_scalings(self) -> Tensor | None:
         """The last prediction (batch, seq, layers, experts), before top-k and the global weight; None before any."""
@@ -293,7 +292,7 @@ def mix(
     cls = type(model)
     model.__class__ = mixture_class(cls)
     assert isinstance(model, xLoRAModel)
-    model.xlora_config, model.xlora_experts = replace(config), tuple(experts)
+    model.xlora_config, model.xlora_experts = config, tuple(experts)
     model.xlora_classifier, model.xlora_log, model.xlora_enabled = classifier, ScalingsLog(), True
     model.set_use_trainable_adapters(config.use_trainable_adapters)
     state.pinned.update(
