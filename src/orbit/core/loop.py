@@ -10,6 +10,7 @@ and `microbatches` calls the events of `core/events.py`, keeps the place in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
 from time import perf_counter
@@ -160,6 +161,7 @@ class Core(Base):
                     self.state.metrics[f"val_{name}"] = value
                 self.emit("after_eval")
             finally:
+                self.emit("leave_eval")
                 self.state.phase, self._eval_losses = phase, losses
                 for module, training in modes:
                     module.training = training
@@ -179,6 +181,16 @@ class Core(Base):
         assert self._eval_losses is not None
         if outcome.loss is not None:
             self._eval_losses.add({"loss": outcome.loss}, outcome.weight)
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps in an epoch of the running loader, None if it has no length. A window that runs across the
+        epoch's end counts in parts."""
+        length = None if self._feed is None else self._feed.length
+        if length is None:
+            return None
+        windows = length / self.gradient_accumulation_steps
+        return float(math.ceil(windows)) if self.closes_windows_at_epoch_end else windows
 
     @property
     def _closes_here(self) -> bool:

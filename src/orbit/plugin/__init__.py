@@ -2,21 +2,30 @@
 
 from orbit.core.events import BaseHook, Plugin
 from orbit.plugin.checkpointing import CheckpointingHook
+from orbit.plugin.cuda_max_memory import CudaMaxMemoryHook
 from orbit.plugin.early_stopping import EarlyStopping
+from orbit.plugin.ema import EMA, EmaHook
 from orbit.plugin.gradient_accumulation import GradientAccumulation
+from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
 from orbit.plugin.progress import ProgressHook
+from orbit.plugin.warmup import Warmup
 
 __all__ = [
+    "EMA",
     "BaseHook",
     "CheckpointingHook",
+    "CudaMaxMemoryHook",
     "EarlyStopping",
+    "EmaHook",
     "GradientAccumulation",
+    "ImageFileLoggerHook",
     "LoRA",
     "LoggingHook",
     "Mentor",
     "Plugin",
     "ProgressHook",
+    "Warmup",
 ]

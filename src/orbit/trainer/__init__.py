@@ -3,6 +3,9 @@
 from orbit.core.events import BaseHook
 from orbit.core.nested import key_average, map_nested_tensor
 from orbit.plugin.checkpointing import CheckpointingHook
+from orbit.plugin.cuda_max_memory import CudaMaxMemoryHook
+from orbit.plugin.ema import EmaHook
+from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.progress import ProgressHook
 from orbit.trainer.base import BaseTrainer
@@ -11,6 +14,9 @@ __all__ = [
     "BaseHook",
     "BaseTrainer",
     "CheckpointingHook",
+    "CudaMaxMemoryHook",
+    "EmaHook",
+    "ImageFileLoggerHook",
     "LoggingHook",
     "ProgressHook",
     "key_average",

@@ -1,0 +1,120 @@
+"""A second set of weights that follows the first slowly, and is often the better model.
+
+    ēₖ = d·ēₖ₋₁ + (1 − d)·eₖ       e a floating parameter or buffer after optimizer step k, d the decay
+
+Integer buffers (the step counts of batch norm) are copied. The averages start as the weights that training starts from.
+Source: Polyak & Juditsky 1992; the exponential form as in `torch.optim.swa_utils`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from orbit.core.events import Plugin
+from orbit.plugin.logs import check_interval
+
+if TYPE_CHECKING:
+    from orbit.core.loop import Core
+
+
+class EMA(Plugin):
+    """Keep the exponential moving average of the model's parameters and buffers, and evaluate with it.
+
+    `EmaHook` is its other documented name. Checkpoints hold the average beside the model.
+
+    Args:
+        decay: d, at least 0 and under 1.
+        update_interval: update every so many optimizer steps.
+        device: where the average lies; None is where the model is.
+        swap: put the average in the model's place while `eval()` runs.
+
+    Attributes:
+        ema_model: a copy of the model (without wrappers of DDP or `torch.compile`) that has the averages; None
+            before the run is built. While `eval()` runs with `swap` it has the model's own weights.
+
+    Raises:
+        ValueError: a value outside its range; a checkpoint whose average is of another model.
+    """
+
+    priority = Plugin.METER
+
+    def __init__(
+        self,
+        decay: float = 0.9999,
+        update_interval: int = 1,
+        device: torch.device | str | int | None = None,
+        swap: bool = True,
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA(decay={decay!r}): it must be at least 0 and under 1")
+        self.decay, self.device, self.swap = decay, device, swap
+        self.update_interval = check_interval("EMA", update_interval)
+        self.ema_model: nn.Module | None = None
+        self._swapped = 0  # how many brackets of eval() are open
+
+    def on_build_model(self, trainer: Core) -> None:
+        self._start(trainer)
+
+    def on_load_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
+        self._start(trainer)
+        if "EMA" in state_dict:
+            assert self.ema_model is not None
+            self.ema_model.load_state_dict(state_dict["EMA"])
+
+    def on_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
+        assert self.ema_model is not None
+        state_dict["EMA"] = self.ema_model.state_dict()
+        if self._swapped:
+            state_dict["EMA"], state_dict["model"] = state_dict["model"], state_dict["EMA"]
+
+    def on_after_optimizer_step(self, trainer: Core) -> None:
+        if trainer.step % self.update_interval == 0:
+            self.update(trainer)
+
+    @torch.no_grad()
+    def update(self, trainer: Core) -> None:
+        """Let the averages follow the model now."""
+        for mean, value in self._pairs(trainer):
+            if mean.is_floating_point() or mean.is_complex():
+                mean.lerp_(value.to(mean.device), 1 - self.decay)
+            else:
+                mean.copy_(value)
+
+    def on_before_eval(self, trainer: Core) -> None:
+        if self.swap:
+            self._swapped += 1
+            if self._swapped == 1:
+                self._exchange(trainer)
+
+    def on_leave_eval(self, trainer: Core) -> None:
+        if self._swapped:
+            self._swapped -= 1
+            if not self._swapped:
+                self._exchange(trainer)
+
+    @torch.no_grad()
+    def _exchange(self, trainer: Core) -> None:
+        for mean, value in self._pairs(trainer):
+            kept = value.clone()
+            value.copy_(mean)
+            mean.copy_(kept)
+
+    def _start(self, trainer: Core) -> None:
+        self.ema_model = deepcopy(trainer.unwrapped_model).requires_grad_(False).eval()
+        if self.device is not None:
+            self.ema_model.to(self.device)
+
+    def _pairs(self, trainer: Core) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each average and what it follows; tied tensors once."""
+        assert self.ema_model is not None
+        ours, theirs = self.ema_model, trainer.unwrapped_model
+        yield from zip(ours.parameters(), theirs.parameters(), strict=True)
+        yield from zip(ours.buffers(), theirs.buffers(), strict=True)
+
+
+EmaHook = EMA
