@@ -94,6 +94,18 @@ def test_an_empty_row_changes_nothing_and_learns() -> None:
     assert torch.isfinite(layer.slots()["default"].up.weight.grad).all()
 
 
+def test_norm_follows_a_fused_optimizer_which_leaves_no_mark() -> None:
+    layer = adapted(dtype=torch.float32)
+    slot = layer.slots()["default"]
+    layer.row_norm(slot)
+    optimizer = torch.optim.SGD([layer.weight.requires_grad_(True)], lr=0.5, fused=True)
+    layer(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    layer.weight.requires_grad_(False)
+    dense = layer.weight + slot.up.scale * slot.up.weight @ slot.down.weight
+    torch.testing.assert_close(layer.row_norm(slot), dense.detach().norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
 def test_norm_of_the_weight_is_computed_once_and_again_when_the_weight_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

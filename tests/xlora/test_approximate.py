@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orbit import xlora
-from orbit.adapter import route
+from orbit.adapter import RouteError, route
 from orbit.xlora import CacheError, XLoRAError, passes
 from orbit.xlora.reuse import carried, shallow
 from tests.xlora.generating import EXPERTS, llama, mixed, tokens
@@ -215,6 +216,47 @@ def test_caches_of_another_kind(mixture: Any) -> None:
             pytest.raises(CacheError, match="filled exactly"),
         ):
             mixture(ids, past_key_values=ours)
+
+
+def test_an_emptied_cache_is_an_empty_one(mixture: Any) -> None:
+    ids = tokens()
+    with torch.no_grad():
+        exact = mixture(ids).logits
+        with xlora.approximate(mixture, route_every=3, on=ids):
+            first = mixture(ids)
+            cache = first.past_key_values
+            cache.crop(-ids.shape[1])
+            assert torch.equal(mixture(ids, past_key_values=cache).logits, first.logits)
+            cache.reset()
+        with xlora.approximate(mixture, route_every=4, on=ids):
+            mixture(ids, past_key_values=cache)
+            cache.reset()
+        assert torch.equal(mixture(ids, past_key_values=cache).logits, exact)
+
+
+def test_another_thread_finds_no_model_cut_short(mixture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, here, refused = tokens(), [], []
+    scaling_pass = passes.scaling_pass
+
+    def elsewhere() -> None:
+        with pytest.raises(RouteError, match="one route at a time"):
+            mixture(ids)
+        refused.append(True)
+
+    def counted(*args: Any) -> Tensor:
+        here.append(threading.get_ident())
+        if len(here) == 1:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+        return scaling_pass(*args)
+
+    with torch.no_grad(), xlora.approximate(mixture, router_layer=1, on=ids):
+        monkeypatch.setattr(passes, "scaling_pass", counted)
+        mixture(ids)
+    assert refused
+    assert here == [threading.get_ident()]
+    assert len(mixture.model.layers) == DEPTH
 
 
 def test_tokens_that_wait_are_given_alike(mixture: Any) -> None:

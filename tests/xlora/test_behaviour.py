@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from orbit.adapter import (
     AdapterConfig,
@@ -433,6 +434,8 @@ def test_the_log_is_of_predictions_without_graph(mixed: Any, ids: Tensor, tmp_pa
     with mixed.disable():
         mixed(ids)
     assert len(mixed.get_scalings_log()) == 2
-    torch.testing.assert_close(mixed.get_latest_scalings().sum(-1), torch.ones(1, 9, 14))
+    checkpoint(lambda: mixed(ids).logits.sum(), use_reentrant=False).backward()
+    assert len(mixed.get_scalings_log()) == 3  # its replay is no forward of its own
+    torch.testing.assert_close(mixed.get_latest_scalings().sum(-1), torch.ones(3, 9, 14))
     mixed.disable_scalings_logging()
     assert mixed.get_scalings_log() == []

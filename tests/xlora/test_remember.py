@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orbit.xlora import XLoRAError, passes, remember
+from orbit.xlora.remember import _keys
 from tests.xlora.oracle import llama, mixture, tokens
 
 
@@ -79,6 +80,14 @@ def test_rows_are_found_in_other_batches_by_all_that_they_hold() -> None:
         assert memory.misses == misses + 2
 
 
+def test_positions_of_images_are_not_rows() -> None:
+    ids = tokens(3, 4)
+    assert len(_keys({"input_ids": ids, "position_ids": torch.arange(4)[None]}, False)) == 3
+    for batch in (ids, ids[:2]):
+        positions = torch.zeros(3, len(batch), 4, dtype=torch.long)
+        assert _keys({"input_ids": batch, "position_ids": positions}, False) == []
+
+
 def test_the_least_recently_used_goes_first() -> None:
     model, ids = mixture(), tokens(3)
     row = 9 * 32 * 4
@@ -135,6 +144,24 @@ def test_what_is_not_the_same_every_time_is_refused() -> None:
     for size in (0, True, 1.5):
         with pytest.raises(XLoRAError, match="max_bytes"), remember(mixture(), size):  # type: ignore[arg-type]
             pass
+
+
+def test_noise_of_train_mode_is_not_remembered() -> None:
+    model, ids = mixture().eval(), tokens()
+
+    def noisy(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output + torch.randn_like(output) if module.training else output
+
+    model.get_input_embeddings().register_forward_hook(noisy)  # as NEFTune does
+    with torch.no_grad(), remember(model) as memory:
+        model(ids, use_cache=False)
+        model.train()
+        for _ in range(2):
+            with pytest.raises(XLoRAError, match="draws random numbers"):
+                model(ids, use_cache=False)
+        model.eval()
+        model(ids, use_cache=False)
+        assert memory.hits == 1
 
 
 def test_experts_may_train_and_drop() -> None:

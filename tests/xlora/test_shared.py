@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from orbit.adapter.errors import RouteError
 from orbit.xlora.shared import Shared, leading_blocks
 from tests.xlora.oracle import llama, mixture, tokens
 
@@ -158,3 +160,41 @@ def test_an_output_that_was_written_to_is_made_anew() -> None:
     assert torch.equal(once(x), torch.ones(2))
     assert torch.equal(once(x), torch.ones(2))  # more calls than before
     assert len(calls) == 4
+
+
+def test_an_output_that_is_written_to_in_inference_mode_is_made_anew() -> None:
+    """Nothing tells there that a tensor was written to."""
+    model = late()
+    model.model.layers[2].register_forward_pre_hook(lambda block, args: (args[0].mul_(1.5), *args[1:]))
+    with torch.no_grad():
+        expected = model(tokens(), use_cache=False).logits
+    with torch.inference_mode():
+        assert torch.equal(model(tokens(), use_cache=False).logits, expected)
+
+
+def test_another_thread_comes_to_no_shared_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before it sees them, while one thread is at its passes."""
+    from orbit.xlora import passes
+
+    model, here, refused = late(), [], []
+    expected = model(tokens(), use_cache=False).logits
+
+    def elsewhere() -> None:
+        with pytest.raises(RouteError, match="one route at a time"):
+            model(tokens(), use_cache=False)
+        refused.append(True)
+
+    def between(*args: Any) -> Tensor:
+        here.append(threading.get_ident())
+        if len(here) == 1:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+        return predict(*args)
+
+    predict = passes.predict
+    monkeypatch.setattr(passes, "predict", between)
+    assert torch.equal(model(tokens(), use_cache=False).logits, expected)
+    assert refused
+    assert here == [threading.get_ident()]
+    assert not any("forward" in vars(block) for block in model.model.layers)

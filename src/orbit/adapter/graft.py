@@ -34,7 +34,13 @@ from orbit.adapter.routes.replay import in_backward
 from orbit.adapter.routes.state import RouteState
 
 _BACKUP = "_orbit_backup_"  # and a parameter's name: what it was before merging, a non-persistent buffer
-_TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_kept", "_orbit_w2")  # derived: made anew by copies
+_TRANSIENT = (
+    "_orbit_plan",
+    "_orbit_cache",
+    "_orbit_kept",
+    "_orbit_age",
+    "_orbit_w2",
+)  # derived: made anew by copies
 
 
 class Graft(Filed, nn.Module):
@@ -287,8 +293,22 @@ class Graft(Filed, nn.Module):
             if not len(tasks):
                 del self._modules[bank]
         self.__dict__.pop("_orbit_cache", None)
-        self.__dict__.pop("_orbit_kept", None)
+        self.forget_stacks()
         self.__dict__["_orbit_plan"] = None
+
+    @property
+    def stacks_age(self) -> int:
+        """How often what was made of the tasks' tensors was forgotten."""
+        return self.__dict__.get("_orbit_age", 0)
+
+    def forget_stacks(self) -> None:
+        """The tasks' tensors may be written to in ways that leave no mark: keep nothing that was made of them."""
+        self.__dict__.pop("_orbit_kept", None)
+        self.__dict__["_orbit_age"] = self.stacks_age + 1
+
+    def train(self, mode: bool = True) -> Any:
+        self.forget_stacks()
+        return super().train(mode)
 
     def point(self, route: Any) -> None:
         """Follow `route` from now on. A module that stands in for a layer goes on doing so while merged."""
@@ -410,7 +430,7 @@ class Graft(Filed, nn.Module):
             if moved is not None and torch._has_compatible_shallow_copy_type(parameter, moved):
                 parameter.data = moved.detach()
                 self._buffers[name] = parameter
-        self.__dict__.pop("_orbit_kept", None)
+        self.forget_stacks()
         if isinstance(self._orbit_plan, Mix):  # its weights lie on the former device
             self._orbit_route.attach(self)
         return self

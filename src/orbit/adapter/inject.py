@@ -253,6 +253,8 @@ def set_trainable(model: nn.Module, name: str, trainable: bool = True) -> None:
     """
     for parameter in adapter_parameters(model, name).values():
         parameter.requires_grad_(trainable)
+    for layer in task_layers(model, name).values():
+        layer.forget_stacks()
 
 
 def freeze(model: nn.Module) -> None:

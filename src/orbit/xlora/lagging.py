@@ -77,7 +77,8 @@ class Lagging:
         self.cache.crop(-max(0, removed - waiting))
         kept = max(0, waiting - removed)
         self.waiting = {name: t[:, :kept] for name, t in self.waiting.items()} if kept else {}
-        self.used = None if self.used is None else self.used[:, : self.used.shape[1] - removed]
+        left = 0 if self.used is None else self.used.shape[1] - removed
+        self.used = self.used[:, :left] if self.used is not None and left > 0 else None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.cache.batch_repeat_interleave(repeats)

@@ -43,8 +43,7 @@ class xLoRAModel(nn.Module):
     """What a mixture is besides its own class: document 001's Model API.
 
     Attributes:
-        xlora_config: the settings, which may be changed between forwards where they are no sizes;
-            `use_trainable_adapters` by `set_use_trainable_adapters` alone.
+        xlora_config: the settings, the model's own copy. Those that are no sizes may be changed between forwards.
         xlora_experts: the names of the tasks that are mixed, in the order of the scalings' last axis.
         xlora_classifier: the router.
         xlora_log: predictions.
@@ -119,8 +118,12 @@ class xLoRAModel(nn.Module):
         self.xlora_config.use_trainable_adapters = use_trainable_adapters
 
     def get_use_trainable_adapters(self) -> bool:
-        """Do the experts train?"""
-        return self.xlora_config.use_trainable_adapters
+        """Does any expert train?"""
+        return any(
+            parameter.requires_grad
+            for expert in self.xlora_experts
+            for parameter in adapter_parameters(self, expert).values()
+        )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(numbers that train, all numbers), the classifier's and the experts' included."""
@@ -146,10 +149,7 @@ class xLoRAModel(nn.Module):
 
     def set_scaling_pass_value(self, value: float | None) -> None:
         """Scale all experts by `value` in the scaling pass from now on; None is 1/n for n experts."""
-        config = self.xlora_config
-        self.xlora_config = replace(
-            config, scaling_pass_value=1 / len(self.xlora_experts) if value is None else value
-        )
+        self.xlora_config.scaling_pass_value = 1 / len(self.xlora_experts) if value is None else value
 
     def get_latest_scalings(self) -> Tensor | None:
         """The last prediction (batch, seq, layers, experts), before top-k and the global weight; None before any."""
@@ -228,7 +228,7 @@ class xLoRAModel(nn.Module):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
-        """What `transformers.Trainer` does not miss in its own checkpoints: the base model."""
+        """What `transformers.Trainer` need not miss in its checkpoints: the base model."""
         return set(base_state_dict(self))
 
     # -- copies ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from orbit.adapter.errors import ScalingsError
 from orbit.adapter.routes.plan import Scaled
+from orbit.adapter.routes.replay import in_backward
 from orbit.adapter.routes.route import route
 from orbit.adapter.routes.state import outside_graphs
 from orbit.xlora.cache import TwinCache
@@ -63,7 +64,8 @@ def run(
     alone = cache is None and approximation is None
     with sharing(model, given) if alone else nullcontext() as shared:
         prediction = (approximation.predict if approximation else predict)(model, given, cache)
-        model.xlora_log.note(prediction)
+        if not in_backward():  # a checkpoint's replay is no forward of its own
+            model.xlora_log.note(prediction)
         if shared is not None:
             shared.replaying = True
         return _main_pass(model, forward, given, prediction, cache)
@@ -94,10 +96,12 @@ def predict(model: xLoRAModel, given: Mapping[str, Any], cache: TwinCache | None
         CacheError: the cache was filled under an approximation.
     """
     if cache is not None and isinstance(cache.scaling, Lagging):
-        raise CacheError(
-            "past_key_values was filled under xlora.approximate, whose scaling pass is another; start from an empty "
-            "cache, or go on under the same approximation"
-        )
+        if cache.scaling.get_seq_length():
+            raise CacheError(
+                "past_key_values was filled under xlora.approximate, whose scaling pass is another; start from an "
+                "empty cache, or go on under the same approximation"
+            )
+        cache.scaling = cache.scaling.cache
     memory = model.xlora_memory
     if cache is not None or memory is None:
         hidden = scaling_pass(model, given, None if cache is None else cache.scaling)

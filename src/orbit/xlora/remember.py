@@ -1,9 +1,10 @@
 """The scaling pass of a text is run once, not once an epoch: `with remember(model):`.
 
 With a scaling pass value of 0 and a frozen base that drops nothing at random, the last hidden state of a text is
-the same in every epoch. It is kept for every row of a batch, on the CPU, under a digest of what the row holds: its
-tokens, mask and positions. A batch whose rows are all known makes no scaling pass. A row that is padded to another
-length counts as another text; pad to one length (or to a few) to find it again.
+the same in every epoch. It is kept for every row of a batch, on the CPU, under a digest of what the row holds, its
+tokens, mask and positions, and of the mode (a hook may act in train mode only). A batch whose rows are all known
+makes no scaling pass. A row that is padded to another length counts as another text; pad to one length (or to a few)
+to find it again.
 
 A row takes seq · hidden numbers: 1,000 texts of 512 tokens are 4 GiB for a hidden size of 4,096 in bf16.
 """
@@ -64,7 +65,7 @@ class Memory:
         ):
             self._rows.clear()
             self.n_bytes, self._base = 0, base
-        keys = _keys(passed)
+        keys = _keys(passed, model.training)
         found = [self._rows[key] for key in keys if key in self._rows]
         if keys and len(found) == len(keys):
             self.hits += 1
@@ -72,7 +73,13 @@ class Memory:
                 self._rows.move_to_end(key)
             return torch.stack(found)
         self.misses += 1
+        before = _random_state(base)
         hidden = scaling_pass()
+        if any(not torch.equal(a, b) for a, b in zip(before, _random_state(base), strict=True)):
+            raise XLoRAError(
+                "the scaling pass draws random numbers (a hook that adds noise to the embeddings, say), and is not "
+                "the same every time; take that away, or remember nothing"
+            )
         self._keep(keys, hidden.detach())
         return hidden
 
@@ -112,14 +119,14 @@ def remember(model: xLoRAModel, max_bytes: int = 2**30) -> Iterator[Memory]:
 
     It serves forwards without a cache, on `input_ids`, `attention_mask` and `position_ids` alone; others run as ever.
     A hit gives the bits that the first pass gave. All is forgotten where the base's weights are written to or moved
-    (writing through `parameter.data` leaves no mark and is not seen), and in the end.
+    (writing through `parameter.data` or by a fused optimizer leaves no mark and is not seen), and in the end.
 
     Args:
         max_bytes: what is kept at most, on the CPU.
 
     Raises:
-        XLoRAError: the pass is not the same every time, because the base trains, drops at random in train mode, or
-            the scaling pass value is not 0. Asked at every forward.
+        XLoRAError: the pass is not the same every time, because the base trains, draws random numbers, or the scaling
+            pass value is not 0. Asked at every forward.
     """
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
         raise XLoRAError(f"remember(max_bytes={max_bytes!r}): it must be an integer ≥ 1")
@@ -157,15 +164,24 @@ def _state_of_base(model: xLoRAModel) -> list[tuple[weakref.ref[Tensor], Any]]:
     ]
 
 
-def _keys(passed: Mapping[str, Any]) -> list[bytes]:
-    """A digest of every row of a scaling pass's arguments; none if there are others than those of content."""
+def _random_state(base: list[tuple[weakref.ref[Tensor], Any]]) -> list[Tensor]:
+    """The state of the random numbers of the CPU and of the CUDA devices on which the base lies."""
+    devices = {t.device for ref, _ in base if (t := ref()) is not None and t.is_cuda}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
+
+
+def _keys(passed: Mapping[str, Any], training: bool) -> list[bytes]:
+    """A digest of the mode and every row of a scaling pass's arguments; none if there are others than of content."""
     content = {name: value for name, value in passed.items() if value is not None}
     tokens = content.get("input_ids")
-    if tokens is None or any(
-        name not in _CONTENT or not isinstance(t, Tensor) for name, t in content.items()
+    if tokens is None or not all(
+        name in _CONTENT and isinstance(t, Tensor) and len(t) in (1, len(tokens))
+        for name, t in content.items()
     ):
         return []
-    digests = [hashlib.sha256() for _ in tokens]
+    if "position_ids" in content and content["position_ids"].dim() != 2:  # of images: (3, batch, seq)
+        return []
+    digests = [hashlib.sha256(b"train" if training else b"eval") for _ in tokens]
     for name in _CONTENT:
         if name not in content:
             continue

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from orbit.adapter.routes.route import route
 from orbit.xlora import passes
 from orbit.xlora.cache import TwinCache
 from orbit.xlora.errors import CacheError, XLoRAError
@@ -107,7 +108,7 @@ class Approximation:
         return used.expand(-1, -1, layers, -1)
 
     def _ahead(self, model: xLoRAModel, given: Mapping[str, Any], cache: Any) -> Tensor:
-        with shallow(model, self.router_layer):
+        with route(model, None), shallow(model, self.router_layer):  # no other thread finds a model cut short
             hidden = passes.scaling_pass(model, given, cache)
         prediction: Tensor = model.xlora_classifier(hidden, model.xlora_config)
         return prediction
@@ -115,8 +116,9 @@ class Approximation:
     def _lagging(self, cache: TwinCache) -> Lagging:
         settings = (self.freeze_after, self.route_every, self.router_layer)
         late = cache.scaling
-        if not isinstance(late, Lagging) and not late.get_seq_length():
-            late = cache.scaling = Lagging(late, settings)
+        if not late.get_seq_length():
+            empty = late.cache if isinstance(late, Lagging) else late
+            late = cache.scaling = Lagging(empty, settings)
         if not isinstance(late, Lagging) or late.settings != settings:
             raise CacheError(
                 "past_key_values was filled exactly or under another approximation, whose scaling pass is another; "

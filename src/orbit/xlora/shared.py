@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from orbit.adapter.owners import Tasks
+from orbit.adapter.routes.route import route
 from orbit.adapter.routes.state import has_compiled_parts
 from orbit.xlora.errors import XLoRAError
 
@@ -41,7 +42,9 @@ class Shared:
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A block's forward that runs in the scaling pass alone."""
-        outputs: deque[tuple[Any, list[int]]] = deque()  # a block may be called several times in a pass
+        outputs: deque[tuple[Any, list[int] | None]] = (
+            deque()
+        )  # a block may be called several times in a pass
 
         def once(*args: Any, **kwargs: Any) -> Any:
             if not self.replaying:
@@ -51,7 +54,7 @@ class Shared:
             if not outputs:
                 return forward(*args, **kwargs)
             output, versions = outputs.popleft()
-            written_to = _versions(output) != versions
+            written_to = versions is None or _versions(output) != versions
             return forward(*args, **kwargs) if written_to or _ask((args, kwargs)) else output
 
         return once
@@ -61,20 +64,20 @@ class Shared:
 def sharing(model: xLoRAModel, given: Mapping[str, Any]) -> Iterator[Shared]:
     """While both passes run on a forward's arguments, without a cache: set `replaying` between them."""
     shared = Shared()
-    blocks = [] if _shows_states(model, given) else leading_blocks(model)
-    before = [
-        (block, block.__dict__.get("forward")) for block in blocks
-    ]  # accelerate puts one on the instance
-    try:
-        for block in blocks:
-            block.__dict__["forward"] = shared.around(block.forward)
-        yield shared
-    finally:
-        for block, forward in before:
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.__dict__["forward"] = forward
+    with route(model, None):  # which no other thread enters before these blocks are as they were
+        blocks = [] if _shows_states(model, given) else leading_blocks(model)
+        # accelerate puts one on the instance
+        before = [(block, block.__dict__.get("forward")) for block in blocks]
+        try:
+            for block in blocks:
+                block.__dict__["forward"] = shared.around(block.forward)
+            yield shared
+        finally:
+            for block, forward in before:
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.__dict__["forward"] = forward
 
 
 def leading_blocks(model: xLoRAModel) -> list[nn.Module]:
@@ -138,5 +141,7 @@ def _ask(values: Any) -> bool:
     )
 
 
-def _versions(output: Any) -> list[int]:
-    return [t._version for t in tree_leaves(output) if isinstance(t, Tensor) and not t.is_inference()]
+def _versions(output: Any) -> list[int] | None:
+    """What changes where somebody writes to an output; None where nothing tells, as in inference mode."""
+    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    return None if any(t.is_inference() for t in tensors) else [t._version for t in tensors]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from orbit.adapter import AdapterConfig, adapter_parameters, inject, route
+from orbit.adapter import AdapterConfig, adapter_parameters, inject, route, set_route, set_trainable
 from orbit.adapter.lora import fused
 from orbit.adapter.routes.plan import Scaled
 from orbit.adapter.routes.stacks import (
@@ -173,6 +174,45 @@ def test_frozen_tasks_are_brought_end_to_end_once(monkeypatch: pytest.MonkeyPatc
     sum_under(trained, x).sum().backward()
     assert calls == [2, 2]
     assert all(p.grad is not None for p in adapter_parameters(trained).values())
+
+
+def step(model: nn.Module, x: Tensor, task: str) -> None:
+    """One of a fused optimizer, which writes without a mark on versions."""
+    parameters = [p.requires_grad_(True) for p in adapter_parameters(model, task).values()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    model(x, task=task).square().sum().backward()
+    optimizer.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False).grad = None
+
+
+def test_training_is_seen_where_the_optimizer_leaves_no_mark() -> None:
+    model, x = frozen()
+    x, rows = x[:2], ["a", "b"]
+    set_route(model, rows)
+    for _ in range(2):
+        each = {task: model(x, task=task) for task in rows}
+        base = model(x, task=None)
+        summed = base + 0.5 * (each["a"] - base) + 2.0 * (each["b"] - base)
+        torch.testing.assert_close(sum_under(model, x), summed)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), torch.stack([each["a"][0], each["b"][1]]))
+        step(model, x, "a")
+
+
+@pytest.mark.parametrize("then", [nn.Module.eval, lambda model: set_trainable(model, "a", False)])
+def test_writing_to_data_is_seen_later_and_an_exchange_of_it_at_once(
+    then: Callable[[nn.Module], object],
+) -> None:
+    model, x = frozen()
+    parameter = adapter_parameters(model, "a")["0.lora_B.a.weight"]
+    before = sum_under(model, x)
+    parameter.data.mul_(2)
+    then(model)
+    after = sum_under(model, x)
+    assert not torch.equal(after, before)
+    parameter.data = parameter.data / 2
+    assert torch.equal(sum_under(model, x), before)
 
 
 def test_what_was_made_in_inference_mode_serves_a_training_step() -> None:

@@ -177,6 +177,8 @@ class DenseGraft(Graft):
         W = self.weight
         if torch.compiler.is_compiling() and self._is_dense(W):
             return dora.squared_rows(self.as_matrix(W))  # fused with the product that needs W anyway
+        if W.requires_grad:  # a fused optimizer writes to it without a mark
+            self.__dict__.pop("_orbit_w2", None)
         keep = not (W.requires_grad or W.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(W))
         mark = (W._version, W.dtype, W.data_ptr() if self._is_dense(W) else None) if keep else None
         ref, seen, w2 = self.__dict__.get("_orbit_w2", (None, None, None))

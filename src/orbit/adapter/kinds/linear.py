@@ -128,12 +128,12 @@ class LinearGraft(DenseGraft, nn.Linear):
     ) -> Stack:
         """What `make` makes of the tasks' terms, in this dtype, without gradient, and kept in a place under a key."""
         sources = self._sources(slots)
-        kept = place.get(key)
-        if kept is None or not kept.holds(sources, dtype):
+        kept, age = place.get(key), self.stacks_age
+        if kept is None or not kept.holds(sources, age, dtype):
             with torch.inference_mode(False), torch.no_grad():  # it may serve a training step
                 A, B, D = make([self._terms(slot) for slot in slots])
                 stack = Stack(A.to(dtype), B.to(dtype), D)
-            kept = Kept.made_from(sources, stack)
+            kept = Kept.made_from(sources, age, stack)
             if kept is None:
                 return stack
             place[key] = kept
@@ -188,6 +188,13 @@ class LinearGraft(DenseGraft, nn.Linear):
 
     def _terms(self, slot: Slot) -> Terms:
         A, B = slot.down.weight, slot.up.weight
+        trains = (
+            A.requires_grad
+            or B.requires_grad
+            or any(o is not None and o.weight.requires_grad for o in slot[2:])
+        )
+        if trains and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.forget_stacks()
         if slot.magnitude is None:
             return Terms(A, B, slot.coefficient, None)
         refuse_meta(A, self.weight)

@@ -164,25 +164,34 @@ def _of_tasks(terms: Sequence[Terms]) -> Tensor | None:
 class Kept(NamedTuple):
     """A layer's Stack, for as long as nothing that it was made from is replaced or written to.
 
-    Writing through `parameter.data` leaves no mark on the parameter's version and is not seen.
+    Two ways of writing leave no mark on a tensor: fused optimizers, and `parameter.data`. So the layer counts its
+    `age`, which is another after it was trained, `set_trainable`, `train()` or `eval()`.
     """
 
     sources: list[weakref.ref[Tensor]]
-    versions: list[int]
+    versions: list[tuple[int, int]]
+    age: int
     stack: Stack
 
     @classmethod
-    def made_from(cls, sources: Sequence[Tensor], stack: Stack) -> Kept | None:
+    def made_from(cls, sources: Sequence[Tensor], age: int, stack: Stack) -> Kept | None:
         """This stack of these; None if what they are cannot be told later on, or it is no tensor to keep."""
         if type(stack.A) is not Tensor or any(t.is_inference() for t in sources):
             return None
-        return cls([weakref.ref(t) for t in sources], [t._version for t in sources], stack)
+        return cls([weakref.ref(t) for t in sources], _versions(sources), age, stack)
 
-    def holds(self, sources: Sequence[Tensor], dtype: torch.dtype) -> bool:
-        """Is this the stack of these sources, in this dtype?"""
+    def holds(self, sources: Sequence[Tensor], age: int, dtype: torch.dtype) -> bool:
+        """Is this the stack of these sources, at this age of the layer and in this dtype?"""
         return (
-            self.stack.A.dtype == dtype
+            self.age == age
+            and self.stack.A.dtype == dtype
             and len(sources) == len(self.sources)
             and all(ref() is t for ref, t in zip(self.sources, sources, strict=True))
-            and [t._version for t in sources] == self.versions
+            and _versions(sources) == self.versions
         )
+
+
+def _versions(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
+    # A tensor subclass (torchao's quantised weights) need not have an address.
+    plain = (Tensor, torch.nn.Parameter)
+    return [(t._version, t.data_ptr() if type(t) in plain else 0) for t in sources]
