@@ -13,8 +13,9 @@ from torch import Tensor
 
 from orbit import xlora
 from orbit.adapter import RouteError, route
-from orbit.xlora import CacheError, XLoRAError, passes
-from orbit.xlora.reuse import carried, shallow
+from orbit.xlora import CacheError, XLoRAError
+from orbit.xlora.generation.approximation import carried, shallow
+from orbit.xlora.passes import forward
 from tests.xlora.generating import EXPERTS, llama, mixed, tokens
 
 STEPS = 12
@@ -58,7 +59,7 @@ def reference(
             frozen = freeze_after is not None and t >= freeze_after
             source.append(source[-1] if frozen or t % route_every else t)
         scalings = prediction[:, source]
-    with torch.no_grad(), route(model, passes.mixture(model, scalings)):
+    with torch.no_grad(), route(model, forward.mixture(model, scalings)):
         return model(ids, use_cache=False).logits
 
 
@@ -236,7 +237,7 @@ def test_an_emptied_cache_is_an_empty_one(mixture: Any) -> None:
 
 def test_another_thread_finds_no_model_cut_short(mixture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, here, refused = tokens(), [], []
-    scaling_pass = passes.scaling_pass
+    scaling_pass = forward.scaling_pass
 
     def elsewhere() -> None:
         with pytest.raises(RouteError, match="one route at a time"):
@@ -252,7 +253,7 @@ def test_another_thread_finds_no_model_cut_short(mixture: Any, monkeypatch: pyte
         return scaling_pass(*args)
 
     with torch.no_grad(), xlora.approximate(mixture, router_layer=1, on=ids):
-        monkeypatch.setattr(passes, "scaling_pass", counted)
+        monkeypatch.setattr(forward, "scaling_pass", counted)
         mixture(ids)
     assert refused
     assert here == [threading.get_ident()]

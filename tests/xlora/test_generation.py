@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orbit.adapter import route
 from orbit.xlora import CacheError
-from orbit.xlora.cache import TwinCache, twin
+from orbit.xlora.generation.cache import TwinCache, twin
 from tests.xlora.generating import EXPERTS, VOCABULARY, by_whole_passes, llama, mixed, tokens
 
 STEPS = 12

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from orbit.core.extras import MissingExtraError
-from orbit.xlora import Scalings, XLoRAError, picture
-from orbit.xlora.names import shown, without_common
-from orbit.xlora.page import page
+from orbit.xlora import Scalings, XLoRAError
+from orbit.xlora.seeing import picture
+from orbit.xlora.seeing.names import shown, without_common
+from orbit.xlora.seeing.page import page
 
 HOSTILE = (
     " the",

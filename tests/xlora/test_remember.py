@@ -9,21 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from orbit.xlora import XLoRAError, passes, remember
-from orbit.xlora.remember import _keys
+from orbit.xlora import XLoRAError, remember
+from orbit.xlora.passes import forward
+from orbit.xlora.passes.memory import _keys
 from tests.xlora.oracle import llama, mixture, tokens
 
 
 @pytest.fixture
 def passes_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every scaling pass."""
-    run, calls = passes.scaling_pass, []
+    run, calls = forward.scaling_pass, []
 
     def counted(*args: Any) -> Tensor:
         calls.append(1)
         return run(*args)
 
-    monkeypatch.setattr(passes, "scaling_pass", counted)
+    monkeypatch.setattr(forward, "scaling_pass", counted)
     return calls
 
 

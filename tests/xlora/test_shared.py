@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from orbit.adapter.errors import RouteError
-from orbit.xlora.shared import Shared, leading_blocks
+from orbit.xlora.passes.shared import Shared, leading_blocks
 from tests.xlora.oracle import llama, mixture, tokens
 
 EXPERTS = {
@@ -174,7 +174,7 @@ def test_an_output_that_is_written_to_in_inference_mode_is_made_anew() -> None:
 
 def test_another_thread_comes_to_no_shared_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused before it sees them, while one thread is at its passes."""
-    from orbit.xlora import passes
+    from orbit.xlora.passes import forward
 
     model, here, refused = late(), [], []
     expected = model(tokens(), use_cache=False).logits
@@ -192,8 +192,8 @@ def test_another_thread_comes_to_no_shared_blocks(monkeypatch: pytest.MonkeyPatc
             thread.join()
         return predict(*args)
 
-    predict = passes.predict
-    monkeypatch.setattr(passes, "predict", between)
+    predict = forward.predict
+    monkeypatch.setattr(forward, "predict", between)
     assert torch.equal(model(tokens(), use_cache=False).logits, expected)
     assert refused
     assert here == [threading.get_ident()]

@@ -34,13 +34,8 @@ from orbit.adapter.routes.replay import in_backward
 from orbit.adapter.routes.state import RouteState
 
 _BACKUP = "_orbit_backup_"  # and a parameter's name: what it was before merging, a non-persistent buffer
-_TRANSIENT = (
-    "_orbit_plan",
-    "_orbit_cache",
-    "_orbit_kept",
-    "_orbit_age",
-    "_orbit_w2",
-)  # derived: made anew by copies
+# Derived, and made anew by copies.
+_TRANSIENT = ("_orbit_plan", "_orbit_cache", "_orbit_kept", "_orbit_age", "_orbit_w2")
 
 
 class Graft(Filed, nn.Module):

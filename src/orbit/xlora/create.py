@@ -26,7 +26,9 @@ from orbit.xlora import files
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.experts import expert_layers
-from orbit.xlora.model import hidden_size, mix, new_classifier, xLoRAModel
+from orbit.xlora.mixing import mix, new_classifier
+from orbit.xlora.model import xLoRAModel
+from orbit.xlora.passes.decoder import hidden_size
 
 
 def add_xlora_to_model(

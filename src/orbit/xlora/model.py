@@ -1,8 +1,8 @@
 """A model that is a mixture of LoRA experts, and still its model.
 
-`mix` gives the model's class a generated subclass, as a graft does with a layer: its parameters keep their names, it
-is still a `PreTrainedModel` with its `generate`, `save_pretrained` and place in `transformers.Trainer`, and its
-forward makes two passes of its own (`passes.py`). The classifier is a submodule, `xlora_classifier`.
+`mix` (`mixing.py`) gives the model's class a generated subclass, as a graft does with a layer: its parameters keep
+their names, it is still a `PreTrainedModel` with its `generate`, `save_pretrained` and place in `transformers.Trainer`,
+and its forward makes two passes of its own (`passes/forward.py`). The classifier is a submodule, `xlora_classifier`.
 
 The mixture is what the model computes where nobody chose a task: `model(x, task="math")`, `with route(model, None)` and
 `set_route` go before it, and `model.disable()` is the base model.
@@ -12,31 +12,28 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from orbit.adapter.errors import RouteError
 from orbit.adapter.graft import Graft
 from orbit.adapter.inject import adapter_parameters, base_state_dict, set_trainable
-from orbit.adapter.inject import remove as remove_task
-from orbit.adapter.routes.plan import Together
 from orbit.adapter.routes.replay import History, in_backward
-from orbit.adapter.routes.route import route, set_route, state_of
+from orbit.adapter.routes.route import route, state_of
 from orbit.adapter.routes.state import outside_graphs
-from orbit.core.runtime import resolve_device
-from orbit.xlora import files, generation, passes
+from orbit.xlora import files
 from orbit.xlora.classifier import Classifier
 from orbit.xlora.config import xLoRAConfig
 from orbit.xlora.errors import XLoRAError
-from orbit.xlora.experts import check_layers, expert_layers
+from orbit.xlora.experts import expert_layers
+from orbit.xlora.generation.approximation import Approximation
+from orbit.xlora.generation.arguments import generate_arguments
 from orbit.xlora.log import ScalingsLog, save_scalings_log
-from orbit.xlora.remember import Memory
-from orbit.xlora.reuse import Approximation
+from orbit.xlora.passes.forward import run
+from orbit.xlora.passes.memory import Memory
 
 
 class xLoRAModel(nn.Module):
@@ -55,7 +52,6 @@ class xLoRAModel(nn.Module):
     xlora_experts: tuple[str, ...]
     xlora_classifier: Classifier
     xlora_log: ScalingsLog
-    xlora_enabled: bool
     xlora_approximation: Approximation | None = None
     xlora_memory: Memory | None = None
     _xlora_original: type[nn.Module]
@@ -91,7 +87,7 @@ class xLoRAModel(nn.Module):
 
     def xlora_acts(self) -> bool:
         """Does the next forward mix experts, rather than follow a task that somebody chose?"""
-        return self.xlora_enabled and not state_of(self).is_chosen()
+        return not state_of(self).is_chosen()
 
     @outside_graphs
     def _xlora_mixes(self) -> bool:
@@ -249,126 +245,6 @@ _MIXES = "a mixture"  # in a model's history, which notes None for a forward und
 xLoraModel = xLoRAModel  # document 001 spells it both ways
 
 
-def mix(
-    model: nn.Module, experts: Sequence[str], config: xLoRAConfig, classifier: Classifier | None = None
-) -> xLoRAModel:
-    """Make `model`, which carries the tasks `experts`, a mixture of them, in place.
-
-    Everything but the classifier is frozen, and the experts where they are to train.
-
-    Args:
-        classifier: a trained one of these settings; None makes a new one.
-
-    Raises:
-        XLoRAError: no experts, another hidden size, more experts to keep than there are, an encoder-decoder, or it is
-            a mixture already. The model is unchanged.
-    """
-    if isinstance(model, xLoRAModel):
-        raise XLoRAError(f"{type(model).__name__} is a mixture of {list(model.xlora_experts)} already")
-    if not experts:
-        raise XLoRAError("a mixture needs at least one expert: adapters={name: folder of a PEFT adapter}")
-    if len(set(experts)) < len(experts):
-        raise XLoRAError(
-            f"experts={list(experts)} names one twice; every expert has one place among the scalings"
-        )
-    if config.top_k_lora is not None and config.top_k_lora > len(experts):
-        raise XLoRAError(
-            f"xLoRAConfig(top_k_lora={config.top_k_lora}): there are only {len(experts)} experts"
-        )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise XLoRAError(
-            f"{type(model).__name__} has an encoder and a decoder, and a mixture is one of a causal language model"
-        )
-    size = hidden_size(model)
-    if config.hidden_size != size:
-        raise XLoRAError(
-            f"xLoRAConfig(hidden_size={config.hidden_size}): the last hidden state of {type(model).__name__} has "
-            f"{size} features"
-        )
-    state = state_of(model, Together(tuple((expert, 1.0) for expert in experts)))
-    unknown = [expert for expert in experts if expert not in state.configs]
-    if unknown or state.merged is not None:
-        raise XLoRAError(
-            f"there is no task {unknown[0]!r} to be an expert; the model has {list(state.configs)}"
-            if unknown
-            else f"task {state.merged!r} is merged into the weights; unmerge it before mixing"
-        )
-    check_layers(model, experts, passes.decoder_of(model))
-    classifier = new_classifier(model, experts, config) if classifier is None else classifier
-    classifier.train(model.training)
-    set_route(model, None)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    cls = type(model)
-    model.__class__ = mixture_class(cls)
-    assert isinstance(model, xLoRAModel)
-    model.xlora_config, model.xlora_experts = replace(config), tuple(experts)
-    model.xlora_classifier, model.xlora_log, model.xlora_enabled = classifier, ScalingsLog(), True
-    model.set_use_trainable_adapters(config.use_trainable_adapters)
-    state.pinned.update(
-        dict.fromkeys(experts, f"an expert of the mixture {cls.__name__}; xlora.remove(model) ends it")
-    )
-    return model
-
-
-def remove(model: nn.Module, *, keep_experts: bool = False) -> nn.Module:
-    """Make a mixture an ordinary model of its own class again, in place; the classifier and the log are gone.
-
-    Args:
-        keep_experts: leave the experts in the model as the tasks that they are; else they are removed too.
-
-    Returns:
-        The same model. What it froze stays frozen.
-
-    Raises:
-        XLoRAError: it is no mixture, or its class was changed since. RouteError: it is running.
-    """
-    original = type(model).__dict__.get("_xlora_original")
-    if original is None:
-        raise XLoRAError(
-            f"{type(model).__name__} is no mixture"
-            + ("; its class was changed since it became one" if isinstance(model, xLoRAModel) else "")
-        )
-    assert isinstance(model, xLoRAModel)
-    state, experts = state_of(model), model.xlora_experts
-    if state.busy:
-        raise RouteError("the mixture cannot end while a call or a `with route` is running")
-    for expert in experts:
-        state.pinned.pop(expert, None)
-    del model.xlora_classifier
-    for name in [name for name in model.__dict__ if name.startswith(("xlora_", "_xlora_"))]:
-        del model.__dict__[name]
-    model.__class__ = original
-    for expert in () if keep_experts else experts:
-        remove_task(model, expert)
-    return model
-
-
-def new_classifier(model: nn.Module, experts: Sequence[str], config: xLoRAConfig) -> Classifier:
-    """A classifier for a mixture of these tasks of `model`.
-
-    Raises:
-        XLoRAError: there is no such device.
-    """
-    try:
-        device = resolve_device(config.device or next(model.parameters()).device)
-    except ValueError as error:
-        raise XLoRAError(f"xLoRAConfig(device={config.device!r}): {error}") from None
-    return Classifier(config, len(expert_layers(model, experts)), len(experts), device=device)
-
-
-def hidden_size(model: nn.Module) -> int:
-    """The features of the last hidden state: what the head takes, else what the config says."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    found = getattr(head, "in_features", None) or getattr(getattr(model, "config", None), "hidden_size", None)
-    if not isinstance(found, int):
-        raise XLoRAError(
-            f"{type(model).__name__} is no causal language model of transformers: it has no hidden_size"
-        )
-    return found
-
-
 def mixture_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of mixtures whose own class is `cls`. It bears the same name, which transformers writes to configs."""
     if cls in _CLASSES:
@@ -377,14 +253,14 @@ def mixture_class(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)  # `generate` and Trainer read the signature
     def forward(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
         own = functools.partial(cls.forward, self)
-        return passes.run(self, own, args, kwargs) if self._xlora_mixes() else own(*args, **kwargs)
+        return run(self, own, args, kwargs) if self._xlora_mixes() else own(*args, **kwargs)
 
     body = {"forward": forward, "_xlora_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if hasattr(cls, "generate"):
 
         @functools.wraps(cls.generate)
         def generate(self: xLoRAModel, *args: Any, **kwargs: Any) -> Any:
-            return cls.generate(self, *args, **generation.arguments(self, kwargs))
+            return cls.generate(self, *args, **generate_arguments(self, kwargs))
 
         body["generate"] = generate
     _CLASSES[cls] = type(cls.__name__, (xLoRAModel, cls), body)

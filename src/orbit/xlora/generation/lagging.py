@@ -1,4 +1,4 @@
-"""The cache of a scaling pass that is not run for every token, under an approximation (`approximate.py`).
+"""The cache of a scaling pass that is not run for every token, under an approximation (`approximating.py`).
 
 Tokens that reuse an older token's scalings wait. When the pass runs again it is given those that wait and the new
 ones together, so that its keys and values are those of the exact pass.

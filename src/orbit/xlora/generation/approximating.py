@@ -6,7 +6,7 @@
 
 The definition is of tokens, not of forwards: a text that is read at once and one that is decoded token by token
 are given the same scalings. What decoding saves are scaling passes: none is run for a token unless a row of the batch
-routes it (`reuse.py`); tokens between two passes wait (`lagging.py`).
+routes it (`approximation.py`); tokens between two passes wait (`lagging.py`).
 
     with xlora.approximate(model, route_every=4, on=batch):    # prints what it costs on this batch
         model.generate(...)
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from orbit.xlora.errors import XLoRAError
+from orbit.xlora.generation.approximation import Approximation
 from orbit.xlora.log import ScalingsLog
 from orbit.xlora.model import xLoRAModel
-from orbit.xlora.reuse import Approximation, blocks_of
+from orbit.xlora.passes.decoder import blocks_of
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.xlora.errors import XLoRAError
-from orbit.xlora.scalings import entropy, predict
+from orbit.xlora.seeing.scalings import entropy, predict
 
 
 @dataclass(frozen=True, eq=False)

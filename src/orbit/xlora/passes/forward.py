@@ -4,8 +4,8 @@
     classifier      p = f(h), the prediction (`classifier.py`)
     main pass       model(tokens) under the route Scaled(experts, s)
 
-A token's scalings depend on itself and what came before, as everything in a causal model, so both passes run
-on new tokens alone where there is a cache (`cache.py`). The scaling pass stops at the last hidden state: no head,
+A token's scalings depend on itself and what came before, as everything in a causal model, so both passes run on new
+tokens alone where there is a cache (`generation/cache.py`). The scaling pass stops at the last hidden state: no head,
 no loss, no list of hidden states.
 """
 
@@ -17,19 +17,20 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orbit.adapter.errors import ScalingsError
 from orbit.adapter.routes.plan import Scaled
 from orbit.adapter.routes.replay import in_backward
 from orbit.adapter.routes.route import route
 from orbit.adapter.routes.state import outside_graphs
-from orbit.xlora.cache import TwinCache
 from orbit.xlora.classifier import applied
 from orbit.xlora.errors import CacheError, XLoRAError
-from orbit.xlora.generation import cache_of
-from orbit.xlora.lagging import Lagging
-from orbit.xlora.shared import sharing
+from orbit.xlora.generation.arguments import cache_of
+from orbit.xlora.generation.cache import TwinCache
+from orbit.xlora.generation.lagging import Lagging
+from orbit.xlora.passes.decoder import body_of
+from orbit.xlora.passes.shared import sharing
 
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
@@ -136,32 +137,9 @@ def scaling_pass(model: xLoRAModel, given: Mapping[str, Any], cache: Any | None)
     return hidden
 
 
-def body_of(model: nn.Module) -> nn.Module:
-    """Everything below the head of a causal LM: its decoder, and what puts images or sounds among the tokens."""
-    body = getattr(model, "base_model", None)
-    return body if isinstance(body, nn.Module) and body is not model else decoder_of(model)
-
-
 def _passed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Of a forward's arguments, those of the scaling pass."""
     return {key: value for key, value in given.items() if key not in _HEAD_ONLY}
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a causal LM that reads its tokens, below the head.
-
-    Raises:
-        XLoRAError: it has none.
-    """
-    get = getattr(model, "get_decoder", None)
-    decoder = get() if callable(get) else None
-    if not isinstance(decoder, nn.Module) or decoder is model:
-        decoder = getattr(model, "base_model", None)
-    if not isinstance(decoder, nn.Module) or decoder is model:
-        raise XLoRAError(
-            f"{type(model).__name__} is no causal language model of transformers: it has no decoder below a head"
-        )
-    return decoder
 
 
 @contextmanager

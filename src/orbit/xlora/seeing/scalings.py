@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orbit.xlora import passes
 from orbit.xlora.classifier import applied
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.model import xLoRAModel
+from orbit.xlora.passes import forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ class Scalings:
         Raises:
             MissingExtraError: matplotlib is not installed. XLoRAError: a suffix that matplotlib does not write.
         """
-        from orbit.xlora import page, picture
+        from orbit.xlora.seeing import page, picture
 
         path = Path(path)
         write = page.write if path.suffix.lower() in (".html", ".htm") else picture.write
@@ -185,7 +185,7 @@ def predict(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     device = next(mixture.parameters()).device
     given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     with _evaluating(mixture), torch.no_grad():
-        return passes.predict(mixture, given, None)
+        return forward.predict(mixture, given, None)
 
 
 def _mixture(model: nn.Module) -> xLoRAModel:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orbit.xlora.cache import TwinCache, twin
 from orbit.xlora.errors import CacheError
+from orbit.xlora.generation.cache import TwinCache, twin
 
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
@@ -94,7 +94,7 @@ def cache_of(model: xLoRAModel, given: Mapping[str, Any]) -> TwinCache | None:
     return twin(cache)
 
 
-def arguments(model: xLoRAModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def generate_arguments(model: xLoRAModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of `generate` for a mixture: without a cache where none can be exact, which is said once.
 
     A static cache on a GPU, which makes `generate` compile the forward, does not.

@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orbit.xlora.names import shown
+from orbit.xlora.seeing.names import shown
 
 if TYPE_CHECKING:
-    from orbit.xlora.scalings import Scalings
+    from orbit.xlora.seeing.scalings import Scalings
 
 # viridis at even distances, as in the pictures that matplotlib draws
 COLOURS = "#440154 #482475 #414487 #355f8d #2a788e #21918c #22a884 #44bf70 #7ad151 #bddf26 #fde725"

@@ -1,4 +1,4 @@
-"""An approximation at work: which tokens are routed, and what the others use (`approximate.py` says why).
+"""An approximation at work: which tokens are routed, and what the others use (`approximating.py` says why).
 
 p_t     f(h_t) where token t is routed, else p_{t−1}
 routed  t < freeze_after and t mod route_every = 0;  t counts a text's own tokens from 0, without padding
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from orbit.adapter.routes.route import route
-from orbit.xlora import passes
-from orbit.xlora.cache import TwinCache
-from orbit.xlora.errors import CacheError, XLoRAError
-from orbit.xlora.lagging import Lagging
+from orbit.xlora.errors import CacheError
+from orbit.xlora.generation.cache import TwinCache
+from orbit.xlora.generation.lagging import Lagging
+from orbit.xlora.passes import forward
+from orbit.xlora.passes.decoder import blocks_of
 
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
@@ -109,7 +110,7 @@ class Approximation:
 
     def _ahead(self, model: xLoRAModel, given: Mapping[str, Any], cache: Any) -> Tensor:
         with route(model, None), shallow(model, self.router_layer):  # no other thread finds a model cut short
-            hidden = passes.scaling_pass(model, given, cache)
+            hidden = forward.scaling_pass(model, given, cache)
         prediction: Tensor = model.xlora_classifier(hidden, model.xlora_config)
         return prediction
 
@@ -155,16 +156,6 @@ def shallow(model: nn.Module, layers: int | None) -> Iterator[None]:
         yield
     finally:
         owner._modules[name] = blocks
-
-
-def blocks_of(model: Any) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The list of the decoder's layers, and the module and name that hold it."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    for owner in passes.decoder_of(model).modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == depth:
-                return owner, name, child
-    raise XLoRAError(f"{type(model).__name__} has no list of its {depth} layers, so none can be left out")
 
 
 def _once(prediction: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from orbit.core.extras import need
 from orbit.xlora.errors import XLoRAError
-from orbit.xlora.names import shown, without_common
+from orbit.xlora.seeing.names import shown, without_common
 
 if TYPE_CHECKING:
-    from orbit.xlora.scalings import Scalings
+    from orbit.xlora.seeing.scalings import Scalings
 
 ROW, TALLEST = 0.19, 200  # inches a token; tokens that are all named
 COLUMN = 0.16  # inches a layer that is named

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from orbit.adapter.owners import Tasks
 from orbit.xlora.errors import XLoRAError
-from orbit.xlora.shared import droppers, drops
+from orbit.xlora.passes.decoder import decoder_of
+from orbit.xlora.passes.shared import droppers, drops
 
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
@@ -42,8 +43,6 @@ class Memory:
     """
 
     def __init__(self, model: xLoRAModel, max_bytes: int) -> None:
-        from orbit.xlora.passes import decoder_of
-
         self.max_bytes, self.n_bytes, self.hits, self.misses = max_bytes, 0, 0, 0
         self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
         self._droppers = list(droppers(decoder_of(model)))
@@ -142,8 +141,6 @@ def remember(model: xLoRAModel, max_bytes: int = 2**30) -> Iterator[Memory]:
 
 def _base_tensors(model: xLoRAModel) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of the decoder that belong to no task, by name."""
-    from orbit.xlora.passes import decoder_of
-
     left: list[tuple[str, nn.Module]] = [("", decoder_of(model))]
     while left:
         path, module = left.pop()

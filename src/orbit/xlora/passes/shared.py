@@ -23,6 +23,7 @@ from orbit.adapter.owners import Tasks
 from orbit.adapter.routes.route import route
 from orbit.adapter.routes.state import has_compiled_parts
 from orbit.xlora.errors import XLoRAError
+from orbit.xlora.passes.decoder import blocks_of, decoder_of
 
 if TYPE_CHECKING:
     from orbit.xlora.model import xLoRAModel
@@ -82,9 +83,6 @@ def sharing(model: xLoRAModel, given: Mapping[str, Any]) -> Iterator[Shared]:
 
 def leading_blocks(model: xLoRAModel) -> list[nn.Module]:
     """The decoder's blocks that are sure to return the same in both passes, and whose second run nobody would miss."""
-    from orbit.xlora.passes import decoder_of
-    from orbit.xlora.reuse import blocks_of
-
     try:
         blocks = list(blocks_of(model)[2])
     except XLoRAError:

@@ -1,0 +1,1 @@
+"""Text from a mixture: two caches behind one, which models can have them, and approximations."""

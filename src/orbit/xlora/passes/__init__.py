@@ -1,0 +1,1 @@
+"""The two passes of a mixture, and what spares them."""

@@ -1,0 +1,1 @@
+"""What a mixture chose: values, pictures, the load of its experts."""
