@@ -43,9 +43,8 @@ class Shared:
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A block's forward that runs in the scaling pass alone."""
-        outputs: deque[tuple[Any, list[int] | None]] = (
-            deque()
-        )  # a block may be called several times in a pass
+        # A block may be called several times in a pass.
+        outputs: deque[tuple[Any, list[int] | None]] = deque()
 
         def once(*args: Any, **kwargs: Any) -> Any:
             if not self.replaying:
