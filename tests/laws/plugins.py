@@ -15,6 +15,7 @@ from orbit.plugin import (
     LoggingHook,
     LoRA,
     Mentor,
+    MetricsFile,
     Plugin,
     ProgressHook,
     Warmup,
@@ -30,6 +31,7 @@ PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "ImageFileLoggerHook": lambda folder: ImageFileLoggerHook(path=folder / "images"),
     "LoRA": lambda folder: LoRA(target_names=["4"], r=2, alpha=4),
     "Mentor": lambda folder: Mentor(),
+    "MetricsFile": lambda folder: MetricsFile(folder / "metrics.jsonl", 3),
     "ProgressHook": lambda folder: ProgressHook(3, with_records=True),
     "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }

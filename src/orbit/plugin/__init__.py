@@ -11,6 +11,7 @@ from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
 from orbit.plugin.progress import ProgressHook
+from orbit.plugin.tracker import MetricsFile, Tracker
 from orbit.plugin.warmup import Warmup
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "LoRA",
     "LoggingHook",
     "Mentor",
+    "MetricsFile",
     "Plugin",
     "ProgressHook",
+    "Tracker",
     "Warmup",
 ]
