@@ -25,6 +25,8 @@ class Rates(Plugin):
 
 
 class Recording(torch.optim.SGD):
+    """Its step() calls that of SGD, which torch wraps in hooks too, once somebody has made a plain SGD."""
+
     rates: list[float]
 
     def step(self, closure: Any = None) -> Any:
@@ -35,6 +37,7 @@ class Recording(torch.optim.SGD):
 def rates(warmup: Warmup, *, schedule: Any = None, epochs: int = 2, accumulation: int = 1) -> list[float]:
     """The rate of each of seven steps an epoch, from 0.1."""
     model, seen = tiny.model(), Rates()
+    torch.optim.SGD(model.parameters())
     optimizer = Recording(model.parameters(), lr=0.1)
     optimizer.rates = []
     engine = Engine(
@@ -88,6 +91,19 @@ def test_epochs_are_counted_in_optimizer_steps() -> None:
     )
     with pytest.raises(ValueError, match="the loader has no length; give warmup_steps"):
         next(engine.train(unsized))
+
+
+def test_a_step_that_raises_leaves_the_rate_as_it_was() -> None:
+    class Raising(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise KeyError
+
+    model = tiny.model()
+    optimizer = Raising(model.parameters(), lr=0.1)
+    engine = Engine(model, optimizer, nn.CrossEntropyLoss(), plugins=[Warmup(4)], device="cpu")
+    with pytest.raises(KeyError):
+        engine.run(tiny.loader(), num_epochs=1)
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize(

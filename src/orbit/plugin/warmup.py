@@ -66,6 +66,7 @@ class Warmup(Plugin):
         self._rates: list[Any] = []  # of the groups, as they are outside of a step
         self._used: list[Any] = []
         self._hooks: list[Any] = []
+        self._inside = 0  # how many step() are running, one calling the other
 
     def factor(self, k: int) -> float:
         """f of step k, 1 for the first."""
@@ -88,13 +89,20 @@ class Warmup(Plugin):
         optimizer = trainer.updater.optimizer
 
         def before(*_: Any) -> None:
+            self._inside += 1
+            if (
+                self._inside > 1
+            ):  # an optimizer whose step() calls its base class's, which runs the hooks again
+                return
             f = self.factor(trainer.step + 1)
             self._rates = [group["lr"] for group in optimizer.param_groups]
             self._used = [self.min_lr + (lr - self.min_lr) * f if f != 1.0 else lr for lr in self._rates]
             self._set(optimizer, self._used)
 
         def after(*_: Any) -> None:
-            self._set(optimizer, self._rates)
+            self._inside -= 1
+            if not self._inside:
+                self._set(optimizer, self._rates)
 
         self._hooks = [
             optimizer.register_step_pre_hook(before),
@@ -108,6 +116,9 @@ class Warmup(Plugin):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._inside:  # a step raised
+            self._inside = 0
+            self._set(trainer.updater.optimizer, self._rates)
 
     @staticmethod
     def _set(optimizer: Any, rates: list[Any]) -> None:
