@@ -182,13 +182,12 @@ class Kept(NamedTuple):
 
     def holds(self, sources: Sequence[Tensor], age: int, dtype: torch.dtype) -> bool:
         """Is this the stack of these sources, at this age of the layer and in this dtype?"""
-        return (
-            self.age == age
-            and self.stack.A.dtype == dtype
-            and len(sources) == len(self.sources)
-            and all(ref() is t for ref, t in zip(self.sources, sources, strict=True))
-            and _versions(sources) == self.versions
-        )
+        if self.age != age or self.stack.A.dtype != dtype or len(sources) != len(self.sources):
+            return False
+        for ref, (version, place), t in zip(self.sources, self.versions, sources, strict=True):
+            if ref() is not t or t._version != version or (place and t.data_ptr() != place):
+                return False
+        return True
 
 
 def _versions(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
