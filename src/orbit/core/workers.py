@@ -211,10 +211,10 @@ class Watch:
     def _explain(self, error: Exception) -> None:
         """Raise a WorkerError from `error`, if that came from a worker."""
         text = str(error)
-        # torch's frames hold its iterator, some of them in a circle; a process that is forked before it is collected
-        # would shut it down once more, and spoil the queues.
-        traceback.clear_frames(error.__traceback__)
         if (raised := _RAISED.match(text)) is not None:
+            # torch's frame holds the error and the iterator in a circle; a process that is forked before they are
+            # collected would shut the iterator down once more, and spoil its queues.
+            traceback.clear_frames(error.__traceback__)
             raise self._error(
                 int(raised[2]), self._awaited, f"raised {raised[1]}",
                 "look at that sample; the worker's traceback is above",
@@ -261,7 +261,9 @@ class Watch:
             where = "at a sample that is not known (it has no index, or batches come out of order)"
         else:
             batch, place = self._sent[task % len(self._sent)], self._board.place(task)
-            if not isinstance(batch, list):
+            if task < self._received:
+                batch, where = None, "between two batches"
+            elif not isinstance(batch, list):
                 sample, where = batch, f"at sample {batch!r}"
             elif 0 <= place < len(batch):
                 sample, where = (
@@ -276,18 +278,16 @@ class Watch:
 
 _watches: WeakSet[Watch] = WeakSet()
 _below: Any = None  # torch's handler of SIGCHLD, once ours stands before it
+_listening = False
 
 
 def _listen() -> None:
     """Stand before torch's handler, which raises at whatever line the main thread is at."""
-    global _below
-    if (
-        _below is None
-        and hasattr(signal, "SIGCHLD")
-        and threading.current_thread() is threading.main_thread()
-    ):
-        _below = signal.getsignal(signal.SIGCHLD)
-        signal.signal(signal.SIGCHLD, _on_child)
+    global _below, _listening
+    main = threading.current_thread() is threading.main_thread()
+    if not _listening and main and hasattr(signal, "SIGCHLD"):
+        _listening = True
+        _below = signal.signal(signal.SIGCHLD, _on_child)
 
 
 def _on_child(number: int, frame: Any) -> None:
