@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -178,6 +179,11 @@ class Base:
     def stop(self, source: str = "user", reason: str = "") -> None:
         """End the run as soon as no accumulation window is open. Does not raise; the run ends as if complete."""
         self.state.stop = (source, reason)
+
+    def in_workspace(self, path: Path) -> Path:
+        """Where `path` lies: a relative one in the workspace, if this trainer has one."""
+        workspace = getattr(self, "workspace", None)
+        return path if workspace is None else workspace / path  # of an absolute path, itself
 
     def autocast(self) -> Any:
         """The run's autocast context. The loop's body already runs inside it."""

@@ -82,8 +82,7 @@ class CheckpointingHook(Plugin):
 
     def folder(self, trainer: Core) -> Path:
         """Where this hook's checkpoints lie."""
-        workspace = getattr(trainer, "workspace", None)
-        return self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        return trainer.in_workspace(self.path)
 
     def on_restore(self, trainer: Core) -> None:
         if self.load is None:
