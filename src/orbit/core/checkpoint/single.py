@@ -16,9 +16,10 @@ from typing import IO, Any
 import torch
 
 from orbit.core.checkpoint.errors import CheckpointError
-from orbit.core.checkpoint.folder import list_checkpoints
+from orbit.core.checkpoint.folder import is_name, list_checkpoints, step_of
 from orbit.core.checkpoint.manifest import digests_of, is_valid, manifest_of, write_manifest
 from orbit.core.checkpoint.plain import check_plain
+from orbit.core.checkpoint.screening import screen
 from orbit.core.files import aside, sha256_of, sync_folder
 
 
@@ -74,6 +75,7 @@ def _write_aside(state: dict[str, Any], partial: Path) -> str:
         raise CheckpointError(
             f"{partial} was written and does not read back as it was: the disk does not keep what it is given"
         )
+    screen(partial)  # what is written can be read
     return digest
 
 
@@ -105,6 +107,11 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
         raise CheckpointError(
             f"{path} does not match its sha256 manifest: the file was changed or cut off; use an older checkpoint"
         )
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise CheckpointError(
+            f"{path} is a link that leads out of its folder, to {path.resolve()}: name that file itself if you trust it"
+        )
+    screen(path)
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -115,7 +122,19 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
         raise CheckpointError(
             f"{path} holds a {type(state).__name__}, not a training state: was it saved by state_dict()?"
         )
+    _check_step(state, path.resolve())
     return state
+
+
+def _check_step(state: dict[str, Any], path: Path) -> None:
+    """The step must be one, and that of the file's name: two files may have been exchanged with their manifests."""
+    step = state.get("step", 0)
+    if type(step) is not int or not 0 <= step < 10**18:
+        raise CheckpointError(f"{path} holds step {str(step)[:40]}: no run has come that far")
+    if is_name(path) and "step" in state and step != step_of(path):
+        raise CheckpointError(
+            f"{path} holds step {step}, not that of its name: it was exchanged or renamed; give it its own name back"
+        )
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
