@@ -195,9 +195,11 @@ class Watch:
 
     def holds_back(self, error: RuntimeError) -> bool:
         """A worker's death is told at the next fetch, unless the loop is fetching now or torch spoke of another's."""
-        if self._fetching or not self._dead(error):
+        if not self._dead(error):
             return False
         if self._open and not self._killed:
+            if self._fetching:
+                return False
             self._death = error
         return True
 

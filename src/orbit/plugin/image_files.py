@@ -41,8 +41,7 @@ class ImageFileLoggerHook(Plugin):
 
     def folder(self, trainer: Core) -> Path:
         """Where this hook's images lie."""
-        workspace = getattr(trainer, "workspace", None)
-        return self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        return trainer.in_workspace(self.path)
 
     def on_log_images(self, trainer: Core, records: dict[str, Any], dry_run: bool) -> None:
         if dry_run or trainer.step % self.interval:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orbit.core import runtime
 from orbit.core.events import Plugin
-from orbit.core.files import sync_folder, write_synced
+from orbit.core.files import replace_synced
 from orbit.core.nested import as_number
 from orbit.plugin.logs import Interval, LoggingHook, check_interval
 
@@ -117,8 +116,7 @@ class MetricsFile(Tracker):
         self._file: Any = None
 
     def begin(self, trainer: Core) -> None:
-        workspace = getattr(trainer, "workspace", None)
-        path = self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        path = trainer.in_workspace(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _cut(path, trainer.step)
@@ -138,10 +136,7 @@ def _cut(path: Path, step: int) -> None:
     lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
-        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        write_synced(new, "".join(kept).encode("utf-8"))
-        os.replace(new, path)
-        sync_folder(path.parent)
+        replace_synced(path, "".join(kept).encode("utf-8"))
 
 
 def _step_of(line: str) -> float:
