@@ -198,7 +198,7 @@ def test_a_death_that_is_not_ours_is_raised_as_torch_does(monkeypatch: pytest.Mo
     feed = Feed(loader("fine"))
     batches = feed.epoch(0)
     next(batches)
-    monkeypatch.setattr(workers, "_below", of_another_loader)
-    with pytest.raises(RuntimeError, match="pid 1"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="pid 1"):
+        patch.setattr(workers, "_below", of_another_loader)
         workers._on_child(signal.SIGCHLD, None)
     assert len(list(batches)) == 9
