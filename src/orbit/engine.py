@@ -31,6 +31,9 @@ from orbit.core.events import Plugin
 from orbit.core.loop import Core
 from orbit.core.nested import count_samples, map_nested_tensor
 from orbit.core.outcome import Outcome
+from orbit.core.parallel import Parallel
+from orbit.core.parallel import check as check_parallel
+from orbit.core.parallel import start as start_processes
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.mentor import Mentor
 
@@ -56,6 +59,10 @@ class Engine(Core):
         max_non_finite_grad_retries: windows in a row that may be dropped for a NaN or infinite gradient; None raises at
             the first.
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a window.
+        parallel: several processes, started by torchrun (`core/parallel.py`): "ddp", "fsdp" (FSDP2, a block at a time),
+            or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
+            ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
+        mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -89,6 +96,8 @@ class Engine(Core):
         gradient_accumulation_steps: int = 1,
         max_non_finite_grad_retries: int | None = None,
         no_sync_accumulate: bool = True,
+        parallel: Parallel | None = None,
+        mesh: Any = None,
         console: Console | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -104,6 +113,9 @@ class Engine(Core):
             raise TypeError(
                 f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
             )
+        check_parallel(parallel)
+        if parallel is not None:
+            start_processes()
         chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
         if checkpoint_dir is not None:
             if any(isinstance(plugin, CheckpointingHook) for plugin in chosen):
@@ -123,6 +135,8 @@ class Engine(Core):
             max_non_finite_grad_retries=max_non_finite_grad_retries,
             no_sync_accumulate=no_sync_accumulate,
             plugins=chosen,
+            parallel=parallel,
+            mesh=mesh,
         )
         self.model = model
         self.optimizer = optimizer
@@ -301,7 +315,8 @@ class Engine(Core):
         super()._record_eval(outcome)
         output, target = self.output, self.target
         if (
-            isinstance(output, Tensor)
+            not self.is_padding
+            and isinstance(output, Tensor)
             and isinstance(target, Tensor)
             and output.is_floating_point()
             and not (target.is_floating_point() or target.is_complex())

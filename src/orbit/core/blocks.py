@@ -1,0 +1,116 @@
+"""The repeated layers of a model, its blocks: what is checkpointed, compiled and sharded one at a time.
+
+Nearly every large model is a few odd layers around lists of equal ones: `model.layers` of a decoder, `encoder.block`
+and `decoder.block` of T5, `layer1` … `layer4` of a ResNet. These lists are found by their structure, not by a name:
+
+    a ModuleList, ModuleDict or Sequential of at least two modules, all of one class and each made of further modules,
+    that does not lie inside another such list (the experts within a layer belong to the layer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from orbit.core.names import did_you_mean
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)  # hold modules and cannot be called themselves
+
+
+class BlocksError(ValueError):
+    """A model without blocks that could be found, or names that are not those of blocks."""
+
+
+def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn.Module]:
+    """The blocks of `model` in the order of its modules, each once.
+
+    Args:
+        names: instead of what the structure says, these modules: full names or their last parts, where each part may be
+            a glob ("model.layers.3", "layers.*", "h.[02468]"). A list's name means its members.
+
+    Raises:
+        BlocksError: none found (the message says what was looked at), a name that matches nothing, or a block inside
+            another one.
+
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.Sequential(*(nn.TransformerEncoderLayer(4, 2) for _ in range(3))))
+    >>> [type(block).__name__ for block in find_blocks(model)]
+    ['TransformerEncoderLayer', 'TransformerEncoderLayer', 'TransformerEncoderLayer']
+    >>> find_blocks(model, ["1.[12]"]) == list(model[1][1:])
+    True
+    """
+    if names is not None:
+        return _named(model, [names] if isinstance(names, str) else list(names))
+    found = list(_outermost(model))
+    if found:
+        return list({id(block): block for block in found}.values())
+    raise BlocksError(
+        f"{type(model).__name__} has no list of equal blocks (two or more modules of one class that are made of "
+        f"further modules); looked at {_looked_at(model)}. Name the blocks: full names, or globs such as 'layers.*'"
+    )
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    members = list(module.children())
+    if (
+        isinstance(module, (*_LISTS, nn.Sequential))
+        and len(members) > 1
+        and len({type(member) for member in members}) == 1
+        and all(_composed(member) for member in members)
+    ):
+        yield from members
+        return
+    for member in members:
+        yield from _outermost(member)
+
+
+def _looked_at(model: nn.Module) -> str:
+    lists = [
+        f"{name or 'the model'} ({type(module).__name__} of "
+        f"{', '.join(sorted({type(member).__name__ for member in module.children()}))})"
+        for name, module in model.named_modules()
+        if isinstance(module, (*_LISTS, nn.Sequential)) and len(module) > 1
+    ]
+    return ", ".join(lists[:8]) + (" …" if len(lists) > 8 else "") or "its modules, of which none is a list"
+
+
+def _composed(module: nn.Module) -> bool:
+    """Can be called, and is made of modules of its own: a lone Linear is too little to be a block."""
+    return not isinstance(module, _LISTS) and next(module.children(), None) is not None
+
+
+def _named(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    chosen: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        matched = [name for name in modules if _matches(name, pattern)]
+        if not matched:
+            raise BlocksError(
+                f"block {pattern!r} matches none of the {len(modules)} modules of {type(model).__name__}"
+                f"{did_you_mean(pattern, modules)}"
+            )
+        for name in matched:
+            if isinstance(modules[name], _LISTS):
+                chosen |= {f"{name}.{child}": module for child, module in modules[name].named_children()}
+            else:
+                chosen[name] = modules[name]
+    if not chosen:
+        raise BlocksError(f"blocks {patterns}: the lists of these names are empty")
+    for name in chosen:
+        outer = next((other for other in chosen if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise BlocksError(
+                f"block {name!r} lies inside block {outer!r}: name one of them, or a longer name"
+            )
+    order = {name: place for place, name in enumerate(modules)}
+    ordered = sorted(chosen, key=lambda name: order.get(name, len(order)))
+    return list({id(chosen[name]): chosen[name] for name in ordered}.values())
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Part by part from the end, so that `*` stays within a part."""
+    have, want = name.split("."), pattern.split(".")
+    return len(want) <= len(have) and all(
+        fnmatchcase(part, glob) for part, glob in zip(have[-len(want) :], want, strict=True)
+    )
