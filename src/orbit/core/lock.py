@@ -87,9 +87,7 @@ class FolderLock:
             self._warn(f"its file system cannot lock ({error.strerror})")
 
     def _warn(self, why: str) -> None:
-        warnings.warn(
-            f"{self.folder} is not locked: {why}; see that no other run writes there", stacklevel=4
-        )
+        warnings.warn(f"{self.folder} is not locked: {why}; see that no other run writes there", stacklevel=4)
 
     def _refused(self, owner: dict[str, Any], where: str = "") -> WorkspaceLockedError:
         since = f" since {owner['since']}" if "since" in owner else ""

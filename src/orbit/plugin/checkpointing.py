@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.core import checkpoint, runtime
+from orbit.core import checkpoint, runtime, shards
 from orbit.core.events import Plugin
 from orbit.core.ranks import on_main
 from orbit.plugin.logs import check_interval
@@ -38,6 +38,7 @@ class CheckpointingHook(Plugin):
         exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; a single process
             does not wait.
         every_epoch: also save at every epoch's end.
+        sharded: write folders, to which every rank adds its pieces; None does so where the model is sharded.
 
     Raises:
         ValueError: a number outside its range.
@@ -57,6 +58,7 @@ class CheckpointingHook(Plugin):
         exit_code: int | str = "128+signal",
         exit_wait: float | timedelta = 60.0,
         every_epoch: bool = False,
+        sharded: bool | None = None,
     ) -> None:
         self.interval = None if interval is None else check_interval("CheckpointingHook", interval)
         if keep_previous is not None and keep_previous < 0:
@@ -74,7 +76,7 @@ class CheckpointingHook(Plugin):
         self.exit_signals = [signal.Signals(number) for number in exit_signals]
         self.exit_code = exit_code
         self.exit_wait = exit_wait.total_seconds() if isinstance(exit_wait, timedelta) else float(exit_wait)
-        self.every_epoch = every_epoch
+        self.every_epoch, self.sharded = every_epoch, sharded
         self._owed = False  # an epoch ended inside a window
         self._saved_step: int | None = None
         self._trainer: Core | None = None
@@ -93,7 +95,7 @@ class CheckpointingHook(Plugin):
                 return
         else:
             found = Path(self.load)
-        trainer.load_state_dict(checkpoint.load_checkpoint(found))
+        trainer.load_state_dict(trainer.read_checkpoint(found))
         self._saved_step = trainer.step
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
@@ -130,14 +132,18 @@ class CheckpointingHook(Plugin):
 
     def save(self, trainer: Core) -> Path:
         """Save now; older checkpoints go only after the new one has been read back."""
-        state = trainer.state_on_main()
+        sharded = shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
+        state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
         path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
-        on_main(lambda: self._write(state, path))
+        if sharded:
+            path = checkpoint.save_sharded(state, path.with_suffix(""))
+            on_main(lambda: self._tidy(path))
+        else:
+            on_main(lambda: self._tidy(checkpoint.save_checkpoint(state, path)))
         return path
 
-    def _write(self, state: dict[str, Any], path: Path) -> None:
-        checkpoint.save_checkpoint(state, path)
+    def _tidy(self, path: Path) -> None:
         checkpoint.link_latest(path)
         if self.keep_previous is not None:
             checkpoint.prune(path.parent, self._kept(checkpoint.list_checkpoints(path.parent), path))
