@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from orbit.core import runtime
 from orbit.core.base import at_least
-from orbit.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from orbit.core.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from orbit.core.events import Plugin
 from orbit.core.loop import Core
 from orbit.core.nested import count_samples, map_nested_tensor
@@ -34,6 +34,7 @@ from orbit.core.outcome import Outcome
 from orbit.core.parallel import Parallel
 from orbit.core.parallel import check as check_parallel
 from orbit.core.parallel import start as start_processes
+from orbit.core.ranks import on_main
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.mentor import Mentor
 
@@ -242,17 +243,19 @@ class Engine(Core):
             self.console.print(*([f"[dim]{plugin}[/dim]"] if plugin else []), *args)
 
     def save(self, path: str | Path) -> Path:
-        """Write the whole training state to a file, atomically and with its sha256 beside it."""
-        return save_checkpoint(self.state_dict(), path)
+        """Write the whole training state to a file, atomically and with its sha256 beside it. All ranks call it."""
+        state = self.state_to_write(sharded=False)
+        return on_main(lambda: save_checkpoint(state, path))
 
     def load(self, path: str | Path) -> Engine:
         """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there.
 
         Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
         """
-        found = latest_checkpoint(path) if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        found = latest_checkpoint(path) if path.is_dir() and not (path / MANIFEST).exists() else path
         self.build()
-        self.load_state_dict(load_checkpoint(Path(path) / "checkpoint_step_*.pt" if found is None else found))
+        self.load_state_dict(self.read_checkpoint(path / "checkpoint_step_*.pt" if found is None else found))
         return self
 
     # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────

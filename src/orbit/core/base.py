@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from orbit.core import parallel, param_groups, runtime, shards, training_state
+from orbit.core.checkpoint import load_checkpoint, load_sharded
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
 from orbit.core.meters import Averages
@@ -237,12 +239,7 @@ class Base:
 
     def build(self) -> None:
         """Build everything once; `train()` calls it. Subclasses say how in `_build_parts`."""
-        if not self._built:
-            self._build_parts()
-            self._transform(self.hooks)
-            self._spread()
-            self._make_updater()
-            self._built = True
+        self._build_once()
         if not self._restored:  # also where an earlier attempt raised: a run must not begin anew by itself
             self._restored = True
             try:
@@ -253,6 +250,14 @@ class Base:
                 self._restored = False
                 raise
             self._pending = None
+
+    def _build_once(self) -> None:
+        if not self._built:
+            self._build_parts()
+            self._transform(self.hooks)
+            self._spread()
+            self._make_updater()
+            self._built = True
 
     def _build_parts(self) -> None:
         raise NotImplementedError
@@ -358,12 +363,23 @@ class Base:
             RuntimeError: an accumulation window is open; checkpoints lie on step boundaries.
         """
         self.build()
-        return training_state.collect(self, everywhere=True)
+        return training_state.collect(self, partial(shards.whole, everywhere=True))
 
-    def state_on_main(self) -> dict[str, Any]:
-        """`state_dict()` for writing: of sharded tensors, ranks other than 0 get empty ones."""
+    def state_to_write(self, sharded: bool) -> dict[str, Any]:
+        """`state_dict()` for a checkpoint: sharded tensors stay so, or are whole on rank 0 and empty elsewhere."""
         self.build()
-        return training_state.collect(self, everywhere=False)
+        return training_state.collect(self, None if sharded else partial(shards.whole, everywhere=False))
+
+    def read_checkpoint(self, path: Path) -> dict[str, Any]:
+        """The state in a checkpoint file or folder, for `load_state_dict`. With several ranks all must call it.
+
+        Raises:
+            CheckpointError: it is damaged, or is no checkpoint.
+        """
+        if not path.is_dir():
+            return load_checkpoint(path)
+        self._build_once()
+        return load_sharded(path, self._model_state(), self.optimizer)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`; before the build it is kept until then.

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orbit.core import runtime
 from orbit.core.events import Plugin
 from orbit.core.files import replace_synced
-from orbit.core.nested import as_number
+from orbit.core.nested import as_number, flat
 from orbit.plugin.logs import Interval, LoggingHook, check_interval
 
 if TYPE_CHECKING:
@@ -145,16 +145,3 @@ def _step_of(line: str) -> float:
     except (ValueError, KeyError, TypeError):
         return math.inf
     return step if isinstance(step, int) else math.inf
-
-
-def flat(records: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested records by their names joined with "/".
-
-    >>> dict(flat({"loss": 1.0, "val": {"acc": 0.5}}))
-    {'loss': 1.0, 'val/acc': 0.5}
-    """
-    for name, value in records.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{above}{name}/")
-        else:
-            yield f"{above}{name}", value
