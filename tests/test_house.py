@@ -252,6 +252,7 @@ def test_make_speaks_the_whole_vocabulary():
         "demo",
         "test",
         "check",
+        "faults",
         "bench",
         "bench-adapters",
         "bench-xlora",
