@@ -9,6 +9,7 @@ from orbit.plugin import (
     EMA,
     Checkpoint,
     CheckpointingHook,
+    ClassificationReport,
     CudaMaxMemoryHook,
     EarlyStopping,
     GradientAccumulation,
@@ -25,6 +26,7 @@ from orbit.plugin import (
 PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "Checkpoint": lambda folder: Checkpoint("loss", save_top_k=2, save_last=True, path=folder / "best"),
     "CheckpointingHook": lambda folder: CheckpointingHook(interval=2, path=folder / "own", load=None),
+    "ClassificationReport": lambda folder: ClassificationReport(3),
     "CudaMaxMemoryHook": lambda folder: CudaMaxMemoryHook(),
     "EMA": lambda folder: EMA(0.9),
     "EarlyStopping": lambda folder: EarlyStopping("train_loss", patience=50),

@@ -3,6 +3,7 @@
 from orbit.core.events import BaseHook, Plugin
 from orbit.plugin.checkpoint import Checkpoint
 from orbit.plugin.checkpointing import CheckpointingHook
+from orbit.plugin.classification_report import ClassificationReport
 from orbit.plugin.cuda_max_memory import CudaMaxMemoryHook
 from orbit.plugin.early_stopping import EarlyStopping
 from orbit.plugin.ema import EMA, EmaHook
@@ -21,6 +22,7 @@ __all__ = [
     "BaseHook",
     "Checkpoint",
     "CheckpointingHook",
+    "ClassificationReport",
     "CudaMaxMemoryHook",
     "EarlyStopping",
     "EmaHook",
