@@ -18,6 +18,7 @@ from orbit.plugin import (
     LoRA,
     Mentor,
     MetricsFile,
+    ModelSummary,
     Plugin,
     ProgressHook,
     Warmup,
@@ -36,6 +37,7 @@ PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "LoRA": lambda folder: LoRA(target_names=["4"], r=2, alpha=4),
     "Mentor": lambda folder: Mentor(),
     "MetricsFile": lambda folder: MetricsFile(folder / "metrics.jsonl", 3),
+    "ModelSummary": lambda folder: ModelSummary(),
     "ProgressHook": lambda folder: ProgressHook(3, with_records=True),
     "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }

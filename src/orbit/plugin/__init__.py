@@ -12,6 +12,7 @@ from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
+from orbit.plugin.model_summary import ModelSummary
 from orbit.plugin.monitor import MetricError
 from orbit.plugin.progress import ProgressHook
 from orbit.plugin.tracker import MetricsFile, Tracker
@@ -33,6 +34,7 @@ __all__ = [
     "Mentor",
     "MetricError",
     "MetricsFile",
+    "ModelSummary",
     "Plugin",
     "ProgressHook",
     "Tracker",
