@@ -19,6 +19,7 @@ from orbit.plugin import (
     Mentor,
     MetricsFile,
     ModelSummary,
+    Overfit,
     Plugin,
     ProgressHook,
     Warmup,
@@ -38,6 +39,7 @@ PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "Mentor": lambda folder: Mentor(),
     "MetricsFile": lambda folder: MetricsFile(folder / "metrics.jsonl", 3),
     "ModelSummary": lambda folder: ModelSummary(),
+    "Overfit": lambda folder: Overfit(batches=2, until=1e-6),
     "ProgressHook": lambda folder: ProgressHook(3, with_records=True),
     "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }

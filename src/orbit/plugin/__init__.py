@@ -14,6 +14,7 @@ from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
 from orbit.plugin.model_summary import ModelSummary
 from orbit.plugin.monitor import MetricError
+from orbit.plugin.overfit import Overfit
 from orbit.plugin.progress import ProgressHook
 from orbit.plugin.tracker import MetricsFile, Tracker
 from orbit.plugin.warmup import Warmup
@@ -35,6 +36,7 @@ __all__ = [
     "MetricError",
     "MetricsFile",
     "ModelSummary",
+    "Overfit",
     "Plugin",
     "ProgressHook",
     "Tracker",
