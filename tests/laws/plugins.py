@@ -9,6 +9,7 @@ from orbit.plugin import (
     EMA,
     Checkpoint,
     CheckpointingHook,
+    ClassificationReport,
     CudaMaxMemoryHook,
     EarlyStopping,
     GradientAccumulation,
@@ -17,6 +18,8 @@ from orbit.plugin import (
     LoRA,
     Mentor,
     MetricsFile,
+    ModelSummary,
+    Overfit,
     Plugin,
     ProgressHook,
     Warmup,
@@ -25,6 +28,7 @@ from orbit.plugin import (
 PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "Checkpoint": lambda folder: Checkpoint("loss", save_top_k=2, save_last=True, path=folder / "best"),
     "CheckpointingHook": lambda folder: CheckpointingHook(interval=2, path=folder / "own", load=None),
+    "ClassificationReport": lambda folder: ClassificationReport(3),
     "CudaMaxMemoryHook": lambda folder: CudaMaxMemoryHook(),
     "EMA": lambda folder: EMA(0.9),
     "EarlyStopping": lambda folder: EarlyStopping("train_loss", patience=50),
@@ -34,6 +38,8 @@ PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "LoRA": lambda folder: LoRA(target_names=["4"], r=2, alpha=4),
     "Mentor": lambda folder: Mentor(),
     "MetricsFile": lambda folder: MetricsFile(folder / "metrics.jsonl", 3),
+    "ModelSummary": lambda folder: ModelSummary(),
+    "Overfit": lambda folder: Overfit(batches=2, until=1e-6),
     "ProgressHook": lambda folder: ProgressHook(3, with_records=True),
     "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }

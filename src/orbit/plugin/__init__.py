@@ -3,6 +3,7 @@
 from orbit.core.events import BaseHook, Plugin
 from orbit.plugin.checkpoint import Checkpoint
 from orbit.plugin.checkpointing import CheckpointingHook
+from orbit.plugin.classification_report import ClassificationReport
 from orbit.plugin.cuda_max_memory import CudaMaxMemoryHook
 from orbit.plugin.early_stopping import EarlyStopping
 from orbit.plugin.ema import EMA, EmaHook
@@ -11,7 +12,9 @@ from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
+from orbit.plugin.model_summary import ModelSummary
 from orbit.plugin.monitor import MetricError
+from orbit.plugin.overfit import Overfit
 from orbit.plugin.progress import ProgressHook
 from orbit.plugin.tracker import MetricsFile, Tracker
 from orbit.plugin.warmup import Warmup
@@ -21,6 +24,7 @@ __all__ = [
     "BaseHook",
     "Checkpoint",
     "CheckpointingHook",
+    "ClassificationReport",
     "CudaMaxMemoryHook",
     "EarlyStopping",
     "EmaHook",
@@ -31,6 +35,8 @@ __all__ = [
     "Mentor",
     "MetricError",
     "MetricsFile",
+    "ModelSummary",
+    "Overfit",
     "Plugin",
     "ProgressHook",
     "Tracker",
