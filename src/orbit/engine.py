@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -30,9 +30,13 @@ from orbit.core.checkpoint import latest_checkpoint, load_checkpoint, save_check
 from orbit.core.events import Plugin
 from orbit.core.loop import Core
 from orbit.core.nested import count_samples, map_nested_tensor
+from orbit.core.options import Options
 from orbit.core.outcome import Outcome
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.mentor import Mentor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Engine(Core):
@@ -56,6 +60,7 @@ class Engine(Core):
         max_non_finite_grad_retries: windows in a row that may be dropped for a NaN or infinite gradient; None raises at
             the first.
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a window.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -90,6 +95,7 @@ class Engine(Core):
         max_non_finite_grad_retries: int | None = None,
         no_sync_accumulate: bool = True,
         console: Console | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: Engine trains a torch.nn.Module")
@@ -123,6 +129,7 @@ class Engine(Core):
             max_non_finite_grad_retries=max_non_finite_grad_retries,
             no_sync_accumulate=no_sync_accumulate,
             plugins=chosen,
+            **options,
         )
         self.model = model
         self.optimizer = optimizer

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from orbit.core import param_groups, runtime, training_state
+from orbit.core import blocks, param_groups, runtime, training_state
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
 from orbit.core.meters import Averages
+from orbit.core.options import Options, RunOptions, run_options
 from orbit.core.state import TrainState
 from orbit.core.update import Updater
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from orbit.core.loop import Core
 
 
@@ -37,6 +40,7 @@ class Base:
             dict a micro-batch), `lr` (list), `step_time` and `data_time` (seconds).
         metrics: floats of the current epoch.
         batch: the current micro-batch, as the loader gave it.
+        options: what else the run was asked for.
     """
 
     model: nn.Module
@@ -52,7 +56,9 @@ class Base:
         max_non_finite_grad_retries: int | None,
         no_sync_accumulate: bool,
         plugins: Iterable[Plugin] = (),
+        **options: Unpack[Options],
     ) -> None:
+        self.options: RunOptions = run_options(type(self).__name__, options)
         at_least("gradient_accumulation_steps", accumulation, 1)
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(
@@ -190,6 +196,7 @@ class Base:
         if not self._built:
             self._build_parts()
             self._transform(self.hooks)
+            blocks.prepare(self.unwrapped_model, self.options.activation_checkpointing, self.options.compile)
             self._make_updater()
             self._built = True
         if not self._restored:  # also where an earlier attempt raised: a run must not begin anew by itself
