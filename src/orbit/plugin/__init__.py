@@ -5,12 +5,16 @@ from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.cuda_max_memory import CudaMaxMemoryHook
 from orbit.plugin.early_stopping import EarlyStopping
 from orbit.plugin.ema import EMA, EmaHook
+from orbit.plugin.garbage_collection import GarbageCollection
 from orbit.plugin.gradient_accumulation import GradientAccumulation
+from orbit.plugin.gradient_stats import GradientStats
 from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
+from orbit.plugin.profiler import Profiler
 from orbit.plugin.progress import ProgressHook
+from orbit.plugin.throughput import Throughput
 from orbit.plugin.tracker import MetricsFile, Tracker
 from orbit.plugin.warmup import Warmup
 
@@ -21,14 +25,18 @@ __all__ = [
     "CudaMaxMemoryHook",
     "EarlyStopping",
     "EmaHook",
+    "GarbageCollection",
     "GradientAccumulation",
+    "GradientStats",
     "ImageFileLoggerHook",
     "LoRA",
     "LoggingHook",
     "Mentor",
     "MetricsFile",
     "Plugin",
+    "Profiler",
     "ProgressHook",
+    "Throughput",
     "Tracker",
     "Warmup",
 ]
