@@ -26,12 +26,16 @@ from torch import Tensor, nn
 
 from orbit.core import runtime
 from orbit.core.base import at_least
-from orbit.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from orbit.core.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from orbit.core.events import Plugin
 from orbit.core.loop import Core
 from orbit.core.nested import count_samples, map_nested_tensor
 from orbit.core.options import Options
 from orbit.core.outcome import Outcome
+from orbit.core.parallel import Parallel
+from orbit.core.parallel import check as check_parallel
+from orbit.core.parallel import start as start_processes
+from orbit.core.ranks import on_main
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.mentor import Mentor
 
@@ -60,6 +64,10 @@ class Engine(Core):
         max_non_finite_grad_retries: windows in a row that may be dropped for a NaN or infinite gradient; None raises at
             the first.
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a window.
+        parallel: several processes, started by torchrun (`core/parallel.py`): "ddp", "fsdp" (FSDP2, a block at a time),
+            or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
+            ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
+        mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
         **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile.
 
     Raises:
@@ -94,6 +102,8 @@ class Engine(Core):
         gradient_accumulation_steps: int = 1,
         max_non_finite_grad_retries: int | None = None,
         no_sync_accumulate: bool = True,
+        parallel: Parallel | None = None,
+        mesh: Any = None,
         console: Console | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -110,6 +120,9 @@ class Engine(Core):
             raise TypeError(
                 f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
             )
+        check_parallel(parallel)
+        if parallel is not None:
+            start_processes()
         chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
         if checkpoint_dir is not None:
             if any(isinstance(plugin, CheckpointingHook) for plugin in chosen):
@@ -129,6 +142,8 @@ class Engine(Core):
             max_non_finite_grad_retries=max_non_finite_grad_retries,
             no_sync_accumulate=no_sync_accumulate,
             plugins=chosen,
+            parallel=parallel,
+            mesh=mesh,
             **options,
         )
         self.model = model
@@ -235,17 +250,19 @@ class Engine(Core):
             self.console.print(*([f"[dim]{plugin}[/dim]"] if plugin else []), *args)
 
     def save(self, path: str | Path) -> Path:
-        """Write the whole training state to a file, atomically and with its sha256 beside it."""
-        return save_checkpoint(self.state_dict(), path)
+        """Write the whole training state to a file, atomically and with its sha256 beside it. All ranks call it."""
+        state = self.state_to_write(sharded=False)
+        return on_main(lambda: save_checkpoint(state, path))
 
     def load(self, path: str | Path) -> Engine:
         """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there.
 
         Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
         """
-        found = latest_checkpoint(path) if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        found = latest_checkpoint(path) if path.is_dir() and not (path / MANIFEST).exists() else path
         self.build()
-        self.load_state_dict(load_checkpoint(Path(path) / "checkpoint_step_*.pt" if found is None else found))
+        self.load_state_dict(self.read_checkpoint(path / "checkpoint_step_*.pt" if found is None else found))
         return self
 
     # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -308,7 +325,8 @@ class Engine(Core):
         super()._record_eval(outcome)
         output, target = self.output, self.target
         if (
-            isinstance(output, Tensor)
+            not self.is_padding
+            and isinstance(output, Tensor)
             and isinstance(target, Tensor)
             and output.is_floating_point()
             and not (target.is_floating_point() or target.is_complex())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orbit.plugin import (
     EMA,
+    Checkpoint,
     CheckpointingHook,
     CudaMaxMemoryHook,
     EarlyStopping,
@@ -26,6 +27,7 @@ from orbit.plugin import (
 )
 
 PLUGINS: dict[str, Callable[[Path], Plugin]] = {
+    "Checkpoint": lambda folder: Checkpoint("loss", save_top_k=2, save_last=True, path=folder / "best"),
     "CheckpointingHook": lambda folder: CheckpointingHook(interval=2, path=folder / "own", load=None),
     "CudaMaxMemoryHook": lambda folder: CudaMaxMemoryHook(),
     "EMA": lambda folder: EMA(0.9),

@@ -10,16 +10,21 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from orbit.core import blocks, param_groups, runtime, training_state
+from orbit.core import blocks, parallel, param_groups, runtime, shards, training_state
+from orbit.core.checkpoint import load_checkpoint, load_sharded
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
 from orbit.core.meters import Averages
 from orbit.core.options import Options, RunOptions, run_options
+from orbit.core.parallel import Parallel
+from orbit.core.ranks import Team
 from orbit.core.state import TrainState
 from orbit.core.update import Updater
 
@@ -41,6 +46,7 @@ class Base:
         metrics: floats of the current epoch.
         batch: the current micro-batch, as the loader gave it.
         options: what else the run was asked for.
+        is_padding: the batch repeats data so that this rank keeps step with the others, and counts for nothing.
     """
 
     model: nn.Module
@@ -56,6 +62,8 @@ class Base:
         max_non_finite_grad_retries: int | None,
         no_sync_accumulate: bool,
         plugins: Iterable[Plugin] = (),
+        parallel: Parallel | None = None,
+        mesh: Any = None,
         **options: Unpack[Options],
     ) -> None:
         self.options: RunOptions = run_options(type(self).__name__, options)
@@ -72,6 +80,8 @@ class Base:
         self.gradient_accumulation_steps = accumulation
         self.max_non_finite_grad_retries = max_non_finite_grad_retries
         self.no_sync_accumulate = no_sync_accumulate
+        self.parallel, self.mesh = parallel, mesh
+        self.team: Team | None = None  # once built: the ranks that train this model together
         self.optimizer = None
         self.lr_scheduler: Any = None
         self.grad_scaler: torch.amp.GradScaler | None = None
@@ -79,7 +89,7 @@ class Base:
         self.step_info: dict[str, Any] = {}
         self.batch: Any = None
         self.batch_idx = 0
-        self.is_last_batch = False
+        self.is_last_batch = self.is_padding = False
         self.total_steps: int | None = None
         self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
         self._given = list(plugins)  # by the constructor and attach()
@@ -98,6 +108,8 @@ class Base:
         self._micro_losses: list[tuple[Any, Any]] = []
         self._eval_losses: Averages | None = None
         self._running = False
+        self._wish: tuple[str, str] | None = None  # to stop, until all ranks have heard of it
+        self._signal = self._heard_signal = 0
         self._data_time, self._step_began = 0.0, 0.0
         self._announcing: set[str] = set()
         self._entered = 0  # depth of `with trainer:`
@@ -182,8 +194,43 @@ class Base:
     log_images = announced("log_images", log_images)
 
     def stop(self, source: str = "user", reason: str = "") -> None:
-        """End the run as soon as no accumulation window is open. Does not raise; the run ends as if complete."""
-        self.state.stop = (source, reason)
+        """End the run as soon as no accumulation window is open. Does not raise; the run ends as if complete.
+
+        One rank's wish is every rank's: with several they hear of it at the end of the next window, or of the epoch.
+        """
+        if self.team is None:
+            self.state.stop = (source, reason)
+        else:
+            self._wish = (source, reason)
+
+    def interrupt(self, number: int) -> None:
+        """A signal came in: say so to all ranks. Safe inside a signal handler; see `interrupted`."""
+        self._signal = int(number)
+
+    @property
+    def interrupted(self) -> int | None:
+        """The number of a signal that all ranks know of, None if there is none."""
+        return (self._signal if self.team is None else self._heard_signal) or None
+
+    def _wishes(self) -> list[float]:
+        return [float(self._wish is not None), float(self._signal)]
+
+    def _hear(self, wishes: list[float]) -> None:
+        """What any rank wishes, at a place where all hear it."""
+        stop, number = wishes
+        if stop:
+            self.state.stop, self._wish = self._wish or ("rank", "another rank asked to stop"), None
+        self._heard_signal = max(self._heard_signal, int(number))
+
+    def _agree(self) -> None:
+        """Hear each other's wishes outside of a window's end. All ranks call it."""
+        if self.team is not None:
+            self._hear(self.team.gather(self._wishes()).amax(0).tolist())
+
+    def in_workspace(self, path: Path) -> Path:
+        """Where `path` lies: a relative one in the workspace, if this trainer has one."""
+        workspace = getattr(self, "workspace", None)
+        return path if workspace is None else workspace / path  # of an absolute path, itself
 
     def autocast(self) -> Any:
         """The run's autocast context. The loop's body already runs inside it."""
@@ -193,12 +240,7 @@ class Base:
 
     def build(self) -> None:
         """Build everything once; `train()` calls it. Subclasses say how in `_build_parts`."""
-        if not self._built:
-            self._build_parts()
-            self._transform(self.hooks)
-            blocks.prepare(self.unwrapped_model, self.options.activation_checkpointing, self.options.compile)
-            self._make_updater()
-            self._built = True
+        self._build_once()
         if not self._restored:  # also where an earlier attempt raised: a run must not begin anew by itself
             self._restored = True
             try:
@@ -210,6 +252,15 @@ class Base:
                 raise
             self._pending = None
 
+    def _build_once(self) -> None:
+        if not self._built:
+            self._build_parts()
+            self._transform(self.hooks)
+            blocks.prepare(self.unwrapped_model, self.options.activation_checkpointing, self.options.compile)
+            self._spread()
+            self._make_updater()
+            self._built = True
+
     def _build_parts(self) -> None:
         raise NotImplementedError
 
@@ -219,9 +270,25 @@ class Base:
         for plugin in plugins:
             plugin.on_build_model(cast("Core", self))
         if param_groups.changed(before, param_groups.snapshot(self.model)):
+            if parallel.is_spread(self.model):
+                raise ValueError(
+                    "plugins changed what trains after the model was spread over ranks, which would not exchange the "
+                    "new gradients: change it before it is wrapped (in build_model), or use Engine(parallel=...)"
+                )
             self.model.to(self.device)
             if self.optimizer is not None:
                 param_groups.reconcile(self.optimizer, self.model, before)
+
+    def _spread(self) -> None:
+        """Spread the model over ranks as `parallel` says, and learn who trains it together."""
+        if self.parallel is not None:
+            self.mesh = parallel.make_mesh(self.mesh, self.device)
+            before = list(self.model.named_parameters())
+            self.model = parallel.spread(self.model, self.parallel, self.mesh, self.device)
+            if self.optimizer is not None:
+                parallel.follow(self.optimizer, before, self.unwrapped_model)
+        if runtime.world_size() > 1 and (self.parallel is not None or parallel.is_spread(self.model)):
+            self.team = Team(self.device)
 
     def _after_optimizer_step(self) -> None:
         raise NotImplementedError
@@ -241,6 +308,9 @@ class Base:
             before_step=lambda: self.emit("before_optimizer_step"),
             after_step=self._after_optimizer_step,
             dropped=lambda: self.emit("step_dropped"),
+            team=self.team,
+            wishes=self._wishes,
+            heard=self._hear,
         )
 
     def attach(self, plugin: Plugin | Iterable[Plugin]) -> None:
@@ -289,11 +359,29 @@ class Base:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the run needs to go on to the same bits: tensors and plain values.
 
+        With several ranks all of them must call it. Sharded tensors are whole in it, on every rank.
+
         Raises:
             RuntimeError: an accumulation window is open; checkpoints lie on step boundaries.
         """
         self.build()
-        return training_state.collect(self)
+        return training_state.collect(self, partial(shards.whole, everywhere=True))
+
+    def state_to_write(self, sharded: bool) -> dict[str, Any]:
+        """`state_dict()` for a checkpoint: sharded tensors stay so, or are whole on rank 0 and empty elsewhere."""
+        self.build()
+        return training_state.collect(self, None if sharded else partial(shards.whole, everywhere=False))
+
+    def read_checkpoint(self, path: Path) -> dict[str, Any]:
+        """The state in a checkpoint file or folder, for `load_state_dict`. With several ranks all must call it.
+
+        Raises:
+            CheckpointError: it is damaged, or is no checkpoint.
+        """
+        if not path.is_dir():
+            return load_checkpoint(path)
+        self._build_once()
+        return load_sharded(path, self._model_state(), self.optimizer)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`; before the build it is kept until then.
@@ -326,11 +414,14 @@ class Base:
     def _load_parts(self, state: dict[str, Any]) -> None:
         """Load model and optimizer; both are checked before either is touched."""
         model = self._stateful_model
-        training_state.check_same_tensors(model.state_dict(), state["model"])
+        own = model.state_dict()
+        training_state.check_same_tensors(own, state["model"])
         if self.optimizer is not None:
             # Checks its groups before it changes anything. A copy, since it would share the state's tensors.
-            self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
-        model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(
+                shards.cut_optimizer_state(self.optimizer, deepcopy(state["optimizer"]))
+            )
+        model.load_state_dict(shards.cut_model_state(own, state["model"]))
 
 
 def at_least(name: str, value: Any, least: int) -> None:

@@ -29,6 +29,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from orbit.core import rng
+from orbit.core.share import Share, is_shared
 
 
 class FeedError(ValueError):
@@ -92,12 +93,13 @@ class Feed:
 
     Args:
         loader: any iterable of batches. A one-shot iterator (a generator) serves one epoch.
+        shared: deal the batches of a DataLoader out to the ranks (`core/share.py`), unless its sampler does.
 
     Raises:
         FeedError: `loader` is not iterable.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[Any], shared: bool = False) -> None:
         if not isinstance(loader, Iterable):
             raise FeedError(
                 f"the loader is a {type(loader).__name__}, which cannot be iterated: pass a "
@@ -108,13 +110,16 @@ class Feed:
         self._start: dict[str, Any] | None = None
         self._loader_state: dict[str, Any] | None = None
         self._skipper: _Skipper | None = None
+        self._share: Share | None = None
         self._spent = False
         self._source: Any = loader
         streams = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
-        if isinstance(loader, DataLoader) and not streams:
-            self._source, self._skipper = _skippable(loader)
-        self.length = None if streams else _length(loader)  # a stream's len() is an estimate
         self.generators = _generators(loader)
+        if isinstance(loader, DataLoader) and not streams:
+            if shared and not is_shared(loader):
+                self._share = Share(loader, self.generators)
+            self._source, self._skipper = _skippable(loader, self._share)
+        self.length = None if streams else _length(self._source)  # a stream's len() is an estimate
 
     def epoch(self, epoch: int, position: dict[str, Any] | None = None) -> Iterator[tuple[Any, bool]]:
         """(batch, is it the epoch's last?) from the beginning, or from a saved `position`.
@@ -129,6 +134,11 @@ class Feed:
             part.set_epoch(epoch)
         batches = self._open() if position is None else self._reopen(position)
         return self._look_ahead(batches) if self.length is None else self._count(batches)
+
+    @property
+    def padding(self) -> bool:
+        """The batch at hand repeats data, to keep this rank in step: it is to count for nothing."""
+        return self._share is not None and self._share.padding and self.cursor == self.length
 
     def rewind(self) -> None:
         """An epoch is about to begin: it has no position yet."""
@@ -255,11 +265,11 @@ def _begun(iterator: Iterator[Any]) -> Iterator[Any]:
     return chain(list(islice(iterator, 1)), iterator)
 
 
-def _skippable(loader: DataLoader[Any]) -> tuple[DataLoader[Any], _Skipper]:
+def _skippable(loader: DataLoader[Any], share: Share | None) -> tuple[DataLoader[Any], _Skipper]:
     """A shallow copy of the loader that can skip; the user's own loader stays as it is."""
     clone = copy.copy(loader)
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    skipper = _Skipper(getattr(loader, name))
+    skipper = _Skipper(getattr(loader, name) if share is None else share)
     clone.__dict__[name] = skipper  # DataLoader refuses to set these by attribute
     clone.__dict__["_iterator"] = None
     return clone, skipper

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -20,17 +21,23 @@ import torch
 
 from orbit.core import rng, runtime
 from orbit.core.base import Base
-from orbit.core.feed import Feed
+from orbit.core.feed import Feed, FeedError
 from orbit.core.meters import Averages
 from orbit.core.nested import count_samples
 from orbit.core.outcome import Outcome
+from orbit.core.ranks import everyones
 
 
 class Core(Base):
     """What Engine and BaseTrainer do alike. Not for direct use: it does not know where a loss comes from."""
 
     closes_windows_at_epoch_end: bool
-    _bracketed: tuple[str, ...] = ("batch", "batch_idx", "is_last_batch")  # what eval() puts back
+    _bracketed: tuple[str, ...] = (
+        "batch",
+        "batch_idx",
+        "is_last_batch",
+        "is_padding",
+    )  # what eval() puts back
 
     def microbatches(
         self, loader: Iterable[Any] | None, *, epochs: int | None = None, steps: int | None = None
@@ -48,11 +55,13 @@ class Core(Base):
         left = False
         try:
             self.build()
-            self._feed = feed = Feed(self._loader() if loader is None else loader)
+            self._feed = feed = self._make_feed(self._loader() if loader is None else loader)
             self._begin(feed, epochs, steps)
             self.emit("before_train")
+            self._agree()
             while not self._finished(epochs, steps):
                 yield from self._epoch(feed, steps)
+            self._agree()
             self.emit("after_train")
         except GeneratorExit:
             left = True
@@ -79,14 +88,15 @@ class Core(Base):
     def _epoch(self, feed: Feed, steps: int | None) -> Generator[Any, None, None]:
         """One epoch, or the rest of one that was interrupted."""
         state, emit = self.state, self.emit
-        batches = self._open_epoch(feed)
+        batches = self._together(feed, self._open_epoch(feed))
         self.model.train()
         while (item := self._next(batches)) is not None:
             batch, self.is_last_batch = item
             self.batch_idx += 1
             self._unused += 1
             state.micro_step += 1
-            state.samples += count_samples(batch)
+            self.is_padding = feed.padding
+            state.samples += 0 if self.is_padding else count_samples(batch)
             if not self.window_open:
                 self._micro_records, self._micro_losses = [], []
                 emit("before_step")
@@ -108,11 +118,12 @@ class Core(Base):
                 if not self.is_last_batch:
                     return
                 break
-        losses = self._epoch_losses.flush()
+        losses = self._means(self._epoch_losses)
         if losses:
             state.metrics["train_loss"] = losses["loss"]
         state.epoch_done = True
         emit("after_epoch")
+        self._agree()
 
     def step_on(self, outcome: Outcome) -> None:
         """Use one micro-batch: in training back-propagate it (and step if it fills the window), in `eval()` record it.
@@ -121,6 +132,8 @@ class Core(Base):
             RuntimeError: outside a train() or eval() loop, or without an optimizer.
             ValueError, NonFiniteGradientError: see `Updater.add`.
         """
+        if self.is_padding:
+            outcome = replace(outcome, weight=0.0)
         if self.state.phase == "eval":
             self._record_eval(outcome)
             return
@@ -143,7 +156,7 @@ class Core(Base):
         `metrics["val_loss"]` is filled from the losses given to `step_on`.
         """
         self.build()
-        feed = Feed(loader)
+        feed = self._make_feed(loader)
         kept = {name: getattr(self, name) for name in self._bracketed}
         modes = [(module, module.training) for module in self.model.modules()]
         phase, losses = self.state.phase, self._eval_losses
@@ -152,12 +165,13 @@ class Core(Base):
                 self.state.phase, self._eval_losses = "eval", Averages()
                 self.model.eval()
                 self.emit("before_eval")
-                for index, (batch, last) in enumerate(feed.epoch(self.state.epoch)):
-                    self.batch_idx, self.is_last_batch = index, last
+                for index, (batch, last) in enumerate(self._together(feed, feed.epoch(self.state.epoch))):
+                    self.batch_idx, self.is_last_batch, self.is_padding = index, last, feed.padding
                     self._receive(batch)
                     with torch.no_grad(), self.autocast():
                         yield self
-                for name, value in self._eval_losses.flush().items():
+                    self.emit("after_eval_batch")
+                for name, value in self._means(self._eval_losses).items():
                     self.state.metrics[f"val_{name}"] = value
                 self.emit("after_eval")
             finally:
@@ -168,14 +182,44 @@ class Core(Base):
                 for name, value in kept.items():
                     setattr(self, name, value)
 
+    def use_batch(self, batch: Any) -> None:
+        """Train on `batch` in place of the one that the loader gave; for `on_before_batch`."""
+        self._receive(batch)
+
     # ── parts of the loop ─────────────────────────────────────────────────────────────────────────────────────
 
     def _loader(self) -> Iterable[Any]:
         raise NotImplementedError
 
+    def _make_feed(self, loader: Iterable[Any]) -> Feed:
+        """The batches of this rank. FeedError if ranks have other numbers of them."""
+        feed = Feed(loader, shared=self.team is not None and self.parallel is not None)
+        lengths = [feed.length] if self.team is None else everyones(feed.length)
+        if len(set(lengths)) > 1:
+            raise FeedError(
+                f"the ranks' loaders have {', '.join(map(str, lengths))} batches: ranks that train one model need "
+                "equally many, or wait for each other forever; use torch.utils.data.DistributedSampler, or drop_last"
+            )
+        return feed
+
+    def _together(self, feed: Feed, batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]:
+        """Loaders of unknown length end on all ranks when the first one does."""
+        if self.team is None or feed.length is not None:
+            yield from batches
+            return
+        for batch, last in batches:
+            ended = self.team.any(last)
+            yield batch, ended
+            if ended:
+                return
+
     def _receive(self, batch: Any) -> None:
         """Take a batch into hands: store it where the face of this trainer keeps it."""
         self.batch = batch
+
+    def _forward(self) -> Outcome:
+        """What the batch at hand comes to, computed as the face of this trainer does by itself."""
+        raise NotImplementedError
 
     def _record_eval(self, outcome: Outcome) -> None:
         assert self._eval_losses is not None
@@ -245,6 +289,12 @@ class Core(Base):
         self.batch_idx = feed.cursor - 1
         return batches
 
+    def _means(self, averages: Averages) -> dict[str, Any]:
+        """The means over all ranks; then start again."""
+        if self.team is not None:
+            averages.over_ranks()
+        return averages.flush()
+
     def _next(self, batches: Iterator[tuple[Any, bool]]) -> tuple[Any, bool] | None:
         began = perf_counter()
         item = next(batches, None)
@@ -261,6 +311,7 @@ class Core(Base):
         if self._updater is None or not self.no_sync_accumulate or self.gradient_accumulation_steps == 1:
             return nullcontext()
         closing = self._closes_here or self._updater.micro + 1 >= self._updater.accumulation
+        self._updater.synchronised = closing
         return nullcontext() if closing else runtime.unsynchronised(self.model)
 
     def _after_optimizer_step(self) -> None:

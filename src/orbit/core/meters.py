@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from orbit.core.nested import as_number
+from orbit.core.ranks import everyones
 
 _COMPACT = (
     1024  # values kept per name before they are folded into one sum, so that an epoch's memory is bounded
@@ -71,6 +72,14 @@ class Averages:
                 node = node.setdefault(parent, {})
             node[key] = mean
         return result
+
+    def over_ranks(self) -> None:
+        """Take in what every other rank has, so that all have the same means. All ranks must call it."""
+        parts = everyones(self.state_dict())
+        self._values.clear()
+        for part in parts:
+            for name, column in part:
+                self._values.setdefault(tuple(name), []).extend((value, weight) for value, weight in column)
 
     def state_dict(self) -> list[Any]:
         """Every name with its values and weights, plain, so that a resumed mean has the same bits. One host sync."""

@@ -27,7 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orbit.core import runtime
-from orbit.core.blocks import find_blocks
+from orbit.core.blocks import BlocksError, find_blocks
 
 Parallel: TypeAlias = "str | Callable[[nn.Module, Any], nn.Module]"
 TIMEOUT = timedelta(minutes=10)  # for a rank that does not answer: a hang is an error
@@ -124,10 +124,17 @@ def spread(model: nn.Module, parallel: Parallel, mesh: Any, device: torch.device
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.detach(), src=0)
-    for block in find_blocks(model):
+    for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    try:
+        return find_blocks(model)
+    except BlocksError:  # a small model of odd layers is one group
+        return []
 
 
 def follow(optimizer: Optimizer, before: Sequence[tuple[str, nn.Parameter]], model: nn.Module) -> None:

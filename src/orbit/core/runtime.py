@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -72,6 +74,17 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def wait_for_ranks(seconds: float) -> None:
+    """Wait until every rank is here, or at most so long; a single process does not wait."""
+    if world_size() > 1:
+        arrived = dist.barrier(async_op=True)
+        assert arrived is not None
+        try:
+            arrived.wait(timedelta(seconds=seconds))
+        except RuntimeError as error:  # a rank has died or is late: leave without it
+            logging.getLogger("orbit").warning("not all ranks came within %g s: %s", seconds, error)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -2,24 +2,26 @@
 
 format · step · state                  counters and metrics
 model · optimizer · lr_scheduler · grad_scaler · updater
-epoch_losses                           the epoch's running mean
-feed · rng                             the place in the data and every random generator
+ranks                                  one dict a rank: feed (its place in the data), rng (every random generator),
+                                       epoch_losses (the epoch's running mean)
 and whatever plugins add in on_state_dict
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orbit.core import rng
+from orbit.core import rng, runtime
+from orbit.core.ranks import everyones
 
 if TYPE_CHECKING:
     from orbit.core.base import Base
 
-_FORMAT = 1  # raised when an older checkpoint could be misread
+_FORMAT = 2  # raised when an older checkpoint could be misread
 _REQUIRED = (
     "format",
     "state",
@@ -28,13 +30,12 @@ _REQUIRED = (
     "lr_scheduler",
     "grad_scaler",
     "updater",
-    "epoch_losses",
-    "rng",
+    "ranks",
 )
 
 
-def collect(trainer: Base) -> dict[str, Any]:
-    """See `Base.state_dict`."""
+def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any]:
+    """See `Base.state_dict`; `gather` makes the model's and the optimizer's sharded tensors whole, None leaves them."""
     if trainer.window_open:
         updater = trainer.updater
         raise RuntimeError(
@@ -49,18 +50,24 @@ def collect(trainer: Base) -> dict[str, Any]:
     )
     if position is None and feed is not None and not trainer.state.epoch_done:
         position = feed.position(trainer._unused)
+    model, optimizer = trainer._model_state(), trainer._optimizer_state()
+    if gather is not None:
+        model, optimizer = gather(model), gather(optimizer)
+    own = {
+        "feed": position,
+        "rng": trainer._rng or rng.capture(feed.generators if feed is not None else ()),
+        "epoch_losses": trainer._epoch_losses.state_dict(),
+    }
     state: dict[str, Any] = {
         "format": _FORMAT,
         "step": trainer.step,
         "state": trainer.state.state_dict(),
-        "model": trainer._model_state(),
-        "optimizer": trainer._optimizer_state(),
+        "model": model,
+        "optimizer": optimizer,
         "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
         "grad_scaler": None if scaler is None else scaler.state_dict(),
         "updater": None if trainer._updater is None else trainer._updater.state_dict(),
-        "epoch_losses": trainer._epoch_losses.state_dict(),
-        "feed": position,
-        "rng": trainer._rng or rng.capture(feed.generators if feed is not None else ()),
+        "ranks": [own] if trainer.team is None else everyones(own),
     }
     trainer.emit("state_dict", state)
     return state
@@ -84,21 +91,39 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
         trainer._updater.load_state_dict(state["updater"])
         trainer._updater.reset()
     trainer.state.load_state_dict(state["state"])
-    trainer._epoch_losses.load_state_dict(state["epoch_losses"])
-    trainer._position, trainer._rng = state["feed"], state["rng"]
+    mine = _of_this_rank(state["ranks"])
+    trainer._epoch_losses.load_state_dict(mine["epoch_losses"])
+    trainer._position, trainer._rng = mine["feed"], mine["rng"]
     trainer.emit("load_state_dict", state)
 
 
+def _of_this_rank(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is this rank's own. On another number of ranks the losses of all go to rank 0, and a new rank begins with
+    the generators of one that was there."""
+    rank = runtime.rank()
+    if len(ranks) == runtime.world_size():
+        return ranks[rank]
+    losses = [column for part in ranks for column in part["epoch_losses"]] if rank == 0 else []
+    merged: dict[tuple[str, ...], list[Any]] = {}
+    for name, column in losses:
+        merged.setdefault(tuple(name), []).extend(column)
+    return {
+        **ranks[rank % len(ranks)],
+        "epoch_losses": [[list(name), column] for name, column in merged.items()],
+    }
+
+
 def check_format(state: dict[str, Any]) -> None:
-    """ValueError unless `state` was made by `collect` of this version or an older one."""
+    """ValueError unless `state` was made by `collect` of this version."""
     missing = [key for key in _REQUIRED if key not in state]
     if missing:
         raise ValueError(
             f"this is no training state of orbit: it lacks {', '.join(missing)} (keys: {', '.join(map(str, state))})"
         )
-    if state["format"] > _FORMAT:
+    if state["format"] != _FORMAT:
         raise ValueError(
-            f"the checkpoint has format {state['format']} and this version reads up to {_FORMAT}: update orbit-torch"
+            f"the checkpoint has format {state['format']} and this version reads {_FORMAT}: use the orbit-torch that "
+            "wrote it"
         )
 
 

@@ -9,6 +9,9 @@ magnitudes sane in half precision, wᵢ/c is back-propagated and the sum rescale
 of two near the first weight of the run, so that it changes no bit of the result. Where a window is one micro-batch
 the weight cancels and the loss is back-propagated as it is: bit for bit a bare loop.
 
+On several ranks both sums go over all of them. torch averages gradients over the R ranks, so the factor is
+R·c/Σ wᵢ; Σ wᵢ comes with the one exchange that ends a window (`core/ranks.py`), and c is the same on all ranks.
+
 Whether the gradient is finite is read off its norm, which clipping needs anyway: one number a step comes to the host.
 """
 
@@ -16,16 +19,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from orbit.core import shards
 from orbit.core.outcome import Outcome
+from orbit.core.ranks import Team
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -45,6 +51,9 @@ class Updater:
         grad_clip: largest gradient norm, None for no clipping; not beside an optimizer that `keeps_apart`.
         retries: how many windows in a row may be dropped for a non-finite gradient; None raises at the first.
         before_step, after_step, dropped: called around the step; gradients are final in `before_step`.
+        team: the ranks that train this model together; None for one process.
+        wishes, heard: numbers that this rank tells the others at a window's end, and what is called with the largest
+            of each over ranks, before the step.
     """
 
     def __init__(
@@ -60,6 +69,9 @@ class Updater:
         before_step: Callable[[], None] = lambda: None,
         after_step: Callable[[], None] = lambda: None,
         dropped: Callable[[], None] = lambda: None,
+        team: Team | None = None,
+        wishes: Callable[[], list[float]] = list,
+        heard: Callable[[list[float]], None] = lambda numbers: None,
     ) -> None:
         _require_plain_step(
             optimizer,
@@ -78,6 +90,8 @@ class Updater:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.accumulation, self.grad_clip, self.retries = accumulation, grad_clip, retries
         self.before_step, self.after_step, self.dropped = before_step, after_step, dropped
+        self.team, self.wishes, self.heard = team, wishes, heard
+        self.synchronised = True  # torch exchanges the gradients of the micro-batch at hand
         self.micro = 0  # micro-batches in the open window
         self.failures = 0  # windows dropped in a row
         self.unit: float | None = None  # c of the module docstring
@@ -115,39 +129,54 @@ class Updater:
             self.reset()
         last = last or self.micro + 1 >= self.accumulation
         share = self._share(outcome.weight, alone=last and self.micro == 0)
-        if outcome.loss is not None and not (isinstance(share, float) and share == 0.0):
+        muted = isinstance(share, float) and share == 0.0
+        if outcome.loss is None and self.team is not None and self.synchronised:
+            raise ValueError(
+                "the loss of this micro-batch is None and the other ranks wait for its gradient: give a loss of the "
+                "model's output with weight=0.0 instead, which contributes nothing"
+            )
+        if outcome.loss is not None and not (muted and self.team is None):
             loss = _checked(outcome.loss)
-            if isinstance(share, Tensor):
+            if muted:
+                loss = loss * 0.0
+            elif isinstance(share, Tensor):
                 loss = torch.where(share > 0, loss * share, 0.0)  # 0·NaN contributes nothing
             elif share != 1.0:
                 loss = loss * share
             with (
-                torch.autocast(loss.device.type, enabled=False)
-                if torch.is_autocast_enabled(loss.device.type)
-                else _NO_CONTEXT
+                (
+                    torch.autocast(loss.device.type, enabled=False)
+                    if torch.is_autocast_enabled(loss.device.type)
+                    else _NO_CONTEXT
+                ),
+                _without_gradient(self.parameters) if muted else _NO_CONTEXT,
             ):
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            self._total = self._total + share
-            self._loss_sum = self._loss_sum + loss.detach()
+            if not muted:
+                self._total = self._total + share
+                self._loss_sum = self._loss_sum + loss.detach()
         self.micro += 1
         return self.close() if last else False
 
     def close(self) -> bool:
         """Step with what the open window holds. Returns and raises as `add`."""
+        total, ranks, told = self._total, 1, None
+        if self.team is not None:
+            self._average(self.outside if self.synchronised else self.parameters)
+            told = self.team.gather([total, *self.wishes()])
+            total, ranks = told[:, 0].sum(), self.team.size
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         scaler = self.scaler if gradients else None
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        total = self._total
         if gradients and isinstance(total, Tensor):
             widest = max((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize)
-            torch._foreach_mul_(gradients, torch.where(total > 0, 1 / total, 0.0).to(widest))
+            factor = torch.where(total > 0, ranks / total, 0.0).to(widest)
+            torch._foreach_mul_([shards.local(g) for g in gradients], factor)
         elif gradients and total not in (0.0, 1.0):
             torch._foreach_mul_(gradients, 1 / total)
-        self.grad_norm = norm = get_total_norm(
-            [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        )
-        if not math.isfinite(norm.item()):
+        self.grad_norm = norm = _norm(gradients)
+        if not math.isfinite(self._read(norm, told)):
             self._drop(norm)
             return False
         if self.grad_clip is not None:
@@ -162,9 +191,9 @@ class Updater:
             self.scheduler.step()
         if torch.is_autocast_enabled(norm.device.type):
             torch.clear_autocast_cache()  # it holds casts of the weights as they were
-        loss = self._loss_sum
+        own, loss = self._total, self._loss_sum  # this rank's: meters average over ranks
         self.loss = (
-            (loss if isinstance(total, float) and total == 1.0 else loss / total)
+            (loss if isinstance(own, float) and own == 1.0 else loss / own)
             if isinstance(loss, Tensor)
             else None
         )
@@ -188,25 +217,52 @@ class Updater:
             for parameter, value in zip(self.outside, state["outside"], strict=True):
                 parameter.copy_(value)
 
+    def _read(self, norm: Tensor, told: Tensor | None) -> float:
+        """The norm, and what the ranks told each other, in one copy to the host."""
+        if told is None:
+            return norm.item()
+        value, *wishes = torch.cat([norm.reshape(1).to(told), told[:, 1:].amax(0)]).tolist()
+        self.heard(wishes)
+        return value
+
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        """Average what torch does not: parameters outside the model; and all, where the body left out the micro-batch
+        that would have closed the window."""
+        if any(shards.is_sharded(p) for p in parameters):
+            raise RuntimeError(
+                "the epoch's last micro-batch had no update(), and the gradients of this window have not been reduced "
+                "over the shards: update on every batch, or pass no_sync_accumulate=False"
+            )
+        assert self.team is not None
+        for p in parameters:
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+                p.grad /= self.team.size
+
     def _share(self, weight: float | Tensor, *, alone: bool) -> float | Tensor:
         """wᵢ/c; exactly 1 for a micro-batch that is its whole window. A host number stays a host number."""
         if isinstance(weight, Tensor) and _on_host(weight):
             weight = weight.item()
-        if isinstance(weight, Tensor):
-            if alone:
-                return (weight > 0).to(_widest(weight))
-        else:
+        if not isinstance(weight, Tensor):
             weight = float(weight)
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(
                     f"weight {weight} of a micro-batch: it must be a finite number >= 0 (the units "
                     "that its loss averages over)"
                 )
-            if alone or weight == 0.0:
-                return float(weight > 0)
+        if self.team is not None:  # a window is never alone: other ranks have parts of it
+            if self.unit is None:
+                self.unit = _unit(self.team.gather([weight])[:, 0].max())
+            if isinstance(weight, float) and weight == 0.0:
+                return 0.0
+        elif isinstance(weight, Tensor):
+            if alone:
+                return (weight > 0).to(_widest(weight))
+        elif alone or weight == 0.0:
+            return float(weight > 0)
         if self.unit is None:
-            first = float(weight)  # of the whole run: the only weight that is read from a device
-            self.unit = 2.0 ** round(math.log2(first)) if first > 0 else 1.0
+            self.unit = _unit(weight)
         return (weight.to(_widest(weight)) if isinstance(weight, Tensor) else weight) / self.unit
 
     def _drop(self, norm: Tensor) -> None:
@@ -214,6 +270,9 @@ class Updater:
         overflow = False
         if self.scaler is not None:
             scale = self.scaler.get_scale()
+            if self.team is not None:  # a rank whose own piece is finite must lower its scale too
+                for found in self.scaler._found_inf_per_device(self.optimizer).values():
+                    dist.all_reduce(found, dist.ReduceOp.MAX)
             self.scaler.update()
             overflow = (
                 self.scaler.get_scale() < scale and scale > 1.0
@@ -244,6 +303,34 @@ class Updater:
 
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+
+
+def _unit(first: float | Tensor) -> float:
+    """A power of two near the first weight of the run: the only one that is read from a device."""
+    first = float(first)
+    return 2.0 ** round(math.log2(first)) if first > 0 else 1.0
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients: of whole ones, of pieces over all ranks, and of both."""
+    whole = [g.coalesce().values() if g.is_sparse else g for g in gradients if not shards.is_sharded(g)]
+    cut = [g for g in gradients if shards.is_sharded(g)]
+    if not cut:
+        return get_total_norm(whole)
+    pieces: Any = get_total_norm(cut)
+    norm = pieces.full_tensor()
+    return torch.linalg.vector_norm(torch.stack([norm, get_total_norm(whole)])) if whole else norm
+
+
+@contextmanager
+def _without_gradient(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """A backward that adds exactly 0 to every gradient, where its own would be NaN too, and tells torch of each."""
+    handles = [p.register_hook(torch.zeros_like) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _require_plain_step(part: Any, argument: str, way_out: str) -> None:

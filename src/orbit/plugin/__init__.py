@@ -1,6 +1,7 @@
 """Plugins, one a file. `Plugin` is the base class; `BaseHook` is its other documented name."""
 
 from orbit.core.events import BaseHook, Plugin
+from orbit.plugin.checkpoint import Checkpoint
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.cuda_max_memory import CudaMaxMemoryHook
 from orbit.plugin.early_stopping import EarlyStopping
@@ -12,6 +13,7 @@ from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.mentor import Mentor
+from orbit.plugin.monitor import MetricError
 from orbit.plugin.profiler import Profiler
 from orbit.plugin.progress import ProgressHook
 from orbit.plugin.throughput import Throughput
@@ -21,6 +23,7 @@ from orbit.plugin.warmup import Warmup
 __all__ = [
     "EMA",
     "BaseHook",
+    "Checkpoint",
     "CheckpointingHook",
     "CudaMaxMemoryHook",
     "EarlyStopping",
@@ -32,6 +35,7 @@ __all__ = [
     "LoRA",
     "LoggingHook",
     "Mentor",
+    "MetricError",
     "MetricsFile",
     "Plugin",
     "Profiler",

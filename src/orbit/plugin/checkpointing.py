@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.core import checkpoint, runtime
+from orbit.core import checkpoint, runtime, shards
 from orbit.core.events import Plugin
+from orbit.core.ranks import on_main
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class CheckpointingHook(Plugin):
         exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; a single process
             does not wait.
         every_epoch: also save at every epoch's end.
+        sharded: write folders, to which every rank adds its pieces; None does so where the model is sharded.
 
     Raises:
         ValueError: a number outside its range.
@@ -57,6 +58,7 @@ class CheckpointingHook(Plugin):
         exit_code: int | str = "128+signal",
         exit_wait: float | timedelta = 60.0,
         every_epoch: bool = False,
+        sharded: bool | None = None,
     ) -> None:
         self.interval = None if interval is None else check_interval("CheckpointingHook", interval)
         if keep_previous is not None and keep_previous < 0:
@@ -74,32 +76,32 @@ class CheckpointingHook(Plugin):
         self.exit_signals = [signal.Signals(number) for number in exit_signals]
         self.exit_code = exit_code
         self.exit_wait = exit_wait.total_seconds() if isinstance(exit_wait, timedelta) else float(exit_wait)
-        self.every_epoch = every_epoch
-        self.received: signal.Signals | None = None
+        self.every_epoch, self.sharded = every_epoch, sharded
         self._owed = False  # an epoch ended inside a window
         self._saved_step: int | None = None
+        self._trainer: Core | None = None
         self._previous_handlers: dict[int, Any] = {}
 
     def folder(self, trainer: Core) -> Path:
         """Where this hook's checkpoints lie."""
-        workspace = getattr(trainer, "workspace", None)
-        return self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        return trainer.in_workspace(self.path)
 
     def on_restore(self, trainer: Core) -> None:
         if self.load is None:
             return
         if self.load == "latest":
-            found = checkpoint.latest_checkpoint(self.folder(trainer))
+            found = on_main(lambda: checkpoint.latest_checkpoint(self.folder(trainer)))
             if found is None:
                 return
         else:
             found = Path(self.load)
-        trainer.load_state_dict(checkpoint.load_checkpoint(found))
+        trainer.load_state_dict(trainer.read_checkpoint(found))
         self._saved_step = trainer.step
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
     def on_before_train(self, trainer: Core) -> None:
-        self.received, self._owed = None, False
+        self._trainer, self._owed = trainer, False
+        trainer.interrupt(0)
         if not self.exit_signals:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -130,16 +132,21 @@ class CheckpointingHook(Plugin):
 
     def save(self, trainer: Core) -> Path:
         """Save now; older checkpoints go only after the new one has been read back."""
-        state = trainer.state_dict()
+        sharded = shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
+        state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
-        folder = self.folder(trainer)
-        path = checkpoint.checkpoint_path(folder, trainer.step)
-        if runtime.is_main_process():
-            checkpoint.save_checkpoint(state, path)
-            checkpoint.link_latest(path)
-            if self.keep_previous is not None:
-                checkpoint.prune(folder, self._kept(checkpoint.list_checkpoints(folder), path))
+        path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
+        if sharded:
+            path = checkpoint.save_sharded(state, path.with_suffix(""))
+            on_main(lambda: self._tidy(path))
+        else:
+            on_main(lambda: self._tidy(checkpoint.save_checkpoint(state, path)))
         return path
+
+    def _tidy(self, path: Path) -> None:
+        checkpoint.link_latest(path)
+        if self.keep_previous is not None:
+            checkpoint.prune(path.parent, self._kept(checkpoint.list_checkpoints(path.parent), path))
 
     def _kept(self, present: list[Path], newest: Path) -> set[Path]:
         assert self.keep_previous is not None
@@ -151,16 +158,17 @@ class CheckpointingHook(Plugin):
         return kept
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
+        assert self._trainer is not None
+        self._trainer.interrupt(number)
         signal.signal(number, self._previous_handlers.get(number) or signal.SIG_DFL)
 
     def _boundary(self, trainer: Core, due: bool) -> None:
-        if due or self._owed or self.received is not None:
+        number = trainer.interrupted
+        if due or self._owed or number is not None:
             self._owed = False
             self.save(trainer)
-        if self.received is None:
+        if number is None:
             return
-        trainer.logger.info("%s: saved at step %d, leaving", self.received.name, trainer.step)
-        if runtime.world_size() > 1:
-            time.sleep(self.exit_wait)
-        raise SystemExit(128 + self.received if self.exit_code == "128+signal" else self.exit_code)
+        trainer.logger.info("%s: saved at step %d, leaving", signal.Signals(number).name, trainer.step)
+        runtime.wait_for_ranks(self.exit_wait)
+        raise SystemExit(128 + number if self.exit_code == "128+signal" else self.exit_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 
 from orbit.core.events import Plugin
 from orbit.core.extras import need
+from orbit.core.nested import flat
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:
@@ -41,13 +41,12 @@ class ImageFileLoggerHook(Plugin):
 
     def folder(self, trainer: Core) -> Path:
         """Where this hook's images lie."""
-        workspace = getattr(trainer, "workspace", None)
-        return self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        return trainer.in_workspace(self.path)
 
     def on_log_images(self, trainer: Core, records: dict[str, Any], dry_run: bool) -> None:
         if dry_run or trainer.step % self.interval:
             return
-        images = list(_flat(records))
+        images = list(flat(records))
         if len(images) > self.max_images and not self._said:
             self._said = True
             trainer.logger.warning(
@@ -65,22 +64,14 @@ class ImageFileLoggerHook(Plugin):
             picture.save(path)
 
 
-def _flat(records: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in records.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, (*above, str(name)))
-        else:
-            yield (*above, str(name)), value
-
-
-def _place(folder: Path, name: tuple[str, ...]) -> Path:
-    path = folder.joinpath(*name[:-1], f"{name[-1]}.png")
+def _place(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.png"
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"image {'/'.join(name)!r}: its name leads out of {folder}")
+        raise ValueError(f"image {name!r}: its name leads out of {folder}")
     return path
 
 
-def _picture(name: tuple[str, ...], image: Any) -> Any:
+def _picture(name: str, image: Any) -> Any:
     """A PIL image."""
     need("plot", "PIL")
     from PIL import Image
@@ -99,7 +90,7 @@ def _picture(name: tuple[str, ...], image: Any) -> Any:
     ):
         shape = getattr(image, "shape", None)
         raise ValueError(
-            f"image {'/'.join(name)!r} is a {type(image).__name__}{'' if shape is None else f' {tuple(shape)}'}; log "
+            f"image {name!r} is a {type(image).__name__}{'' if shape is None else f' {tuple(shape)}'}; log "
             "a PIL image, an array (height, width[, channels]) or a tensor ([channels, ]height, width)"
         )
     if np.issubdtype(image.dtype, np.floating):

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orbit.core import runtime
 from orbit.core.events import Plugin
-from orbit.core.files import sync_folder, write_synced
-from orbit.core.nested import as_number
+from orbit.core.files import replace_synced
+from orbit.core.nested import as_number, flat
 from orbit.plugin.logs import Interval, LoggingHook, check_interval
 
 if TYPE_CHECKING:
@@ -117,8 +116,7 @@ class MetricsFile(Tracker):
         self._file: Any = None
 
     def begin(self, trainer: Core) -> None:
-        workspace = getattr(trainer, "workspace", None)
-        path = self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        path = trainer.in_workspace(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _cut(path, trainer.step)
@@ -138,10 +136,7 @@ def _cut(path: Path, step: int) -> None:
     lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
-        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        write_synced(new, "".join(kept).encode("utf-8"))
-        os.replace(new, path)
-        sync_folder(path.parent)
+        replace_synced(path, "".join(kept).encode("utf-8"))
 
 
 def _step_of(line: str) -> float:
@@ -150,16 +145,3 @@ def _step_of(line: str) -> float:
     except (ValueError, KeyError, TypeError):
         return math.inf
     return step if isinstance(step, int) else math.inf
-
-
-def flat(records: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested records by their names joined with "/".
-
-    >>> dict(flat({"loss": 1.0, "val": {"acc": 0.5}}))
-    {'loss': 1.0, 'val/acc': 0.5}
-    """
-    for name, value in records.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{above}{name}/")
-        else:
-            yield f"{above}{name}", value

@@ -143,16 +143,19 @@ class BaseTrainer(Core):
             self._run_micro_step()
 
     def _run_micro_step(self) -> None:
+        self.step_on(self._forward())
+
+    def _forward(self) -> Outcome:
         result = self.forward(self.batch)
-        if not isinstance(result, Outcome):
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise TypeError(
-                    f"{type(self).__name__}.forward returned {type(result).__name__}: return (loss, "
-                    "records) or an Outcome"
-                )
-            loss, records = result
-            result = Outcome(loss, 1.0, records or {})
-        self.step_on(result)
+        if isinstance(result, Outcome):
+            return result
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"{type(self).__name__}.forward returned {type(result).__name__}: return (loss, "
+                "records) or an Outcome"
+            )
+        loss, records = result
+        return Outcome(loss, 1.0, records or {})
 
     def _build(self) -> None:
         """Build everything once; `train()` does it."""
