@@ -12,7 +12,9 @@ from orbit.plugin import (
     ClassificationReport,
     CudaMaxMemoryHook,
     EarlyStopping,
+    GarbageCollection,
     GradientAccumulation,
+    GradientStats,
     ImageFileLoggerHook,
     LoggingHook,
     LoRA,
@@ -21,7 +23,9 @@ from orbit.plugin import (
     ModelSummary,
     Overfit,
     Plugin,
+    Profiler,
     ProgressHook,
+    Throughput,
     Warmup,
 )
 
@@ -32,7 +36,9 @@ PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "CudaMaxMemoryHook": lambda folder: CudaMaxMemoryHook(),
     "EMA": lambda folder: EMA(0.9),
     "EarlyStopping": lambda folder: EarlyStopping("train_loss", patience=50),
+    "GarbageCollection": lambda folder: GarbageCollection(2),
     "GradientAccumulation": lambda folder: GradientAccumulation(2),
+    "GradientStats": lambda folder: GradientStats(2),
     "LoggingHook": lambda folder: LoggingHook(3),
     "ImageFileLoggerHook": lambda folder: ImageFileLoggerHook(path=folder / "images"),
     "LoRA": lambda folder: LoRA(target_names=["4"], r=2, alpha=4),
@@ -40,6 +46,8 @@ PLUGINS: dict[str, Callable[[Path], Plugin]] = {
     "MetricsFile": lambda folder: MetricsFile(folder / "metrics.jsonl", 3),
     "ModelSummary": lambda folder: ModelSummary(),
     "Overfit": lambda folder: Overfit(batches=2, until=1e-6),
+    "Profiler": lambda folder: Profiler(folder / "profile", wait=1, warmup=1, active=1, rows=1),
     "ProgressHook": lambda folder: ProgressHook(3, with_records=True),
+    "Throughput": lambda folder: Throughput(2),
     "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }

@@ -7,7 +7,9 @@ from orbit.plugin.classification_report import ClassificationReport
 from orbit.plugin.cuda_max_memory import CudaMaxMemoryHook
 from orbit.plugin.early_stopping import EarlyStopping
 from orbit.plugin.ema import EMA, EmaHook
+from orbit.plugin.garbage_collection import GarbageCollection
 from orbit.plugin.gradient_accumulation import GradientAccumulation
+from orbit.plugin.gradient_stats import GradientStats
 from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
@@ -15,7 +17,9 @@ from orbit.plugin.mentor import Mentor
 from orbit.plugin.model_summary import ModelSummary
 from orbit.plugin.monitor import MetricError
 from orbit.plugin.overfit import Overfit
+from orbit.plugin.profiler import Profiler
 from orbit.plugin.progress import ProgressHook
+from orbit.plugin.throughput import Throughput
 from orbit.plugin.tracker import MetricsFile, Tracker
 from orbit.plugin.warmup import Warmup
 
@@ -28,7 +32,9 @@ __all__ = [
     "CudaMaxMemoryHook",
     "EarlyStopping",
     "EmaHook",
+    "GarbageCollection",
     "GradientAccumulation",
+    "GradientStats",
     "ImageFileLoggerHook",
     "LoRA",
     "LoggingHook",
@@ -38,7 +44,9 @@ __all__ = [
     "ModelSummary",
     "Overfit",
     "Plugin",
+    "Profiler",
     "ProgressHook",
+    "Throughput",
     "Tracker",
     "Warmup",
 ]
