@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -35,3 +36,9 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def in_workspace(trainer: Any, path: Path) -> Path:
+    """`path`; a relative one lies in the trainer's workspace, if it has one."""
+    workspace: Path | None = getattr(trainer, "workspace", None)
+    return path if workspace is None else workspace / path

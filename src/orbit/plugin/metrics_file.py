@@ -1,0 +1,72 @@
+"""The simplest tracker: a file of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orbit.core.files import in_workspace, sync_folder, write_synced
+from orbit.plugin.tracker import Tracker
+
+if TYPE_CHECKING:
+    from orbit.core.loop import Core
+
+
+class MetricsFile(Tracker):
+    """Keep numbers as JSON lines: `{"step": 10, "loss": 0.31, "grad_norm": 1.2, ...}`. NaN and infinity become null.
+
+    A resumed run goes on in the same file: lines that were written after its checkpoint are taken away, so that the
+    file is that of an uninterrupted run. A run that begins anew takes all away. Images have no place in it.
+
+    Args:
+        path: of the file; a relative one lies in the trainer's workspace, if it has one.
+        interval: average over so many optimizer steps.
+
+    >>> MetricsFile("metrics.jsonl").path.name
+    'metrics.jsonl'
+    """
+
+    def __init__(self, path: Path | str = "metrics.jsonl", interval: int = 10) -> None:
+        super().__init__(interval)
+        self.path = Path(path)
+        self._file: Any = None
+
+    def begin(self, trainer: Core) -> None:
+        path = in_workspace(trainer, self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            step, rows, _ = self.written
+            _cut(path, trainer.step, rows if step == trainer.step else 0)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, records: dict[str, float], step: int) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in records.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def end(self) -> None:
+        self._file.close()
+
+
+def _cut(path: Path, step: int, rows: int) -> None:
+    """Take away the lines of later steps, those of this step after the first `rows`, and one that a kill cut short."""
+    lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
+    steps = [_step_of(line) for line in lines]
+    kept = [line for line, at in zip(lines, steps, strict=True) if at < step]
+    kept += [line for line, at in zip(lines, steps, strict=True) if at == step][:rows]
+    if len(kept) < len(lines):
+        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        write_synced(new, "".join(kept).encode("utf-8"))
+        os.replace(new, path)
+        sync_folder(path.parent)
+
+
+def _step_of(line: str) -> float:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) and line.endswith("\n") else math.inf
