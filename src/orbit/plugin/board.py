@@ -12,7 +12,7 @@ from orbit.core.extras import need
 from orbit.core.files import in_workspace
 from orbit.core.nested import flat
 from orbit.plugin.picture import as_picture
-from orbit.plugin.tracker import Tracker
+from orbit.plugin.tracker import Tracker, Written
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core
@@ -46,12 +46,17 @@ class Board(Tracker):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        step, *there = self.written  # what is there of this step stays
-        purge = trainer.step + (step == trainer.step and any(there))
-        self._writer = SummaryWriter(str(in_workspace(trainer, self.path)), purge_step=purge)
+        # A resumed step is written again up to its checkpoint; where that would lose images, all of it stays.
+        there = self.written if self.written.step == trainer.step else Written()
+        hidden_from = trainer.step + (there.images > 0)
+        self._writer = SummaryWriter(str(in_workspace(trainer, self.path)), purge_step=hidden_from)
+        for row in there.rows if there.images == 0 else ():
+            self.write(row, trainer.step)
         if self.config:
             rows = [f"| {name} | {value!r} |" for name, value in flat(self.config)]
-            self._writer.add_text("config", "\n".join(["| setting | value |", "|---|---|", *rows]), purge)
+            self._writer.add_text(
+                "config", "\n".join(["| setting | value |", "|---|---|", *rows]), hidden_from
+            )
             settings = {
                 name: value if isinstance(value, bool | int | float | str) else repr(value)
                 for name, value in flat(self.config)
@@ -68,10 +73,8 @@ class Board(Tracker):
     def write_images(self, images: dict[str, Any], step: int) -> None:
         pictures = {name: as_picture(name, image) for name, image in images.items()}
         for name, picture in pictures.items():
-            if picture.mode not in ("L", "RGB", "RGBA"):
-                picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-            array = np.asarray(picture)
-            self._writer.add_image(name, array, step, dataformats="HW" if array.ndim == 2 else "HWC")
+            colours = "RGBA" if "A" in picture.getbands() or "transparency" in picture.info else "RGB"
+            self._writer.add_image(name, np.asarray(picture.convert(colours)), step, dataformats="HWC")
 
     def remember(self) -> dict[str, Any]:
         if self._open:

@@ -38,9 +38,10 @@ class MetricsFile(Tracker):
         path = in_workspace(trainer, self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            step, rows, _ = self.written
-            _cut(path, trainer.step, rows if step == trainer.step else 0)
+            _cut(path, trainer.step)
         self._file = path.open("a", encoding="utf-8")
+        for row in self.written.rows if self.written.step == trainer.step else ():
+            self.write(row, trainer.step)
 
     def write(self, records: dict[str, float], step: int) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in records.items()}
@@ -51,12 +52,10 @@ class MetricsFile(Tracker):
         self._file.close()
 
 
-def _cut(path: Path, step: int, rows: int) -> None:
-    """Take away the lines of later steps, those of this step after the first `rows`, and one that a kill cut short."""
+def _cut(path: Path, step: int) -> None:
+    """Take away the lines from this step on, and one that a kill cut short."""
     lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
-    steps = [_step_of(line) for line in lines]
-    kept = [line for line, at in zip(lines, steps, strict=True) if at < step]
-    kept += [line for line, at in zip(lines, steps, strict=True) if at == step][:rows]
+    kept = [line for line in lines if _step_of(line) < step]
     if len(kept) < len(lines):
         new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         write_synced(new, "".join(kept).encode("utf-8"))

@@ -14,6 +14,8 @@ on elsewhere also says what a checkpoint must `remember` of it, so that a resume
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from orbit.core import runtime
@@ -25,11 +27,21 @@ if TYPE_CHECKING:
     from orbit.core.loop import Core
 
 
+@dataclass
+class Written:
+    """What the newest step has been given: its rows of numbers, and how many images."""
+
+    step: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    images: int = 0
+
+
 class Tracker(Plugin):
     """Base class of what keeps the numbers of a run.
 
     Attributes:
-        written: (step, rows, images): how many rows of numbers and images the newest step has been given.
+        written: what the newest step has been given. In a resumed run, what had been when its checkpoint was saved:
+            whatever else is there of that step and of later ones will be written again.
         status: what has become of the run when `end` is called: "finished", "stopped" (left early, or by a signal) or
             "failed" (an exception).
 
@@ -41,7 +53,7 @@ class Tracker(Plugin):
 
     def __init__(self, interval: int = 10) -> None:
         self.interval = check_interval(type(self).__name__, interval)
-        self.written = (0, 0, 0)
+        self.written = Written()
         self.status = "stopped"
         self._window = Interval(sync=True)
         self._averages = True
@@ -100,7 +112,7 @@ class Tracker(Plugin):
         images = dict(flat(records))
         if self._open and images and not dry_run:
             self.write_images(images, trainer.step)
-            self._count(trainer.step, 0, len(images))
+            self._newest(trainer.step).images += len(images)
 
     def on_after_train(self, trainer: Core) -> None:
         self.status = "finished"
@@ -114,15 +126,14 @@ class Tracker(Plugin):
             self.end()
 
     def on_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
-        kept = {"window": self._window.state_dict(trainer), "written": list(self.written)}
+        kept = {"window": self._window.state_dict(trainer), "written": asdict(self.written)}
         state_dict[self._key(trainer)] = kept | self.remember()
 
     def on_load_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
         kept = state_dict.get(self._key(trainer))
         self._window.load_state_dict([] if kept is None else kept["window"])
         if kept is not None:
-            step, rows, images = kept["written"]
-            self.written = (step, rows, images)
+            self.written = Written(**deepcopy(kept["written"]))
             self.recall(kept)
 
     def _key(self, trainer: Core) -> str:
@@ -132,9 +143,11 @@ class Tracker(Plugin):
 
     def _log(self, records: Mapping[str, Any], step: int) -> None:
         if self._open and records:
-            self.write({name: as_number(value, name) for name, value in flat(records)}, step)
-            self._count(step, 1, 0)
+            row = {name: as_number(value, name) for name, value in flat(records)}
+            self.write(row, step)
+            self._newest(step).rows.append(row)
 
-    def _count(self, step: int, rows: int, images: int) -> None:
-        at, *before = self.written if self.written[0] == step else (step, 0, 0)
-        self.written = (at, before[0] + rows, before[1] + images)
+    def _newest(self, step: int) -> Written:
+        if self.written.step != step:
+            self.written = Written(step)
+        return self.written

@@ -62,7 +62,11 @@ class TrackioHook(Tracker):
         )
 
     def end(self) -> None:
+        from trackio import context_vars
+
         self.run.finish()
+        if context_vars.current_run.get() is self.run:
+            context_vars.current_run.set(None)  # else it is finished again when Python exits
         self.run = None
 
     def remember(self) -> dict[str, Any]:
