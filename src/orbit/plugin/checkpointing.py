@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.core import checkpoint, runtime
+from orbit.core import checkpoint, runtime, shards
 from orbit.core.checkpoint.background import Background, Staging
 from orbit.core.events import Plugin
 from orbit.core.lock import FolderLock
@@ -40,8 +40,9 @@ class CheckpointingHook(Plugin):
         exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; a single process
             does not wait.
         every_epoch: also save at every epoch's end.
+        sharded: write folders, to which every rank adds its pieces; None does so where the model is sharded.
         asynchronous: the loop waits only until the state is copied into the CPU's memory; a thread writes it. At most
-            one save is under way, and the end of the run, a signal's exit and `on_close` wait for it.
+            one save is under way, and the end of the run, a signal's exit and `on_close` wait for it. Of one file.
 
     One run at a time may write to a folder: while it trains it holds a lock there (`core/lock.py`).
 
@@ -68,6 +69,7 @@ class CheckpointingHook(Plugin):
         exit_code: int | str = "128+signal",
         exit_wait: float | timedelta = 60.0,
         every_epoch: bool = False,
+        sharded: bool | None = None,
         asynchronous: bool = False,
     ) -> None:
         self.interval = None if interval is None else check_interval("CheckpointingHook", interval)
@@ -86,7 +88,7 @@ class CheckpointingHook(Plugin):
         self.exit_signals = [signal.Signals(number) for number in exit_signals]
         self.exit_code = exit_code
         self.exit_wait = exit_wait.total_seconds() if isinstance(exit_wait, timedelta) else float(exit_wait)
-        self.every_epoch, self.asynchronous = every_epoch, asynchronous
+        self.every_epoch, self.sharded, self.asynchronous = every_epoch, sharded, asynchronous
         self.acknowledged: int | None = None
         self._lock: FolderLock | None = None
         self._staging, self._background = Staging(), Background()
@@ -111,7 +113,7 @@ class CheckpointingHook(Plugin):
                 return
         else:
             found = Path(self.load)
-        trainer.load_state_dict(checkpoint.load_checkpoint(found))
+        trainer.load_state_dict(trainer.read_checkpoint(found))
         self._saved_step = self.acknowledged = trainer.step
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
@@ -166,19 +168,30 @@ class CheckpointingHook(Plugin):
 
         An asynchronous save has then begun: see `acknowledged`.
         """
-        state = trainer.state_on_main()
+        sharded = shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
+        if sharded and self.asynchronous:
+            raise ValueError(
+                "CheckpointingHook(asynchronous=True) writes one file, and this run writes folders of shards: pass "
+                "sharded=False, or asynchronous=False"
+            )
+        state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
         path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
-        on_main(lambda: self._begin(state, path) if self.asynchronous else self._write(state, path))
+        if sharded:
+            path = checkpoint.save_sharded(state, path.with_suffix(""))
+            on_main(lambda: self._tidy(path))
+        elif self.asynchronous:
+            on_main(lambda: self._begin(state, path))
+        else:
+            on_main(lambda: self._tidy(checkpoint.save_checkpoint(state, path)))
         return path
 
     def _begin(self, state: dict[str, Any], path: Path) -> None:
         self._background.wait()  # it reads the memory that the next line fills
         staged = self._staging.copy(state)
-        self._background.submit(lambda: self._write(staged, path))
+        self._background.submit(lambda: self._tidy(checkpoint.save_checkpoint(staged, path)))
 
-    def _write(self, state: dict[str, Any], path: Path) -> None:
-        checkpoint.save_checkpoint(state, path)
+    def _tidy(self, path: Path) -> None:
         checkpoint.link_latest(path)
         self.acknowledged = checkpoint.step_of(path)
         if self.keep_previous is not None:

@@ -5,8 +5,8 @@
     folder/checkpoint_step_120/             of a sharded run: a folder, with the digests in manifest.sha256
     folder/checkpoint_latest.pt             a link to the newest (checkpoint_latest, of folders)
 
-`single.py` writes and reads one file, `manifest.py` says whether a checkpoint is what was written, `folder.py` knows
-what lies side by side.
+`single.py` writes and reads one file, `sharded.py` a folder to which all ranks write, `manifest.py` says whether a
+checkpoint is what was written, `folder.py` knows what lies side by side.
 """
 
 from orbit.core.checkpoint.errors import CheckpointError
@@ -19,10 +19,12 @@ from orbit.core.checkpoint.folder import (
     step_of,
     sweep,
 )
-from orbit.core.checkpoint.manifest import is_valid, write_folder_manifest
+from orbit.core.checkpoint.manifest import MANIFEST, is_valid, write_folder_manifest
+from orbit.core.checkpoint.sharded import load_sharded, save_sharded
 from orbit.core.checkpoint.single import load_checkpoint, save_checkpoint
 
 __all__ = [
+    "MANIFEST",
     "CheckpointError",
     "checkpoint_path",
     "is_valid",
@@ -30,8 +32,10 @@ __all__ = [
     "link_latest",
     "list_checkpoints",
     "load_checkpoint",
+    "load_sharded",
     "prune",
     "save_checkpoint",
+    "save_sharded",
     "step_of",
     "sweep",
     "write_folder_manifest",
