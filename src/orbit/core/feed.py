@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from orbit.core import rng
 from orbit.core.share import Share, is_shared
+from orbit.core.signals import heard
 from orbit.core.workers import Watch
 
 
@@ -194,7 +195,9 @@ class Feed:
         return iterator
 
     def _iterate(self) -> Iterator[Any]:
-        return iter(self._source) if self._watch is None else self._watch.open(self._source)
+        if self._watch is None:
+            return iter(self._source)
+        return self._watch.open(self._source, ignored=heard())
 
     def _reopen(self, position: dict[str, Any]) -> Iterator[Any]:
         self._start, self.cursor = position["start"], position["cursor"]
