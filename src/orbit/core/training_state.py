@@ -91,6 +91,7 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
         trainer._updater.load_state_dict(state["updater"])
         trainer._updater.reset()
     trainer.state.load_state_dict(state["state"])
+    trainer._calls_to_pass = 0
     mine = _of_this_rank(state["ranks"])
     trainer._epoch_losses.load_state_dict(mine["epoch_losses"])
     trainer._position, trainer._rng = mine["feed"], mine["rng"]

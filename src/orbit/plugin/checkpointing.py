@@ -34,8 +34,9 @@ class CheckpointingHook(Plugin):
         keep_previous: checkpoints kept besides the newest; None keeps all.
         keep_interval: also keep every checkpoint whose step is a multiple of this.
         path: folder; a relative one lies in the trainer's workspace, if it has one.
-        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one; a path loads that file,
-            which must exist; None starts anew.
+        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one: the script is run again, and
+            train() calls that were over do nothing. A path loads that file, which must exist, and the first train()
+            goes on from there. None starts anew.
         exit_signals: signals after which to save and leave.
         exit_code: process exit code, or "128+signal".
         exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; a single process
@@ -114,6 +115,8 @@ class CheckpointingHook(Plugin):
         else:
             found = Path(self.load)
         trainer.load_state_dict(trainer.read_checkpoint(found))
+        if self.load == "latest":
+            trainer.repeat_calls()
         self._saved_step = self.acknowledged = trainer.step
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
