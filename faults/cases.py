@@ -8,7 +8,11 @@ from typing import cast
 
 from faults.result import Result
 
-CASES: tuple[str, ...] = ("kill_in_save",)
+CASES: tuple[str, ...] = (
+    "kill_in_save",
+    "kill_in_training",
+    "signal_in_training",
+)
 
 
 def case(name: str) -> Callable[[bool, int], Result]:
