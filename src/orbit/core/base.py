@@ -292,7 +292,8 @@ class Base:
             self.model = parallel.spread(self.model, self.parallel, self.mesh, self.device)
             if self.optimizer is not None:
                 parallel.follow(self.optimizer, before, self.unwrapped_model)
-        if runtime.world_size() > 1 and (self.parallel is not None or parallel.is_spread(self.model)):
+        spread = parallel.is_spread(self.model) or self.parallel is not None
+        if spread and runtime.world_size() > 1:
             self.team = Team(self.device)
 
     def _after_optimizer_step(self) -> None:
