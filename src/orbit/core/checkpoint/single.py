@@ -122,11 +122,11 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
         raise CheckpointError(
             f"{path} holds a {type(state).__name__}, not a training state: was it saved by state_dict()?"
         )
-    _check_step(state, path.resolve())
+    check_step(state, path.resolve())
     return state
 
 
-def _check_step(state: dict[str, Any], path: Path) -> None:
+def check_step(state: dict[str, Any], path: Path) -> None:
     """The step must be one, and that of the file's name: two files may have been exchanged with their manifests."""
     step = state.get("step", 0)
     if type(step) is not int or not 0 <= step < 10**18:
