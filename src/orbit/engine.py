@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -30,6 +30,7 @@ from orbit.core.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from orbit.core.events import Plugin
 from orbit.core.loop import Core
 from orbit.core.nested import count_samples, map_nested_tensor
+from orbit.core.options import Options
 from orbit.core.outcome import Outcome
 from orbit.core.parallel import Parallel
 from orbit.core.parallel import check as check_parallel
@@ -37,6 +38,9 @@ from orbit.core.parallel import start as start_processes
 from orbit.core.ranks import on_main
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.mentor import Mentor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Engine(Core):
@@ -64,6 +68,7 @@ class Engine(Core):
             or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
             ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -100,6 +105,7 @@ class Engine(Core):
         parallel: Parallel | None = None,
         mesh: Any = None,
         console: Console | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: Engine trains a torch.nn.Module")
@@ -138,6 +144,7 @@ class Engine(Core):
             plugins=chosen,
             parallel=parallel,
             mesh=mesh,
+            **options,
         )
         self.model = model
         self.optimizer = optimizer

@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from orbit.core import parallel, param_groups, runtime, shards, training_state
+from orbit.core import blocks, parallel, param_groups, runtime, shards, training_state
 from orbit.core.checkpoint import load_checkpoint, load_sharded
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
 from orbit.core.meters import Averages
+from orbit.core.options import Options, RunOptions, run_options
 from orbit.core.parallel import Parallel
 from orbit.core.ranks import Team
 from orbit.core.state import TrainState
 from orbit.core.update import Updater
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from orbit.core.loop import Core
 
 
@@ -42,6 +45,7 @@ class Base:
             dict a micro-batch), `lr` (list), `step_time` and `data_time` (seconds).
         metrics: floats of the current epoch.
         batch: the current micro-batch, as the loader gave it.
+        options: what else the run was asked for.
         is_padding: the batch repeats data so that this rank keeps step with the others, and counts for nothing.
     """
 
@@ -60,7 +64,9 @@ class Base:
         plugins: Iterable[Plugin] = (),
         parallel: Parallel | None = None,
         mesh: Any = None,
+        **options: Unpack[Options],
     ) -> None:
+        self.options: RunOptions = run_options(type(self).__name__, options)
         at_least("gradient_accumulation_steps", accumulation, 1)
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(
@@ -255,6 +261,7 @@ class Base:
         if not self._built:
             self._build_parts()
             self._transform(self.hooks)
+            blocks.prepare(self.unwrapped_model, self.options.activation_checkpointing, self.options.compile)
             self._spread()
             self._make_updater()
             self._built = True

@@ -133,7 +133,7 @@ class Core(Base):
             ValueError, NonFiniteGradientError: see `Updater.add`.
         """
         if self.is_padding:
-            outcome = replace(outcome, weight=0.0)
+            outcome = replace(outcome, weight=0.0, records={})
         if self.state.phase == "eval":
             self._record_eval(outcome)
             return
