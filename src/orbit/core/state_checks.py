@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orbit.core import rng
+from orbit.core import rng, shards
 from orbit.core.checkpoint.errors import CheckpointError
 from orbit.core.state import TrainState
 
@@ -90,6 +90,7 @@ def _check_generators(state: Any, place: str) -> None:
 
 
 def _check_numbers(tensor: Tensor, place: str, finite: bool) -> None:
+    tensor = shards.local(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point() or tensor.is_sparse or tensor.numel() == 0:
