@@ -11,6 +11,7 @@ from orbit.plugin.gradient_accumulation import GradientAccumulation
 from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
+from orbit.plugin.memory_estimator import MemoryEstimator
 from orbit.plugin.mentor import Mentor
 from orbit.plugin.model_summary import ModelSummary
 from orbit.plugin.monitor import MetricError
@@ -32,6 +33,7 @@ __all__ = [
     "ImageFileLoggerHook",
     "LoRA",
     "LoggingHook",
+    "MemoryEstimator",
     "Mentor",
     "MetricError",
     "MetricsFile",
