@@ -68,7 +68,7 @@ class Engine(Core):
             or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
             ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
-        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, split_on_oom.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -201,29 +201,43 @@ class Engine(Core):
             ValueError: there is neither a criterion with a target nor a loss of the model's own.
         """
         self._require_batch("auto_update()")
-        self.step_on(self._forward())
+        self.step_with(self._forward)
         return self.loss
 
     def update(
-        self, loss: Tensor | Callable[[], Tensor | None] | None, weight: float | Tensor = 1.0
+        self, loss: Tensor | Callable[[], Tensor | Outcome | None] | None, weight: float | Tensor = 1.0
     ) -> Tensor | None:
         """Back-propagate a loss of your own; step when the window is full. In `eval()` it is only recorded.
 
         Args:
-            loss: a scalar (a mean), or a function that computes it, which lets the engine compute it again. None
-                skips the backward of this micro-batch.
+            loss: a scalar (a mean), or a function that computes it (or an `Outcome`) from `engine.batch`, `data` and
+                `target`, which lets the engine compute it again, or in parts. None skips the backward of this
+                micro-batch.
             weight: how many units the mean is over. A window's gradient is Σ wᵢ·∇lossᵢ / Σ wᵢ; equal weights give the
                 plain mean over micro-batches.
 
         Returns the loss, detached.
         """
         self._require_batch("update()")
-        self.step_on(Outcome(loss() if callable(loss) else loss, weight))
+        if not callable(loss):
+            self.step_on(Outcome(loss, weight))
+            return self.loss
+
+        def compute() -> Outcome:
+            result = loss()
+            if isinstance(result, Outcome):
+                return result
+            return Outcome(result, weight if self.part == 1 else weight * self.part)
+
+        self.step_with(compute)
         return self.loss
 
-    def step_on(self, outcome: Outcome) -> None:
+    def _note(self, outcome: Outcome) -> None:
+        self._keep_loss(outcome)
+        super()._note(outcome)
+
+    def _keep_loss(self, outcome: Outcome) -> None:
         self.loss = outcome.loss.detach() if isinstance(outcome.loss, Tensor) else None
-        super().step_on(outcome)
 
     # ── names that users of an engine expect ──────────────────────────────────────────────────────────────────
 
@@ -322,6 +336,7 @@ class Engine(Core):
         return ((labels[:, 1:] if shifted else labels) != -100).sum()
 
     def _record_eval(self, outcome: Outcome) -> None:
+        self._keep_loss(outcome)
         super()._record_eval(outcome)
         output, target = self.output, self.target
         if (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from orbit.core import blocks, parallel, param_groups, runtime, shards, training_state
+from orbit.core import blocks, parallel, param_groups, runtime, shards, split, training_state
 from orbit.core.checkpoint import load_checkpoint, load_sharded
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
@@ -46,6 +46,7 @@ class Base:
         metrics: floats of the current epoch.
         batch: the current micro-batch, as the loader gave it.
         options: what else the run was asked for.
+        part: the share of the micro-batch's rows that `batch` has: 1, unless it was split (`core/split.py`).
         is_padding: the batch repeats data so that this rank keeps step with the others, and counts for nothing.
     """
 
@@ -89,6 +90,7 @@ class Base:
         self.step_info: dict[str, Any] = {}
         self.batch: Any = None
         self.batch_idx = 0
+        self.part = 1.0
         self.is_last_batch = self.is_padding = False
         self.total_steps: int | None = None
         self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
@@ -258,6 +260,8 @@ class Base:
             self._transform(self.hooks)
             blocks.prepare(self.unwrapped_model, self.options.activation_checkpointing, self.options.compile)
             self._spread()
+            if self.options.split_on_oom:
+                split.check(self.model)
             self._make_updater()
             self._built = True
 

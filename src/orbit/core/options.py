@@ -17,6 +17,7 @@ class Options(TypedDict, total=False):
 
     activation_checkpointing: bool | Sequence[str]
     compile: bool | str | Mapping[str, Any]
+    split_on_oom: bool
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,14 @@ class RunOptions:
             less memory, a third more time, the same gradients. True finds the blocks (`find_blocks`); or their names.
         compile: `torch.compile` each block in place, after adapters and checkpointing; a mapping has torch.compile's
             arguments and, under "blocks", names. "model" compiles the whole model instead.
+        split_on_oom: halve a micro-batch that does not fit into memory, as often as it takes; the window's gradient is
+            the same. Works where the trainer computes the loss: `auto_update()`, `update(function)`, `forward()`. While
+            a window is open, its gradients and those of a running backward take memory side by side.
     """
 
     activation_checkpointing: bool | Sequence[str] = False
     compile: bool | str | Mapping[str, Any] = False
+    split_on_oom: bool = False
 
     def __post_init__(self) -> None:
         chosen = self.activation_checkpointing
