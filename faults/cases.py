@@ -8,9 +8,7 @@ from typing import cast
 
 from faults.result import Result
 
-CASES: tuple[str, ...] = (
-    "kill_in_save",
-)
+CASES: tuple[str, ...] = ("kill_in_save",)
 
 
 def case(name: str) -> Callable[[bool, int], Result]:

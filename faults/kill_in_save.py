@@ -16,11 +16,12 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from faults.processes import fork, wait
 from faults.result import Result
 from faults.saving import Saving, lines
-from orbit.core import checkpoint
+from orbit.core import Plugin, checkpoint
 
 
 def run(short: bool, seed: int) -> Result:
@@ -30,10 +31,12 @@ def run(short: bool, seed: int) -> Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = _first(folder)
-        deaths: list[tuple[float | None, int | None]] = [(chance.uniform(0, 0.06), None) for _ in range(kills)]
+        deaths: list[tuple[float | None, int | None]] = [
+            (chance.uniform(0, 0.06), None) for _ in range(kills)
+        ]
         deaths += [(None, size * n // (offsets - 1)) for n in range(offsets)]
         for number, (delay, offset) in enumerate(deaths):
-            said, clean = _live_and_die(folder, delay, offset, asynchronous=number % 2 == 1)
+            clean, said = _live_and_die(folder, delay, offset, asynchronous=number % 2 == 1)
             swept += clean
             strays += len(list(folder.glob("*.tmp")))
             with warnings.catch_warnings():
@@ -44,12 +47,14 @@ def run(short: bool, seed: int) -> Result:
             loadable += step == checkpoint.step_of(newest)
             current += step >= said
     total = len(deaths)
-    figure = (
-        f"{loadable}/{total} loadable, {current}/{total} not older than the last acknowledged save; "
-        f"{strays} temporary files were left behind and {swept}/{total} starts swept all of them"
+    return Result(
+        "kill_in_save",
+        f"{kills} kill -9 at random times during saves, {offsets} deaths at fixed bytes of the file; half of them "
+        "of an asynchronous save",
+        f"{loadable}/{total} loadable, {current}/{total} not older than the last acknowledged save; {strays} "
+        f"temporary files were left and {total - swept} starts left any of them",
+        loadable == current == swept == total and strays > 0,
     )
-    done = f"{kills} kill -9 at random times during saves, {offsets} deaths at fixed bytes of the file; half asynchronous"
-    return Result("kill_in_save", done, figure, loadable == current == swept == total and strays > 0)
 
 
 def _first(folder: Path) -> int:
@@ -58,26 +63,31 @@ def _first(folder: Path) -> int:
     return checkpoint.checkpoint_path(folder, 1).stat().st_size
 
 
-def _live_and_die(folder: Path, delay: float | None, offset: int | None, asynchronous: bool) -> tuple[int, bool]:
-    """The newest step that the run said is on the disk, and whether no stray file was there once it had started."""
+def _live_and_die(
+    folder: Path, delay: float | None, offset: int | None, asynchronous: bool
+) -> tuple[bool, int]:
+    """Did the start leave no stray file, and the newest step that the run said is on the disk."""
     read, write = os.pipe()
+    before = set(folder.glob("*.tmp"))
+
+    class AtStart(Plugin):
+        def on_before_train(self, trainer: Any) -> None:
+            os.write(write, b"strays\n" if any(path.exists() for path in before) else b"clean\n")
+            if offset is not None:
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
 
     def live() -> None:
         os.close(read)
         trainer = Saving(folder, told=write, asynchronous=asynchronous)
-        trainer.build()
-        if offset is not None:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
+        trainer.attach(AtStart())
         trainer.train()
 
     child = fork(live)
     os.close(write)
     told = lines(read)
-    if next(told) != "started":
-        raise RuntimeError("the run did not start")
-    clean = not list(folder.glob("*.tmp")) if offset is None and delay is not None and delay > 1 else True
+    start = next(told)
     if delay is not None:
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
@@ -85,4 +95,4 @@ def _live_and_die(folder: Path, delay: float | None, offset: int | None, asynchr
     code = wait(child, 60)
     if code not in (-signal.SIGKILL, -signal.SIGXFSZ):
         raise RuntimeError(f"the run ended with {code} before it was killed")
-    return said, clean
+    return start == "clean", said

@@ -1,8 +1,8 @@
 """Processes that a case forks and may kill: cheap, since the parent has imported everything.
 
-    pid = fork(work)                    runs `work()` in a process of its own
-    wait(pid, seconds)                  how it ended, as subprocess says it: 0, an exit code, or -signal
-    in_child(work, seconds)             runs `work()` there and gives back what it returns
+pid = fork(work)                    runs `work()` in a process of its own
+wait(pid, seconds)                  how it ended, as subprocess says it: 0, an exit code, or -signal
+in_child(work, seconds)             runs `work()` there and gives back what it returns
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def test_every_module_imports_without_the_optional_packages():
     program = f"""
 import importlib, sys
 for name in ("transformers", "datasets", "peft", "trl", "lightning", "accelerate", "hydra", "omegaconf",
-             "tensorboard", "wandb", "gguf", "jinja2"):
+             "tensorboard", "wandb", "torchmetrics", "matplotlib", "gguf", "jinja2"):
     sys.modules[name] = None  # importing it now raises ImportError
 for name in {modules!r}:
     importlib.import_module(name)
@@ -236,6 +236,7 @@ def test_everything_that_make_installs_is_pinned():
         PROJECT["dependencies"]
         + extras["llm"]
         + extras["plot"]
+        + extras["metrics"]
         + extras["quant"]
         + extras["dev"]
         + extras["bench"]
@@ -252,6 +253,7 @@ def test_make_speaks_the_whole_vocabulary():
         "demo",
         "test",
         "check",
+        "faults",
         "bench",
         "bench-adapters",
         "bench-xlora",

@@ -13,7 +13,7 @@ import orbit.plugin
 from orbit.engine import Engine
 from orbit.plugin import Plugin
 from tests import tiny
-from tests.laws.plugins import PLUGINS
+from tests.laws.plugins import PACKAGES, PLUGINS, ROWS
 
 LAW = pytest.mark.parametrize("name", PLUGINS)
 FACES = pytest.mark.parametrize("face", ["engine", "trainer"])
@@ -22,7 +22,14 @@ FACES = pytest.mark.parametrize("face", ["engine", "trainer"])
 def test_every_plugin_is_in_the_table() -> None:
     other = ("Plugin", "BaseHook", "EmaHook", "Tracker", "MetricError")
     public = {name for name in orbit.plugin.__all__ if name not in other}
-    assert public == set(PLUGINS)
+    assert public == set(ROWS)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_trackers_whose_package_is_not_here_are_left_out(name: str) -> None:
+    if name not in PLUGINS:
+        pytest.skip(f"{name}: {PACKAGES[name]} is not installed: pip install {PACKAGES[name]}")
+    assert ROWS[name] is PLUGINS[name]
 
 
 class StopAt(Plugin):

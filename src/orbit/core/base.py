@@ -143,6 +143,11 @@ class Base:
         return self.state.phase
 
     @property
+    def is_training(self) -> bool:
+        """Inside a `train()`, from its very beginning: also while it builds and restores."""
+        return self._running
+
+    @property
     def metrics(self) -> dict[str, float]:
         return self.state.metrics
 

@@ -154,8 +154,8 @@ class Core(Base):
         self._settle()
 
     def weighed(self, outcome: Outcome) -> Outcome:
-        """The outcome, without weight if its batch only keeps this rank in step."""
-        return replace(outcome, weight=0.0) if self.is_padding else outcome
+        """The outcome, of no weight if its batch only keeps this rank in step."""
+        return replace(outcome, weight=0.0, records={}) if self.is_padding else outcome
 
     def _note(self, outcome: Outcome) -> None:
         """Remember what a micro-batch of the open window came to."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from orbit.core import shards
+from orbit.core import runtime, shards
 from orbit.core.outcome import Outcome
 from orbit.core.ranks import Team
 
@@ -96,6 +96,7 @@ class Updater:
         self.failures = 0  # windows dropped in a row
         self.unit: float | None = None  # c of the module docstring
         self.loss: Tensor | None = None  # mean loss of the last closed window, on its device
+        self.share: float | Tensor = 1.0  # of that window's weight on all ranks, this rank's part
         self.grad_norm: Tensor | None = None  # its gradient's norm before clipping
         self._total: float | Tensor = 0.0  # Σ wᵢ/c
         self._loss_sum: float | Tensor = 0.0  # Σ wᵢ/c·lossᵢ
@@ -208,6 +209,10 @@ class Updater:
             if isinstance(loss, Tensor)
             else None
         )
+        if told is not None:
+            self.share = torch.where(told[:, 0] > 0, told[:, 0] / total, 0.0)[runtime.rank()]
+        elif isinstance(own, Tensor):
+            self.share = (own > 0).to(own.dtype)
         self.failures = 0
         self.reset()
         self.after_step()

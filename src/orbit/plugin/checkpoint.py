@@ -20,6 +20,7 @@ from orbit.core import checkpoint, runtime
 from orbit.core.events import Plugin
 from orbit.core.meters import Averages
 from orbit.core.nested import as_number
+from orbit.core.ranks import everyones, on_main
 from orbit.plugin import monitor as metric
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.logs import check_interval
@@ -161,7 +162,7 @@ class Checkpoint(Plugin):
         state_dict[self._key] = {
             "kept": dict(self.kept),
             "last": None if self.last_path is None else self.last_path.name,
-            "means": self._means.state_dict(),
+            "means": everyones(self._means.state_dict()),
             "measured": None if self._measured is None else list(self._measured),
             "seen": self._seen,
             "looked": self._looked,
@@ -179,7 +180,7 @@ class Checkpoint(Plugin):
                 "Checkpoint: %s held %s when this was saved; gone", folder, ", ".join(gone)
             )
         self.last_path = None if state["last"] is None else folder / state["last"]
-        self._means.load_state_dict(state["means"])
+        self._means.load_state_dict(state["means"][runtime.rank() % len(state["means"])])
         self._measured = None if state["measured"] is None else (state["measured"][0], state["measured"][1])
         self._seen, self._looked = state["seen"], state["looked"]
 
@@ -210,11 +211,12 @@ class Checkpoint(Plugin):
         self._evaluated = False
         if self.monitor is None:
             return float(trainer.step)
-        own = self._means.flush()
         measured = trainer.metrics.get(self.monitor)
         if measured is not None:
-            own = {self.monitor: as_number(measured, self.monitor)}
-        value = runtime.mean_over_ranks(own).get(self.monitor)
+            self._means = Averages()
+            self._means.add({self.monitor: as_number(measured, self.monitor)})
+        self._means.over_ranks()
+        value = self._means.flush().get(self.monitor)
         if value is None:
             self._require(trainer)
             return None
@@ -266,7 +268,8 @@ class Checkpoint(Plugin):
             dropped |= {self.last_path.name} - kept.keys() if self.last_path is not None else set()
             self.last_path = folder / name
         try:
-            self._write(trainer, folder / name, dropped - {name})
+            state = trainer.state_to_write(sharded=False)
+            on_main(lambda: self._write(trainer, state, folder / name, dropped - {name}))
         except BaseException:
             self.kept, self.last_path = before
             raise
@@ -278,16 +281,12 @@ class Checkpoint(Plugin):
             return False
         return len(self.kept) < self.save_top_k or metric.better(value, self.kept[self._worst()], self.mode)
 
-    def _write(self, trainer: Core, path: Path, dropped: set[str]) -> None:
-        state = trainer.state_dict()
-        if not runtime.is_main_process():
-            return
+    def _write(self, trainer: Core, state: dict[str, Any], path: Path, dropped: set[str]) -> None:
         checkpoint.save_checkpoint(state, path)
         if self.save_last:
             checkpoint.link_latest(path)
         present = checkpoint.list_checkpoints(path.parent)
         checkpoint.prune(path.parent, {item for item in present if item.name not in dropped})
         if self.verbose:
-            trainer.logger.info(
-                "Checkpoint: saved %s (%s %s)", path, self.monitor or "step", self.kept.get(path.name)
-            )
+            score = self.kept.get(path.name, "not among the best")
+            trainer.logger.info("Checkpoint: saved %s (%s %s)", path, self.monitor or "step", score)

@@ -30,6 +30,11 @@ def list_checkpoints(folder: Path | str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def is_name(path: Path) -> bool:
+    """Is it called `checkpoint_step_<step>`, with or without `.pt`?"""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name. ValueError if it is no such name."""
     match = _NAME.fullmatch(path.name)

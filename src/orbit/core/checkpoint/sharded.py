@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import os
 import pickle
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ _KNOWN = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
+    *((module, kind) for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath")),
 }
 
 
@@ -70,9 +73,13 @@ def save_sharded(state: dict[str, Any], path: Path, group: Any = None) -> Path:
     with ExitStack() as stack:
         partial = on_main(lambda: _begin(stack, path), group)
         try:
-            dcp.save(
-                tensors, checkpoint_id=str(partial), process_group=group, no_dist=runtime.world_size() == 1
-            )
+            with _alone_without_warning():
+                dcp.save(
+                    tensors,
+                    checkpoint_id=str(partial),
+                    process_group=group,
+                    no_dist=runtime.world_size() == 1,
+                )
         except Exception as error:
             raise CheckpointError(f"{path} could not be written: {error}") from error
         on_main(lambda: _finish(rest, partial, path), group)
@@ -107,10 +114,19 @@ def load_sharded(
         for key, (size, dtype) in stored.items()
     }
     try:
-        dcp.load(targets, storage_reader=reader, no_dist=runtime.world_size() == 1)
+        with _alone_without_warning():
+            dcp.load(targets, storage_reader=reader, no_dist=runtime.world_size() == 1)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return _together(rest, targets)
+
+
+@contextmanager
+def _alone_without_warning() -> Iterator[None]:
+    """torch warns a single process that it is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
