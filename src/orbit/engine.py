@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from orbit.core import runtime
+from orbit.core import deterministic, runtime
 from orbit.core.base import at_least
 from orbit.core.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from orbit.core.events import Plugin
@@ -68,7 +68,8 @@ class Engine(Core):
             or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
             ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
-        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, split_on_oom.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
+            split_on_oom.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -121,6 +122,8 @@ class Engine(Core):
                 f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
             )
         check_parallel(parallel)
+        if options.get("deterministic"):
+            deterministic.prepare()  # before processes start CUDA
         if parallel is not None:
             start_processes()
         chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
@@ -135,7 +138,8 @@ class Engine(Core):
                 CheckpointingHook(interval=None, every_epoch=True, path=Path(checkpoint_dir).absolute())
             )
         super().__init__(
-            device=runtime.resolve_device(device, model),
+            device=device,
+            placed=model,
             mixed_precision=mixed_precision,
             grad_clip=grad_clip_norm,
             accumulation=gradient_accumulation_steps,

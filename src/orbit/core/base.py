@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from orbit.core import blocks, parallel, param_groups, runtime, shards, split, training_state
+from orbit.core import blocks, deterministic, parallel, param_groups, runtime, shards, split, training_state
 from orbit.core.checkpoint import load_checkpoint, load_sharded
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
@@ -63,11 +63,14 @@ class Base:
         max_non_finite_grad_retries: int | None,
         no_sync_accumulate: bool,
         plugins: Iterable[Plugin] = (),
+        placed: nn.Module | None = None,
         parallel: Parallel | None = None,
         mesh: Any = None,
         **options: Unpack[Options],
     ) -> None:
         self.options: RunOptions = run_options(type(self).__name__, options)
+        if self.options.deterministic:
+            deterministic.prepare()  # before anything starts CUDA
         at_least("gradient_accumulation_steps", accumulation, 1)
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(
@@ -76,7 +79,7 @@ class Base:
         if max_non_finite_grad_retries is not None:
             at_least("max_non_finite_grad_retries", max_non_finite_grad_retries, 0)
         self.autocast_dtype = runtime.resolve_precision(mixed_precision)
-        self.device = runtime.resolve_device(device)
+        self.device = runtime.resolve_device(device, placed)
         self.grad_clip = grad_clip
         self.gradient_accumulation_steps = accumulation
         self.max_non_finite_grad_retries = max_non_finite_grad_retries

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from orbit.core import rng, runtime, split
+from orbit.core import deterministic, rng, runtime, split
 from orbit.core.base import Base
 from orbit.core.feed import Feed, FeedError
 from orbit.core.meters import Averages
@@ -53,7 +53,9 @@ class Core(Base):
             )
         self._running = True
         left = False
+        settings = ExitStack()
         try:
+            settings.enter_context(deterministic.algorithms(self.options.deterministic))
             self.build()
             self._feed = feed = self._make_feed(self._loader() if loader is None else loader)
             self._begin(feed, epochs, steps)
@@ -75,6 +77,7 @@ class Core(Base):
             self._reported = id(error)
             raise
         finally:
+            settings.close()
             self._running = False
             self.state.phase = "idle"
             self._rng = self._position = None
@@ -176,7 +179,7 @@ class Core(Base):
         kept = {name: getattr(self, name) for name in self._bracketed}
         modes = [(module, module.training) for module in self.model.modules()]
         phase, losses = self.state.phase, self._eval_losses
-        with rng.preserved(feed.generators):
+        with rng.preserved(feed.generators), deterministic.algorithms(self.options.deterministic):
             try:
                 self.state.phase, self._eval_losses = "eval", Averages()
                 self.model.eval()

@@ -50,7 +50,8 @@ class BaseTrainer(Core):
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a step.
         state_dict_options: passed to `torch.distributed.checkpoint.state_dict` for model and optimizer state.
         logger: a logger of your own.
-        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, split_on_oom.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
+            split_on_oom.
 
     Raises:
         ValueError: a number outside its range, an unknown precision, an absent device.
