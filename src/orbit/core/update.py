@@ -126,11 +126,19 @@ class Updater:
             ValueError: the loss is no scalar, has no gradient, or the weight is negative or not finite.
             NonFiniteGradientError: see `retries`.
         """
+        self.accumulate(outcome, alone=self.is_alone(last))
+        return self.advance(last)
+
+    def is_alone(self, last: bool) -> bool:
+        """The next micro-batch is the whole of its window."""
+        return self.micro == 0 and (last or self.accumulation == 1)
+
+    def accumulate(self, outcome: Outcome, *, alone: bool = False) -> None:
+        """Back-propagate a micro-batch, or a part of one; `alone` if it is the whole of its window. Raises as `add`."""
         if not self.micro and self._held != [id(p) for g in self.optimizer.param_groups for p in g["params"]]:
             self.collect_parameters()  # somebody edited param_groups
             self.reset()
-        last = last or self.micro + 1 >= self.accumulation
-        share = self._share(outcome.weight, alone=last and self.micro == 0)
+        share = self._share(outcome.weight, alone=alone)
         muted = isinstance(share, float) and share == 0.0
         if outcome.loss is None and self.team is not None and self.synchronised:
             raise ValueError(
@@ -157,8 +165,11 @@ class Updater:
             if not muted:
                 self._total = self._total + share
                 self._loss_sum = self._loss_sum + loss.detach()
+
+    def advance(self, last: bool) -> bool:
+        """A micro-batch has been accumulated whole. Returns and raises as `add`."""
         self.micro, self._exchanged = self.micro + 1, self.synchronised
-        return self.close() if last else False
+        return self.close() if last or self.micro >= self.accumulation else False
 
     def close(self) -> bool:
         """Step with what the open window holds. Returns and raises as `add`."""
