@@ -14,13 +14,13 @@ ARGS   ?=
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip
 INSTALL := $(PIP) install -qq -c constraints.txt
-TREE    := src tests benchmarks examples scripts
+TREE    := src tests benchmarks faults examples scripts
 PINS    := pyproject.toml constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-adapters bench-xlora gpu docs
+.PHONY: help demo test check faults bench bench-adapters bench-xlora gpu docs
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -38,6 +38,9 @@ check: $(VENV)/.dev ## formatting, lint and types
 	$(BIN)/ruff format --check $(wildcard $(TREE))
 	$(BIN)/ruff check $(wildcard $(TREE))
 	$(BIN)/mypy
+
+faults: $(VENV)/.dev ## kill, damage and starve runs and see that nothing is lost; about half an hour, table in benchmarks/faults.md
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m faults --out benchmarks/faults.md $(ARGS)
 
 bench: $(VENV)/.bench ## loop overhead per step, against a bare loop, Lightning, transformers and accelerate
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks $(ARGS)

@@ -222,13 +222,17 @@ def test_dependencies_and_extras():
         *sys.stdlib_module_names,
         "orbit",
     }
-    assert {"llm", "board", "wandb", "mlflow", "trackio", "metrics", "dev", "bench", "all"} <= set(PROJECT["optional-dependencies"])
+    assert {"llm", "board", "wandb", "mlflow", "trackio", "metrics", "dev", "bench", "all"} <= set(
+        PROJECT["optional-dependencies"]
+    )
 
 
 def test_everything_that_make_installs_is_pinned():
     lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
     unpinned = [
-        x for x in lines if not re.fullmatch(r'[a-z0-9-]+==[0-9.]+(b[0-9]+)?(; python_version (<|>=) "3\.11")?', x)
+        x
+        for x in lines
+        if not re.fullmatch(r'[a-z0-9-]+==[0-9.]+(b[0-9]+)?(; python_version (<|>=) "3\.11")?', x)
     ]
     assert unpinned == []
     extras = PROJECT["optional-dependencies"]
@@ -236,9 +240,9 @@ def test_everything_that_make_installs_is_pinned():
         PROJECT["dependencies"]
         + extras["llm"]
         + extras["plot"]
+        + extras["metrics"]
         + extras["quant"]
         + extras["board"]
-        + extras["metrics"]
         + extras["wandb"]
         + extras["mlflow"]
         + extras["trackers"]
@@ -257,6 +261,7 @@ def test_make_speaks_the_whole_vocabulary():
         "demo",
         "test",
         "check",
+        "faults",
         "bench",
         "bench-adapters",
         "bench-xlora",

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orbit.core.extras import need
-from orbit.core.files import sync_folder, write_synced
+from orbit.core.files import replace_synced
 from orbit.core.names import did_you_mean
 
 
@@ -334,14 +334,7 @@ def save_config(cfg: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
 
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_synced(new, text.encode("utf-8"))
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    replace_synced(path, text.encode("utf-8"))
     return path
 
 

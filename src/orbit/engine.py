@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -26,16 +26,21 @@ from torch import Tensor, nn
 
 from orbit.core import runtime
 from orbit.core.base import at_least
-from orbit.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from orbit.core.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from orbit.core.events import Plugin
 from orbit.core.loop import Core
 from orbit.core.nested import count_samples, map_nested_tensor
+from orbit.core.options import Options
 from orbit.core.outcome import Outcome
 from orbit.core.parallel import Parallel
 from orbit.core.parallel import check as check_parallel
 from orbit.core.parallel import start as start_processes
+from orbit.core.ranks import on_main
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.mentor import Mentor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Engine(Core):
@@ -63,6 +68,7 @@ class Engine(Core):
             or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
             ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -99,6 +105,7 @@ class Engine(Core):
         parallel: Parallel | None = None,
         mesh: Any = None,
         console: Console | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: Engine trains a torch.nn.Module")
@@ -137,6 +144,7 @@ class Engine(Core):
             plugins=chosen,
             parallel=parallel,
             mesh=mesh,
+            **options,
         )
         self.model = model
         self.optimizer = optimizer
@@ -242,17 +250,19 @@ class Engine(Core):
             self.console.print(*([f"[dim]{plugin}[/dim]"] if plugin else []), *args)
 
     def save(self, path: str | Path) -> Path:
-        """Write the whole training state to a file, atomically and with its sha256 beside it."""
-        return save_checkpoint(self.state_dict(), path)
+        """Write the whole training state to a file, atomically and with its sha256 beside it. All ranks call it."""
+        state = self.state_to_write(sharded=False)
+        return on_main(lambda: save_checkpoint(state, path))
 
     def load(self, path: str | Path) -> Engine:
         """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there.
 
         Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
         """
-        found = latest_checkpoint(path) if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        found = latest_checkpoint(path) if path.is_dir() and not (path / MANIFEST).exists() else path
         self.build()
-        self.load_state_dict(load_checkpoint(Path(path) / "checkpoint_step_*.pt" if found is None else found))
+        self.load_state_dict(self.read_checkpoint(path / "checkpoint_step_*.pt" if found is None else found))
         return self
 
     # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -53,7 +53,7 @@ def test_epochs_without_the_metric_do_not_count_and_nan_never_improves() -> None
     ],
 )
 def test_the_direction_is_inferred_from_the_name(name: str, mode: str) -> None:
-    assert EarlyStopping(name).mode == mode
+    assert EarlyStopping(name).mode == EarlyStopping(name, mode="auto").mode == mode
     assert EarlyStopping(name, mode="max").mode == "max"
 
 

@@ -10,21 +10,27 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from orbit.core import parallel, param_groups, runtime, shards, training_state
+from orbit.core import blocks, parallel, param_groups, runtime, shards, training_state
+from orbit.core.checkpoint import load_checkpoint, load_sharded
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
 from orbit.core.meters import Averages
+from orbit.core.options import Options, RunOptions, run_options
 from orbit.core.parallel import Parallel
 from orbit.core.ranks import Team
 from orbit.core.state import TrainState
 from orbit.core.update import Updater
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from orbit.core.loop import Core
 
 
@@ -39,6 +45,7 @@ class Base:
             dict a micro-batch), `lr` (list), `step_time` and `data_time` (seconds).
         metrics: floats of the current epoch.
         batch: the current micro-batch, as the loader gave it.
+        options: what else the run was asked for.
         is_padding: the batch repeats data so that this rank keeps step with the others, and counts for nothing.
     """
 
@@ -57,7 +64,9 @@ class Base:
         plugins: Iterable[Plugin] = (),
         parallel: Parallel | None = None,
         mesh: Any = None,
+        **options: Unpack[Options],
     ) -> None:
+        self.options: RunOptions = run_options(type(self).__name__, options)
         at_least("gradient_accumulation_steps", accumulation, 1)
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(
@@ -130,6 +139,11 @@ class Base:
     def phase(self) -> str:
         """What the loop is doing: "idle", "train" or "eval"."""
         return self.state.phase
+
+    @property
+    def is_training(self) -> bool:
+        """Inside a `train()`, from its very beginning: also while it builds and restores."""
+        return self._running
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -218,6 +232,11 @@ class Base:
         if self.team is not None:
             self._hear(self.team.gather(self._wishes()).amax(0).tolist())
 
+    def in_workspace(self, path: Path) -> Path:
+        """Where `path` lies: a relative one in the workspace, if this trainer has one."""
+        workspace = getattr(self, "workspace", None)
+        return path if workspace is None else workspace / path  # of an absolute path, itself
+
     def autocast(self) -> Any:
         """The run's autocast context. The loop's body already runs inside it."""
         return runtime.autocast(self.device, self.autocast_dtype)
@@ -226,12 +245,7 @@ class Base:
 
     def build(self) -> None:
         """Build everything once; `train()` calls it. Subclasses say how in `_build_parts`."""
-        if not self._built:
-            self._build_parts()
-            self._transform(self.hooks)
-            self._spread()
-            self._make_updater()
-            self._built = True
+        self._build_once()
         if not self._restored:  # also where an earlier attempt raised: a run must not begin anew by itself
             self._restored = True
             try:
@@ -242,6 +256,15 @@ class Base:
                 self._restored = False
                 raise
             self._pending = None
+
+    def _build_once(self) -> None:
+        if not self._built:
+            self._build_parts()
+            self._transform(self.hooks)
+            blocks.prepare(self.unwrapped_model, self.options.activation_checkpointing, self.options.compile)
+            self._spread()
+            self._make_updater()
+            self._built = True
 
     def _build_parts(self) -> None:
         raise NotImplementedError
@@ -347,12 +370,23 @@ class Base:
             RuntimeError: an accumulation window is open; checkpoints lie on step boundaries.
         """
         self.build()
-        return training_state.collect(self, everywhere=True)
+        return training_state.collect(self, partial(shards.whole, everywhere=True))
 
-    def state_on_main(self) -> dict[str, Any]:
-        """`state_dict()` for writing: of sharded tensors, ranks other than 0 get empty ones."""
+    def state_to_write(self, sharded: bool) -> dict[str, Any]:
+        """`state_dict()` for a checkpoint: sharded tensors stay so, or are whole on rank 0 and empty elsewhere."""
         self.build()
-        return training_state.collect(self, everywhere=False)
+        return training_state.collect(self, None if sharded else partial(shards.whole, everywhere=False))
+
+    def read_checkpoint(self, path: Path) -> dict[str, Any]:
+        """The state in a checkpoint file or folder, for `load_state_dict`. With several ranks all must call it.
+
+        Raises:
+            CheckpointError: it is damaged, or is no checkpoint.
+        """
+        if not path.is_dir():
+            return load_checkpoint(path)
+        self._build_once()
+        return load_sharded(path, self._model_state(), self.optimizer)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`; before the build it is kept until then.

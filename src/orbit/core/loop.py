@@ -170,6 +170,7 @@ class Core(Base):
                     self._receive(batch)
                     with torch.no_grad(), self.autocast():
                         yield self
+                    self.emit("after_eval_batch")
                 for name, value in self._means(self._eval_losses).items():
                     self.state.metrics[f"val_{name}"] = value
                 self.emit("after_eval")
@@ -180,6 +181,10 @@ class Core(Base):
                     module.training = training
                 for name, value in kept.items():
                     setattr(self, name, value)
+
+    def use_batch(self, batch: Any) -> None:
+        """Train on `batch` in place of the one that the loader gave; for `on_before_batch`."""
+        self._receive(batch)
 
     # ── parts of the loop ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -211,6 +216,10 @@ class Core(Base):
     def _receive(self, batch: Any) -> None:
         """Take a batch into hands: store it where the face of this trainer keeps it."""
         self.batch = batch
+
+    def _forward(self) -> Outcome:
+        """What the batch at hand comes to, computed as the face of this trainer does by itself."""
+        raise NotImplementedError
 
     def _record_eval(self, outcome: Outcome) -> None:
         assert self._eval_losses is not None

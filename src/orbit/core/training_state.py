@@ -9,12 +9,13 @@ and whatever plugins add in on_state_dict
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orbit.core import rng, runtime, shards
+from orbit.core import rng, runtime
 from orbit.core.ranks import everyones
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ _REQUIRED = (
 )
 
 
-def collect(trainer: Base, everywhere: bool) -> dict[str, Any]:
-    """See `Base.state_dict` and `Base.state_on_main`."""
+def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any]:
+    """See `Base.state_dict`; `gather` makes the model's and the optimizer's sharded tensors whole, None leaves them."""
     if trainer.window_open:
         updater = trainer.updater
         raise RuntimeError(
@@ -49,6 +50,9 @@ def collect(trainer: Base, everywhere: bool) -> dict[str, Any]:
     )
     if position is None and feed is not None and not trainer.state.epoch_done:
         position = feed.position(trainer._unused)
+    model, optimizer = trainer._model_state(), trainer._optimizer_state()
+    if gather is not None:
+        model, optimizer = gather(model), gather(optimizer)
     own = {
         "feed": position,
         "rng": trainer._rng or rng.capture(feed.generators if feed is not None else ()),
@@ -58,8 +62,8 @@ def collect(trainer: Base, everywhere: bool) -> dict[str, Any]:
         "format": _FORMAT,
         "step": trainer.step,
         "state": trainer.state.state_dict(),
-        "model": shards.whole(trainer._model_state(), everywhere),
-        "optimizer": shards.whole(trainer._optimizer_state(), everywhere),
+        "model": model,
+        "optimizer": optimizer,
         "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
         "grad_scaler": None if scaler is None else scaler.state_dict(),
         "updater": None if trainer._updater is None else trainer._updater.state_dict(),

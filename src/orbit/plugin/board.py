@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orbit.core.extras import need
-from orbit.core.files import in_workspace
 from orbit.core.nested import flat
 from orbit.plugin.picture import as_picture
 from orbit.plugin.tracker import Tracker, Written
@@ -49,7 +48,7 @@ class Board(Tracker):
         # A resumed step is written again up to its checkpoint; where that would lose images, all of it stays.
         there = self.written if self.written.step == trainer.step else Written()
         hidden_from = trainer.step + (there.images > 0)
-        self._writer = SummaryWriter(str(in_workspace(trainer, self.path)), purge_step=hidden_from)
+        self._writer = SummaryWriter(str(trainer.in_workspace(self.path)), purge_step=hidden_from)
         for row in there.rows if there.images == 0 else ():
             self.write(row, trainer.step)
         if self.config:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from orbit.core.events import Plugin
+from orbit.plugin import monitor as metric
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core
-
-_HIGHER_IS_BETTER = {
-    "acc",
-    "accuracy",
-    "auc",
-    "auroc",
-    "f1",
-    "precision",
-    "recall",
-    "bleu",
-    "rouge",
-    "iou",
-    "map",
-    "dice",
-    "r2",
-    "em",
-}
 
 
 class EarlyStopping(Plugin):
@@ -37,7 +19,7 @@ class EarlyStopping(Plugin):
 
     Args:
         monitor: a key of `trainer.metrics`, e.g. "val_loss", "val_acc", "train_loss".
-        mode: "min" or "max"; None infers "max" for accuracy-like names (acc, f1, auc, ...), else "min".
+        mode: "min" or "max"; None or "auto" infers "max" for accuracy-like names (acc, f1, auc, ...), else "min".
         patience: epochs without improvement that are endured, >= 1.
         min_delta: an improvement must be larger than this, >= 0.
 
@@ -54,18 +36,12 @@ class EarlyStopping(Plugin):
         min_delta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        if mode not in (None, "min", "max"):
-            raise ValueError(
-                f'EarlyStopping(mode={mode!r}): use "min", "max" or None to infer it from the name'
-            )
         if patience < 1 or min_delta < 0:
             raise ValueError(
                 f"EarlyStopping(patience={patience}, min_delta={min_delta}): patience must be >= 1 and min_delta >= 0"
             )
         self.monitor = monitor
-        self.mode = mode or (
-            "max" if _HIGHER_IS_BETTER & set(re.split(r"[^a-z0-9]+", monitor.lower())) else "min"
-        )
+        self.mode = metric.direction("EarlyStopping", monitor, mode)
         self.patience, self.min_delta, self.verbose = patience, min_delta, verbose
         self.best: float | None = None
         self.bad_epochs = 0
@@ -80,7 +56,7 @@ class EarlyStopping(Plugin):
         value = trainer.metrics.get(self.monitor)
         if value is None:
             return
-        if self._improves(value):
+        if metric.better(value, self.best, self.mode, by=self.min_delta):
             self.best, self.bad_epochs = value, 0
             return
         self.bad_epochs += 1
@@ -111,12 +87,3 @@ class EarlyStopping(Plugin):
     @property
     def _key(self) -> str:
         return f"EarlyStopping({self.monitor})"
-
-    def _improves(self, value: float) -> bool:
-        if math.isnan(value):
-            return False
-        if self.best is None:
-            return True
-        return (
-            value < self.best - self.min_delta if self.mode == "min" else value > self.best + self.min_delta
-        )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from orbit.core import runtime
 from orbit.core.events import Plugin
-from orbit.core.files import in_workspace
 from orbit.core.nested import flat
 from orbit.plugin.logs import check_interval
 from orbit.plugin.picture import as_picture
@@ -41,7 +40,7 @@ class ImageFileLoggerHook(Plugin):
 
     def folder(self, trainer: Core) -> Path:
         """Where this hook's images lie."""
-        return in_workspace(trainer, self.path)
+        return trainer.in_workspace(self.path)
 
     def on_log_images(self, trainer: Core, records: dict[str, Any], dry_run: bool) -> None:
         if dry_run or trainer.step % self.interval or not runtime.is_main_process():

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.core.files import in_workspace, sync_folder, write_synced
+from orbit.core.files import replace_synced
 from orbit.plugin.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class MetricsFile(Tracker):
         self._file: Any = None
 
     def begin(self, trainer: Core) -> None:
-        path = in_workspace(trainer, self.path)
+        path = trainer.in_workspace(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _cut(path, trainer.step)
@@ -57,10 +56,7 @@ def _cut(path: Path, step: int) -> None:
     lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) < step]
     if len(kept) < len(lines):
-        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        write_synced(new, "".join(kept).encode("utf-8"))
-        os.replace(new, path)
-        sync_folder(path.parent)
+        replace_synced(path, "".join(kept).encode("utf-8"))
 
 
 def _step_of(line: str) -> float:

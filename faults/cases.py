@@ -1,0 +1,16 @@
+"""The cases, in the table's order. `name` is the file `faults/<name>.py`, which is imported when the case runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import cast
+
+from faults.result import Result
+
+CASES: tuple[str, ...] = ("kill_in_save",)
+
+
+def case(name: str) -> Callable[[bool, int], Result]:
+    """The function `run(short, seed)` of a case."""
+    return cast(Callable[[bool, int], Result], importlib.import_module(f"faults.{name}").run)
