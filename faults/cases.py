@@ -10,6 +10,12 @@ from faults.result import Result
 
 CASES: tuple[str, ...] = (
     "kill_in_save",
+    "damaged_files",
+    "full_disk",
+    "two_writers",
+    "malicious",
+    "reshard",
+    "lost_rank",
     "kill_in_training",
     "signal_in_training",
 )

@@ -11,15 +11,15 @@ and `microbatches` calls the events of `core/events.py`, keeps the place in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from orbit.core import rng, runtime
+from orbit.core import deterministic, rng, runtime, split
 from orbit.core.base import Base
 from orbit.core.feed import Feed, FeedError
 from orbit.core.meters import Averages
@@ -53,7 +53,9 @@ class Core(Base):
             )
         self._running = True
         left = passed = False
+        settings = ExitStack()
         try:
+            settings.enter_context(deterministic.algorithms(self.options.deterministic))
             self.build()
             if passed := self._calls_to_pass > 0:
                 self._pass_over()
@@ -81,6 +83,7 @@ class Core(Base):
             self._reported = id(error)
             raise
         finally:
+            settings.close()
             self._running = False
             self.state.phase = "idle"
             if not passed:
@@ -141,8 +144,7 @@ class Core(Base):
             RuntimeError: outside a train() or eval() loop, or without an optimizer.
             ValueError, NonFiniteGradientError: see `Updater.add`.
         """
-        if self.is_padding:
-            outcome = replace(outcome, weight=0.0, records={})
+        outcome = self.weighed(outcome)
         if self.state.phase == "eval":
             self._record_eval(outcome)
             return
@@ -150,12 +152,29 @@ class Core(Base):
             raise RuntimeError(
                 "there is no batch to update on: call this inside `for _ in trainer.train(loader)` or eval(loader)"
             )
+        self._note(outcome)
+        self.updater.add(outcome, last=self._closes_here)
+        self._settle()
+
+    def step_with(self, compute: Callable[[], Outcome]) -> None:
+        """`step_on(compute())`, where `compute` may be called again for parts of the batch (`core/split.py`)."""
+        if not self.options.split_on_oom or self.state.phase != "train":
+            self.step_on(compute())
+            return
+        self._note(split.accumulate(self, compute))
+        self.updater.advance(self._closes_here)
+        self._settle()
+
+    def weighed(self, outcome: Outcome) -> Outcome:
+        """The outcome, of no weight if its batch only keeps this rank in step."""
+        return replace(outcome, weight=0.0, records={}) if self.is_padding else outcome
+
+    def _note(self, outcome: Outcome) -> None:
+        """Remember what a micro-batch of the open window came to."""
         if outcome.loss is not None:
             loss = outcome.loss.detach() if isinstance(outcome.loss, torch.Tensor) else outcome.loss
             self._micro_losses.append((loss, outcome.weight))
         self._micro_records.append(dict(outcome.records))
-        self.updater.add(outcome, last=self._closes_here)
-        self._settle()
 
     def eval(self, loader: Iterable[Any]) -> Generator[Any, None, None]:
         """A bracket: yield this trainer once a batch, without gradients and in eval mode, then put everything back.
@@ -169,7 +188,7 @@ class Core(Base):
         kept = {name: getattr(self, name) for name in self._bracketed}
         modes = [(module, module.training) for module in self.model.modules()]
         phase, losses = self.state.phase, self._eval_losses
-        with rng.preserved(feed.generators):
+        with rng.preserved(feed.generators), deterministic.algorithms(self.options.deterministic):
             try:
                 self.state.phase, self._eval_losses = "eval", Averages()
                 self.model.eval()
@@ -328,6 +347,8 @@ class Core(Base):
 
     def _synchronisation(self) -> Any:
         """Leave out the gradient exchange between ranks on micro-batches that do not close their window."""
+        if self._updater is not None and self.team is not None and self.options.split_on_oom:
+            return split.unsynchronised(self)
         if self._updater is None or not self.no_sync_accumulate or self.gradient_accumulation_steps == 1:
             return nullcontext()
         closing = self._closes_here or self._updater.micro + 1 >= self._updater.accumulation

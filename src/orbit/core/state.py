@@ -23,6 +23,7 @@ class TrainState:
         phase: "idle", "train" or "eval".
         metrics: floats of the current epoch: train_loss, val_loss, val_acc and what the user adds.
         stop: (source, reason) once somebody asked to stop.
+        rows_that_fit: the most rows that were found to fit into memory at a time; None as long as all did.
     """
 
     step: int = 0
@@ -35,8 +36,18 @@ class TrainState:
     phase: str = "idle"
     metrics: dict[str, float] = field(default_factory=dict)
     stop: tuple[str, str] | None = None
+    rows_that_fit: int | None = None
 
-    _SAVED = ("step", "epoch", "call", "first_epoch", "epoch_done", "micro_step", "samples")
+    _SAVED = (
+        "step",
+        "epoch",
+        "call",
+        "first_epoch",
+        "epoch_done",
+        "micro_step",
+        "samples",
+        "rows_that_fit",
+    )
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._SAVED} | {
