@@ -70,7 +70,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str | None]] = {
     "scheduler: another kind": (set_at("lr_scheduler", 3), "checkpoint's lr_scheduler is a int"),
     "updater: another kind": (set_at("updater", []), "checkpoint's updater is a list"),
     "updater: empty": (set_at("updater", {}), None),
-    "counters: missing": (set_at("state", {}), r"checkpoint's state\['step'\] is None"),
+    "counters: missing": (set_at("state", {}), r"checkpoint's state\['step'\] is absent"),
     "counters: negative": (set_at("state", "epoch", -1), r"state\['epoch'\] is -1"),
     "counters: another step": (set_at("step", 999), "step is 999, and the counters say"),
     "metrics": (set_at("state", "metrics", 3), "'metrics'.* is no dict"),
