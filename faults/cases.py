@@ -14,6 +14,8 @@ CASES: tuple[str, ...] = (
     "full_disk",
     "two_writers",
     "malicious",
+    "reshard",
+    "lost_rank",
 )
 
 

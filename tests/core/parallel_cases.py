@@ -86,14 +86,12 @@ def loader() -> DataLoader[Any]:
 
 
 def train(
-    parallel: str, folder: str | None, steps: int, adapters: bool = False, **hook: Any
+    parallel: str, folder: str | None, steps: int, adapters: bool = False, at: int | None = None
 ) -> dict[str, Any]:
-    """Losses of the steps trained here, and the whole model and optimizer after them."""
+    """Losses of the steps trained here, and the whole model and optimizer after them (or after step `at`)."""
     losses, plugins = Losses(), list[Plugin]()
     if folder is not None:
-        plugins.append(
-            CheckpointingHook(interval=5, path=Path(folder), keep_previous=None, exit_signals=[], **hook)
-        )
+        plugins.append(CheckpointingHook(interval=5, path=Path(folder), keep_previous=None, exit_signals=[]))
     if adapters:
         from orbit.plugin import LoRA
 
@@ -102,7 +100,10 @@ def train(
     torch.manual_seed(7)
     for _ in run.train(loader(), max_steps=steps):
         run.auto_update()
-    state = run.state_dict()
+        if run.step == at:
+            state = run.state_dict()
+    if at is None or not losses.seen:
+        state = run.state_dict()
     return {
         "losses": losses.seen,
         "model": state["model"],
@@ -112,6 +113,16 @@ def train(
         "trains": sum(p.requires_grad for p in run.model.parameters()),
         "pid": os.getpid(),
     }
+
+
+def different(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference between two models and their optimizers."""
+    assert one["model"].keys() == other["model"].keys()
+    pairs = [(value, other["model"][key]) for key, value in one["model"].items()]
+    assert one["optimizer"].keys() == other["optimizer"].keys()
+    for number, entries in one["optimizer"].items():
+        pairs += [(value, other["optimizer"][number][name]) for name, value in entries.items()]
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
 
 
 # ── windows over ranks ────────────────────────────────────────────────────────────────────────────────────────

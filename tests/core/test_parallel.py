@@ -33,19 +33,9 @@ def run(way: str, ranks: int, folder: Path | None, steps: int, adapters: bool) -
         return parallel_cases.train(way, where, steps, adapters)
     results = on_ranks(CASES, ranks, way, where, steps, adapters)
     for other in results[1:]:
-        assert different(other, results[0]) == 0.0, "all ranks have the same state and losses"
+        assert parallel_cases.different(other, results[0]) == 0.0, "all ranks have the same state and losses"
         assert other["losses"] == results[0]["losses"]
     return results[0]
-
-
-def different(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest difference between two models and their optimizers."""
-    assert one["model"].keys() == other["model"].keys()
-    pairs = [(value, other["model"][key]) for key, value in one["model"].items()]
-    assert one["optimizer"].keys() == other["optimizer"].keys()
-    for number, entries in one["optimizer"].items():
-        pairs += [(value, other["optimizer"][number][name]) for name, value in entries.items()]
-    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["model", "adapters"])
@@ -53,7 +43,7 @@ def test_ranks_and_shards_change_nothing(saved: dict[str, Any], adapters: bool) 
     _, alone = saved["one", 1, adapters]
     for way in ("ddp", "fsdp"):
         _, there = saved[way, 2, adapters]
-        assert different(alone, there) < 1e-6
+        assert parallel_cases.different(alone, there) < 1e-6
         assert there["losses"] == pytest.approx(alone["losses"], rel=0, abs=2e-6)
         assert there["metrics"] == pytest.approx(alone["metrics"], abs=2e-6)
 
@@ -83,10 +73,10 @@ def test_a_checkpoint_goes_on_on_any_number_of_ranks(
     assert len(resumed["losses"]) == 5
     assert resumed["losses"] == pytest.approx(whole["losses"][5:], rel=0, abs=2e-6)
     if written == read:
-        assert different(resumed, whole) == 0.0
+        assert parallel_cases.different(resumed, whole) == 0.0
         assert resumed["losses"] == whole["losses"][5:]
     else:
-        assert different(resumed, whole) < 1e-6
+        assert parallel_cases.different(resumed, whole) < 1e-6
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
