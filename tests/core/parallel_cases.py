@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def train(
     for _ in run.train(loader(), max_steps=steps):
         run.auto_update()
         if run.step == at:
-            state = run.state_dict()
+            state = deepcopy(run.state_dict())
     if at is None or not losses.seen:
         state = run.state_dict()
     return {
