@@ -44,7 +44,9 @@ def _made(folder: Path) -> Path:
 ROWS: dict[str, Callable[[Path], Plugin]] = {
     "Checkpoint": lambda folder: Checkpoint("loss", save_top_k=2, save_last=True, path=folder / "best"),
     "Board": lambda folder: Board(folder / "board", 3, {"lr": 0.01}),
-    "CheckpointingHook": lambda folder: CheckpointingHook(interval=2, path=folder / "own", load=None),
+    "CheckpointingHook": lambda folder: CheckpointingHook(
+        2, path=folder / "own", load=None, asynchronous=True
+    ),
     "ClassificationReport": lambda folder: ClassificationReport(3),
     "CudaMaxMemoryHook": lambda folder: CudaMaxMemoryHook(),
     "EMA": lambda folder: EMA(0.9),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointingHook(Plugin):
-    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint.py`): at intervals,
+    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint/`): at intervals,
     on signals, and at the end of the run.
 
     A signal only sets a flag; the state is saved at the next step boundary, and the process then leaves with
@@ -43,8 +43,9 @@ class CheckpointingHook(Plugin):
             does not wait.
         every_epoch: also save at every epoch's end.
         sharded: write folders, to which every rank adds its pieces; None does so where the model is sharded.
-        asynchronous: the loop waits only until the state is copied into the CPU's memory; a thread writes it. At most
-            one save is under way, and the end of the run, a signal's exit and `on_close` wait for it. Of one file.
+        asynchronous: the loop waits only until the state is copied into CPU memory, which is kept for the next save; a
+            thread writes it. At most one save is under way, and the end of the run, a signal's exit and `on_close` wait
+            for it. For checkpoints in one file.
 
     One run at a time may write to a folder: while it trains it holds a lock there (`core/lock.py`).
 
