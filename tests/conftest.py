@@ -12,11 +12,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["WANDB_ERROR_REPORTING"] = (
+    "false"  # trackers report to nobody, and keep what they write in temporary folders
+)
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a database of its own takes MLflow 13 s to make
+os.environ["TRACKIO_TELEMETRY"] = "0"
+os.environ["TRACKIO_DIR"] = os.path.join(tempfile.gettempdir(), f"orbit-trackio-{os.getpid()}")
 
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -43,6 +52,10 @@ def why_not_gpu() -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # two threads under contention are 8 times slower than one on tiny models
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,9 +17,10 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, TypeVar
+
+from orbit.core.names import did_you_mean
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
@@ -104,10 +105,9 @@ class Registry:
             return found
         if "." in name:
             return _imported(name, self._allowed)
-        close = get_close_matches(name, self._objects, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
         raise BuildError(
-            f"type {name!r} is not registered, and no dotted path; registered: {sorted(self)}{hint}"
+            f"type {name!r} is not registered, and no dotted path; registered: {sorted(self)}"
+            f"{did_you_mean(name, self)}"
         )
 
     def __iter__(self) -> Iterator[str]:

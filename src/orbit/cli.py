@@ -7,9 +7,10 @@ orbit chat --model PATH [--adapter PATH]        talk to a model
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
+
+from orbit.core.names import nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,8 +119,8 @@ def _positive(text: str) -> int:
 def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> None:
     """Exit 2, naming the first unknown argument and the nearest option."""
     word = unknown[0].split("=")[0]
-    near = difflib.get_close_matches(word, list(command._option_string_actions), n=1)
-    command.error(f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else ""))
+    near = nearest(word, command._option_string_actions)
+    command.error(f"unknown argument {word}" + (f"; did you mean {near}?" if near else ""))
 
 
 if __name__ == "__main__":

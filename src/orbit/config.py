@@ -26,12 +26,12 @@ import pprint
 import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from orbit.core.extras import need
-from orbit.core.files import sync_folder, write_synced
+from orbit.core.files import replace_synced
+from orbit.core.names import did_you_mean
 
 
 class ConfigError(ValueError):
@@ -87,7 +87,7 @@ def load_config(
     given = dict(params or {})
     for name in given.keys() - taken:
         raise ConfigError(
-            f"no config takes a parameter {name!r}; they take {sorted(taken)}{_near(name, taken)}"
+            f"no config takes a parameter {name!r}; they take {sorted(taken)}{did_you_mean(name, taken)}"
         )
     merged: dict[str, Any] = {}
     for part in parts:
@@ -172,22 +172,22 @@ def _from_python(path: Path, trust: bool) -> tuple[Any, Any]:
 def _from_text(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            need("llm", "yaml")
-            import yaml  # type: ignore[import-untyped]
-
-            found = yaml.safe_load(text)
+        found = json.loads(text) if path.suffix == ".json" else _yaml(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no {path.suffix[1:]}: {error}") from None
-    except Exception as error:  # yaml.YAMLError, whose module may be absent
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise ConfigError(f"{path} is no yaml: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds a {type(found).__name__} and must hold a dict")
     return found
+
+
+def _yaml(text: str) -> Any:
+    need("llm", "yaml")
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def _arguments(path: Path, config: Any) -> dict[str, Any]:
@@ -278,7 +278,9 @@ def _found(node: Any, step: str | int, override: str, way: Sequence[str | int]) 
     if isinstance(node, dict):
         if step not in node:
             names = [str(key) for key in node]
-            raise ConfigError(f"override {override!r}: {where} has no key {step!r}{_near(str(step), names)}")
+            raise ConfigError(
+                f"override {override!r}: {where} has no key {step!r}{did_you_mean(str(step), names)}"
+            )
     elif isinstance(node, list):
         if not isinstance(step, int) or not -len(node) <= step < len(node):
             raise ConfigError(f"override {override!r}: {where} is a list of {len(node)}, without [{step!r}]")
@@ -304,11 +306,6 @@ def _literal(text: str) -> Any:
         RecursionError,
     ):  # no literal, or one too deep to be meant as one
         return text
-
-
-def _near(name: str, names: Sequence[str] | set[str]) -> str:
-    close = get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -337,14 +334,7 @@ def save_config(cfg: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
 
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_synced(new, text.encode("utf-8"))
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    replace_synced(path, text.encode("utf-8"))
     return path
 
 

@@ -18,24 +18,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from orbit.core import runtime
+from orbit.core import deterministic, runtime
 from orbit.core.base import at_least
-from orbit.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from orbit.core.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from orbit.core.events import Plugin
 from orbit.core.loop import Core
 from orbit.core.nested import count_samples, map_nested_tensor
+from orbit.core.options import Options
 from orbit.core.outcome import Outcome
 from orbit.core.parallel import Parallel
 from orbit.core.parallel import check as check_parallel
 from orbit.core.parallel import start as start_processes
+from orbit.core.ranks import on_main
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.mentor import Mentor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Engine(Core):
@@ -63,6 +68,8 @@ class Engine(Core):
             or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
             ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
+            split_on_oom.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -99,6 +106,7 @@ class Engine(Core):
         parallel: Parallel | None = None,
         mesh: Any = None,
         console: Console | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: Engine trains a torch.nn.Module")
@@ -114,6 +122,8 @@ class Engine(Core):
                 f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
             )
         check_parallel(parallel)
+        if options.get("deterministic"):
+            deterministic.prepare()  # before processes start CUDA
         if parallel is not None:
             start_processes()
         chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
@@ -128,7 +138,8 @@ class Engine(Core):
                 CheckpointingHook(interval=None, every_epoch=True, path=Path(checkpoint_dir).absolute())
             )
         super().__init__(
-            device=runtime.resolve_device(device, model),
+            device=device,
+            placed=model,
             mixed_precision=mixed_precision,
             grad_clip=grad_clip_norm,
             accumulation=gradient_accumulation_steps,
@@ -137,6 +148,7 @@ class Engine(Core):
             plugins=chosen,
             parallel=parallel,
             mesh=mesh,
+            **options,
         )
         self.model = model
         self.optimizer = optimizer
@@ -193,29 +205,43 @@ class Engine(Core):
             ValueError: there is neither a criterion with a target nor a loss of the model's own.
         """
         self._require_batch("auto_update()")
-        self.step_on(self._forward())
+        self.step_with(self._forward)
         return self.loss
 
     def update(
-        self, loss: Tensor | Callable[[], Tensor | None] | None, weight: float | Tensor = 1.0
+        self, loss: Tensor | Callable[[], Tensor | Outcome | None] | None, weight: float | Tensor = 1.0
     ) -> Tensor | None:
         """Back-propagate a loss of your own; step when the window is full. In `eval()` it is only recorded.
 
         Args:
-            loss: a scalar (a mean), or a function that computes it, which lets the engine compute it again. None
-                skips the backward of this micro-batch.
+            loss: a scalar (a mean), or a function that computes it (or an `Outcome`) from `engine.batch`, `data` and
+                `target`, which lets the engine compute it again, or in parts. None skips the backward of this
+                micro-batch.
             weight: how many units the mean is over. A window's gradient is Σ wᵢ·∇lossᵢ / Σ wᵢ; equal weights give the
                 plain mean over micro-batches.
 
         Returns the loss, detached.
         """
         self._require_batch("update()")
-        self.step_on(Outcome(loss() if callable(loss) else loss, weight))
+        if not callable(loss):
+            self.step_on(Outcome(loss, weight))
+            return self.loss
+
+        def compute() -> Outcome:
+            result = loss()
+            if isinstance(result, Outcome):
+                return result
+            return Outcome(result, weight if self.part == 1 else weight * self.part)
+
+        self.step_with(compute)
         return self.loss
 
-    def step_on(self, outcome: Outcome) -> None:
+    def _note(self, outcome: Outcome) -> None:
+        self._keep_loss(outcome)
+        super()._note(outcome)
+
+    def _keep_loss(self, outcome: Outcome) -> None:
         self.loss = outcome.loss.detach() if isinstance(outcome.loss, Tensor) else None
-        super().step_on(outcome)
 
     # ── names that users of an engine expect ──────────────────────────────────────────────────────────────────
 
@@ -242,17 +268,19 @@ class Engine(Core):
             self.console.print(*([f"[dim]{plugin}[/dim]"] if plugin else []), *args)
 
     def save(self, path: str | Path) -> Path:
-        """Write the whole training state to a file, atomically and with its sha256 beside it."""
-        return save_checkpoint(self.state_dict(), path)
+        """Write the whole training state to a file, atomically and with its sha256 beside it. All ranks call it."""
+        state = self.state_to_write(sharded=False)
+        return on_main(lambda: save_checkpoint(state, path))
 
     def load(self, path: str | Path) -> Engine:
         """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there.
 
         Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
         """
-        found = latest_checkpoint(path) if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        found = latest_checkpoint(path) if path.is_dir() and not (path / MANIFEST).exists() else path
         self.build()
-        self.load_state_dict(load_checkpoint(Path(path) / "checkpoint_step_*.pt" if found is None else found))
+        self.load_state_dict(self.read_checkpoint(path / "checkpoint_step_*.pt" if found is None else found))
         return self
 
     # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -312,6 +340,7 @@ class Engine(Core):
         return ((labels[:, 1:] if shifted else labels) != -100).sum()
 
     def _record_eval(self, outcome: Outcome) -> None:
+        self._keep_loss(outcome)
         super()._record_eval(outcome)
         output, target = self.output, self.target
         if (

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from orbit.core import CheckpointError, checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from orbit.core.files import aside
 
 
 def save(folder: Path, *steps: int) -> list[Path]:
@@ -108,17 +109,87 @@ def test_unreadable_and_absent_files_say_what_and_where(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-def test_prune_keeps_what_it_is_told_and_removes_strays(tmp_path: Path) -> None:
+def test_prune_keeps_what_it_is_told(tmp_path: Path) -> None:
     paths = save(tmp_path, 1, 2, 3)
-    (tmp_path / "checkpoint_step_4.pt.123.tmp").write_bytes(b"half")
-    checkpoint.prune(tmp_path, {paths[0], paths[2]})
+    sharded(tmp_path, 4)
+    kept = sharded(tmp_path, 5)
+    checkpoint.prune(tmp_path, {paths[0], paths[2], kept})
     assert sorted(item.name for item in tmp_path.iterdir()) == [
         "checkpoint_latest.pt",
         "checkpoint_step_1.pt",
         "checkpoint_step_1.pt.sha256",
         "checkpoint_step_3.pt",
         "checkpoint_step_3.pt.sha256",
+        "checkpoint_step_5",
     ]
+
+
+def dead_process() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_sweep_removes_what_dead_writers_left_and_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    before = sorted(item.name for item in tmp_path.iterdir())
+    with aside(tmp_path / "checkpoint_step_2.pt") as living:
+        living.write_bytes(b"half")
+        others = f"checkpoint_step_2.pt.{os.getppid()}-0.tmp"
+        left = [f"checkpoint_step_2.pt.{dead_process()}-3.tmp", f"checkpoint_step_2.pt.{os.getpid()}-999.tmp"]
+        for name in (others, "notes.tmp", *left, "checkpoint_step_7.pt.sha256"):
+            (tmp_path / name).write_bytes(b"half")
+        half = tmp_path / f"checkpoint_step_3.{dead_process()}-4.tmp"
+        half.mkdir()
+        (half / "shard").write_bytes(b"half")
+        assert checkpoint.sweep(tmp_path) == sorted([*left, half.name, "checkpoint_step_7.pt.sha256"])
+        there = {item.name for item in tmp_path.iterdir()}
+        assert there == {*before, others, "notes.tmp", living.name}
+    assert not living.exists()
+
+
+def sharded(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint_step_{step}"
+    (path / "parts").mkdir(parents=True)
+    (path / "meta").write_bytes(b"what lies where")
+    (path / "parts" / "0.bin").write_bytes(bytes(range(256)) * step)
+    checkpoint.write_folder_manifest(path)
+    return path
+
+
+def test_a_folder_is_a_checkpoint_too(tmp_path: Path) -> None:
+    (older,), newer = save(tmp_path, 3), sharded(tmp_path, 9)
+    assert checkpoint.list_checkpoints(tmp_path) == [older, newer]
+    assert latest_checkpoint(tmp_path) == newer
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "manifest.sha256"], cwd=newer).returncode == 0
+    checkpoint.link_latest(newer)
+    assert os.readlink(tmp_path / "checkpoint_latest") == newer.name
+    assert not (tmp_path / "checkpoint_latest.pt").is_symlink()
+    assert checkpoint.is_valid(tmp_path / "checkpoint_latest")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip_a_bit(path / "parts" / "0.bin"),
+        lambda path: (path / "meta").unlink(),
+        lambda path: (path / "extra").touch(),
+        lambda path: (path / "parts" / "extra").symlink_to(path / "meta"),
+        lambda path: (path / "manifest.sha256").unlink(),
+        lambda path: flip_a_bit(path / "manifest.sha256"),
+        lambda path: (path / "manifest.sha256").write_bytes(b"\xff\xfe"),
+    ],
+    ids=["flipped", "missing", "extra", "link", "no manifest", "manifest flipped", "manifest garbage"],
+)
+def test_a_damaged_folder_is_passed_over(tmp_path: Path, damage: Any) -> None:
+    older, newer = sharded(tmp_path, 3), sharded(tmp_path, 9)
+    damage(newer)
+    with pytest.warns(
+        UserWarning, match=r"skipped checkpoint_step_9: not valid; going on from checkpoint_step_3"
+    ):
+        assert latest_checkpoint(tmp_path) == older
 
 
 def test_the_file_being_replaced_stays_valid_until_the_rename(

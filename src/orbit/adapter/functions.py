@@ -19,7 +19,7 @@ from orbit.adapter.errors import ConfigError, TargetError, TaskError
 from orbit.adapter.files import load, save
 from orbit.adapter.inject import adapter_parameters, freeze, inject, one_task, set_trainable, tasks
 from orbit.adapter.merge import merge, unmerge
-from orbit.adapter.targets import nearest
+from orbit.core.names import did_you_mean, nearest
 
 Names = str | Sequence[str] | None
 
@@ -158,10 +158,7 @@ def named_parameters_of(model: nn.Module, keywords: Sequence[str]) -> list[nn.Pa
         hits = [p for name, p in base.items() if f".{keyword}." in f".{name}."]
         if not hits:
             segments = {part for name in base for part in name.split(".")[:-1] if not part.isdigit()}
-            close = nearest(keyword, segments)
-            hint = (
-                f"; did you mean {close!r}?" if close else f"; the names are made of {sorted(segments)[:12]}"
-            )
+            hint = did_you_mean(keyword, segments) or f"; the names are made of {sorted(segments)[:12]}"
             raise TargetError(f"unlock_head_keywords: {keyword!r} names none of {len(base)} parameters{hint}")
         found += hits
     return found

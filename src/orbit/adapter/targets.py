@@ -16,7 +16,6 @@ unless that is the only one. Name it as a target to adapt it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -27,6 +26,7 @@ from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds.registry import is_linear, kind_of, refusal
 from orbit.adapter.owners import Beside, Tasks
 from orbit.adapter.patterns import Pattern, clean
+from orbit.core.names import nearest
 
 
 def resolve(
@@ -142,12 +142,6 @@ def numbered(names: Iterable[str], numbers: Sequence[int]) -> list[str]:
             exist = ", ".join(map(str, sorted(have))) or "none of the targets lies in a numbered layer"
             raise TargetError(f"layers names {number}, and there is none of that number; there are: {exist}")
     return [name for name in names if number_of(name) in numbers]
-
-
-def nearest(wanted: str, names: Iterable[str]) -> str | None:
-    """The name most like `wanted`, or None if none is near."""
-    close = difflib.get_close_matches(wanted, sorted(set(names)), n=1, cutoff=0.6)
-    return close[0] if close else None
 
 
 def _is_pattern(target: str) -> bool:

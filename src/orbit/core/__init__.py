@@ -11,6 +11,7 @@ from orbit.core.rng import seed_everything
 from orbit.core.runtime import resolve_device, unwrap
 from orbit.core.state import TrainState
 from orbit.core.update import NonFiniteGradientError, Updater
+from orbit.core.workers import WorkerError
 
 __all__ = [
     "EVENTS",
@@ -25,6 +26,7 @@ __all__ = [
     "Plugin",
     "TrainState",
     "Updater",
+    "WorkerError",
     "key_average",
     "latest_checkpoint",
     "load_checkpoint",

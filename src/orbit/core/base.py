@@ -10,21 +10,27 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from orbit.core import parallel, param_groups, runtime, shards, training_state
+from orbit.core import blocks, deterministic, parallel, param_groups, runtime, shards, split, training_state
+from orbit.core.checkpoint import load_checkpoint, load_sharded
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
 from orbit.core.meters import Averages
+from orbit.core.options import Options, RunOptions, run_options
 from orbit.core.parallel import Parallel
 from orbit.core.ranks import Team
 from orbit.core.state import TrainState
 from orbit.core.update import Updater
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from orbit.core.loop import Core
 
 
@@ -39,6 +45,8 @@ class Base:
             dict a micro-batch), `lr` (list), `step_time` and `data_time` (seconds).
         metrics: floats of the current epoch.
         batch: the current micro-batch, as the loader gave it.
+        options: what else the run was asked for.
+        part: the share of the micro-batch's rows that `batch` has: 1, unless it was split (`core/split.py`).
         is_padding: the batch repeats data so that this rank keeps step with the others, and counts for nothing.
     """
 
@@ -55,9 +63,14 @@ class Base:
         max_non_finite_grad_retries: int | None,
         no_sync_accumulate: bool,
         plugins: Iterable[Plugin] = (),
+        placed: nn.Module | None = None,
         parallel: Parallel | None = None,
         mesh: Any = None,
+        **options: Unpack[Options],
     ) -> None:
+        self.options: RunOptions = run_options(type(self).__name__, options)
+        if self.options.deterministic:
+            deterministic.prepare()  # before anything starts CUDA
         at_least("gradient_accumulation_steps", accumulation, 1)
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(
@@ -66,7 +79,7 @@ class Base:
         if max_non_finite_grad_retries is not None:
             at_least("max_non_finite_grad_retries", max_non_finite_grad_retries, 0)
         self.autocast_dtype = runtime.resolve_precision(mixed_precision)
-        self.device = runtime.resolve_device(device)
+        self.device = runtime.resolve_device(device, placed)
         self.grad_clip = grad_clip
         self.gradient_accumulation_steps = accumulation
         self.max_non_finite_grad_retries = max_non_finite_grad_retries
@@ -80,6 +93,7 @@ class Base:
         self.step_info: dict[str, Any] = {}
         self.batch: Any = None
         self.batch_idx = 0
+        self.part = 1.0
         self.is_last_batch = self.is_padding = False
         self.total_steps: int | None = None
         self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
@@ -90,6 +104,7 @@ class Base:
         self._feed: Feed | None = None
         self._unused = 0  # batches handed out since the last step boundary
         self._position: dict[str, Any] | None = None  # a restored place in the data, until it is used
+        self._calls_to_pass = 0  # train() calls that a resumed script makes again although they are over
         self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch
         self._pending: dict[str, Any] | None = None  # a state loaded before the build
         self._epoch_losses = Averages()
@@ -130,6 +145,11 @@ class Base:
     def phase(self) -> str:
         """What the loop is doing: "idle", "train" or "eval"."""
         return self.state.phase
+
+    @property
+    def is_training(self) -> bool:
+        """Inside a `train()`, from its very beginning: also while it builds and restores."""
+        return self._running
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -218,6 +238,11 @@ class Base:
         if self.team is not None:
             self._hear(self.team.gather(self._wishes()).amax(0).tolist())
 
+    def in_workspace(self, path: Path) -> Path:
+        """Where `path` lies: a relative one in the workspace, if this trainer has one."""
+        workspace = getattr(self, "workspace", None)
+        return path if workspace is None else workspace / path  # of an absolute path, itself
+
     def autocast(self) -> Any:
         """The run's autocast context. The loop's body already runs inside it."""
         return runtime.autocast(self.device, self.autocast_dtype)
@@ -226,12 +251,7 @@ class Base:
 
     def build(self) -> None:
         """Build everything once; `train()` calls it. Subclasses say how in `_build_parts`."""
-        if not self._built:
-            self._build_parts()
-            self._transform(self.hooks)
-            self._spread()
-            self._make_updater()
-            self._built = True
+        self._build_once()
         if not self._restored:  # also where an earlier attempt raised: a run must not begin anew by itself
             self._restored = True
             try:
@@ -242,6 +262,17 @@ class Base:
                 self._restored = False
                 raise
             self._pending = None
+
+    def _build_once(self) -> None:
+        if not self._built:
+            self._build_parts()
+            self._transform(self.hooks)
+            blocks.prepare(self.unwrapped_model, self.options.activation_checkpointing, self.options.compile)
+            self._spread()
+            if self.options.split_on_oom:
+                split.check(self.model)
+            self._make_updater()
+            self._built = True
 
     def _build_parts(self) -> None:
         raise NotImplementedError
@@ -269,7 +300,8 @@ class Base:
             self.model = parallel.spread(self.model, self.parallel, self.mesh, self.device)
             if self.optimizer is not None:
                 parallel.follow(self.optimizer, before, self.unwrapped_model)
-        if runtime.world_size() > 1 and (self.parallel is not None or parallel.is_spread(self.model)):
+        spread = parallel.is_spread(self.model) or self.parallel is not None
+        if spread and runtime.world_size() > 1:
             self.team = Team(self.device)
 
     def _after_optimizer_step(self) -> None:
@@ -347,12 +379,23 @@ class Base:
             RuntimeError: an accumulation window is open; checkpoints lie on step boundaries.
         """
         self.build()
-        return training_state.collect(self, everywhere=True)
+        return training_state.collect(self, partial(shards.whole, everywhere=True))
 
-    def state_on_main(self) -> dict[str, Any]:
-        """`state_dict()` for writing: of sharded tensors, ranks other than 0 get empty ones."""
+    def state_to_write(self, sharded: bool) -> dict[str, Any]:
+        """`state_dict()` for a checkpoint: sharded tensors stay so, or are whole on rank 0 and empty elsewhere."""
         self.build()
-        return training_state.collect(self, everywhere=False)
+        return training_state.collect(self, None if sharded else partial(shards.whole, everywhere=False))
+
+    def read_checkpoint(self, path: Path) -> dict[str, Any]:
+        """The state in a checkpoint file or folder, for `load_state_dict`. With several ranks all must call it.
+
+        Raises:
+            CheckpointError: it is damaged, or is no checkpoint.
+        """
+        if not path.is_dir():
+            return load_checkpoint(path)
+        self._build_once()
+        return load_sharded(path, self._model_state(), self.optimizer)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`; before the build it is kept until then.
@@ -370,6 +413,12 @@ class Base:
             training_state.restore(self, state)
         else:
             self._pending = state
+
+    def repeat_calls(self) -> None:
+        """This process runs the script of the loaded run again from its beginning: train() calls that were over when
+        the state was saved are passed over. Without this the next train() goes on with the interrupted one.
+        """
+        self._calls_to_pass = max(0, self.state.call - 1)
 
     def _model_state(self) -> dict[str, Any]:
         return self._stateful_model.state_dict()

@@ -5,14 +5,22 @@ and `decoder.block` of T5, `layer1` … `layer4` of a ResNet. These lists are fo
 
     a ModuleList, ModuleDict or Sequential of at least two modules, all of one class and each made of further modules,
     that does not lie inside another such list (the experts within a layer belong to the layer)
+
+Both `checkpoint_activations` and `compile_blocks` work in place and rename no parameter. Their order is: adapters,
+checkpointing, compilation, sharding (as in torchtitan), so that a compiled block sees its checkpoint, and the exchange
+of shards stays outside of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from orbit.core.names import did_you_mean
 
@@ -49,6 +57,72 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn
         f"{type(model).__name__} has no list of equal blocks (two or more modules of one class that are made of "
         f"further modules); looked at {_looked_at(model)}. Name the blocks: full names, or globs such as 'layers.*'"
     )
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
+    """Let each block keep its inputs alone, and compute the rest a second time in the backward pass.
+
+    Random numbers (dropout) are those of the first time, so gradients are bit for bit the same. A layer of
+    transformers is asked to do it itself: it knows what to do with a cache of keys and values.
+    """
+    for block in blocks:
+        if hasattr(block, "gradient_checkpointing"):
+            block.gradient_checkpointing = True  # type: ignore[assignment]
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        elif not isinstance(vars(block).get("forward"), _Checkpointed):
+            block.forward = _Checkpointed(block)
+
+
+class _Forward:
+    """A block's own forward, called from here. Hooks (FSDP2's) stay outside; copies and pickles go with the block's."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.before = vars(block).get("forward")  # of the instance: accelerate sets one
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.before or partial(type(self.block).forward, self.block))(*args, **kwargs)
+
+
+class _Checkpointed(_Forward):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.before or partial(type(self.block).forward, self.block)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def compile_blocks(blocks: Sequence[nn.Module], **arguments: Any) -> None:
+    """`torch.compile` each block in place; equal blocks share one graph. Compilation happens at the first call.
+
+    Args:
+        **arguments: of `torch.compile`.
+    """
+    for block in blocks:
+        of_torch = type(block).forward.__module__.startswith("torch.")
+        if of_torch and not isinstance(vars(block).get("forward"), _Forward):
+            # The compiler never begins in a function of torch itself: nn.TransformerEncoderLayer would stay as it is.
+            block.forward = _Forward(block)
+        block.compile(**arguments)
+
+
+def prepare(
+    model: nn.Module, checkpointing: bool | Sequence[str], compile: bool | str | Mapping[str, Any]
+) -> None:
+    """Do to `model` what the run's options `activation_checkpointing` and `compile` ask for.
+
+    Raises:
+        BlocksError: no blocks were found, or a name is none of theirs; the model is as it was.
+    """
+    arguments = dict(compile) if isinstance(compile, Mapping) else {}
+    compiled_names = arguments.pop("blocks", None)
+    checkpointed = (
+        find_blocks(model, None if checkpointing is True else checkpointing) if checkpointing else []
+    )
+    whole = compile == "model"
+    compiled = [model] if whole else [] if compile is False else find_blocks(model, compiled_names)
+    checkpoint_activations(checkpointed)
+    compile_blocks(compiled, **arguments)
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:

@@ -13,6 +13,8 @@ What can be resumed how:
     an iterable with its own state_dict()  by its own state_dict / load_state_dict
     any other iterable                     by replaying the epoch up to the cursor, with one warning
 
+Workers that raise, die or hang are named with their sample: `core/workers.py`.
+
 Augmentation that draws random numbers inside worker processes is repeated exactly only if it is seeded per sample:
 a worker's generator depends on which batches it has already seen.
 """
@@ -30,6 +32,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from orbit.core import rng
 from orbit.core.share import Share, is_shared
+from orbit.core.signals import heard
+from orbit.core.workers import Watch
 
 
 class FeedError(ValueError):
@@ -39,13 +43,15 @@ class FeedError(ValueError):
 class _Skipper:
     """A sampler that passes over its first `skip` items, lazily, where the original would have drawn them."""
 
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: Any, watch: Watch | None = None) -> None:
+        self.sampler, self.watch = sampler, watch
         self.skip = 0
         self._current: _SkippingIterator | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        self._current = _SkippingIterator(iter(self.sampler), self.skip)  # DataLoader may ask twice an epoch
+        self._current = _SkippingIterator(
+            iter(self.sampler), self.skip, self.watch
+        )  # asked for twice an epoch
         return self._current
 
     def __len__(self) -> int:
@@ -68,12 +74,13 @@ class _Skipper:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"sampler": self.sampler, "skip": self.skip, "_current": None}
+        return {"sampler": self.sampler, "watch": None, "skip": self.skip, "_current": None}
 
 
 class _SkippingIterator:
-    def __init__(self, items: Iterator[Any], skip: int) -> None:
-        self.items, self.skip = items, skip
+    def __init__(self, items: Iterator[Any], skip: int, watch: Watch | None) -> None:
+        self.items, self.skip, self.watch = items, skip, watch
+        self.number = -1  # of the item handed out last
 
     def draw(self) -> None:
         skip, self.skip = self.skip, 0
@@ -85,7 +92,9 @@ class _SkippingIterator:
     def __next__(self) -> Any:
         if self.skip:
             self.draw()
-        return next(self.items)
+        item = next(self.items)
+        self.number += 1
+        return item if self.watch is None else self.watch.send(self.number, item)
 
 
 class Feed:
@@ -108,17 +117,19 @@ class Feed:
         self.loader = loader
         self.cursor = 0  # batches handed out
         self._start: dict[str, Any] | None = None
+        self._resting: dict[str, Any] | None = None
         self._loader_state: dict[str, Any] | None = None
         self._skipper: _Skipper | None = None
         self._share: Share | None = None
         self._spent = False
         self._source: Any = loader
         streams = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+        self._watch = Watch(loader) if isinstance(loader, DataLoader) and loader.num_workers else None
         self.generators = _generators(loader)
         if isinstance(loader, DataLoader) and not streams:
             if shared and not is_shared(loader):
                 self._share = Share(loader, self.generators)
-            self._source, self._skipper = _skippable(loader, self._share)
+            self._source, self._skipper = _skippable(loader, self._share, self._watch)
         self.length = None if streams else _length(self._source)  # a stream's len() is an estimate
 
     def epoch(self, epoch: int, position: dict[str, Any] | None = None) -> Iterator[tuple[Any, bool]]:
@@ -142,7 +153,11 @@ class Feed:
 
     def rewind(self) -> None:
         """An epoch is about to begin: it has no position yet."""
-        self._start, self.cursor = None, 0
+        self._start, self.cursor, self._resting = None, 0, None
+
+    def rest(self, position: dict[str, Any] | None) -> None:
+        """Stand at a saved position without fetching: the run is over, and may be made longer later."""
+        self._resting = position
 
     def position(self, unused: int = 0) -> dict[str, Any] | None:
         """Where the feed stands, as plain values and tensors; None before an epoch's iterator is made.
@@ -151,7 +166,7 @@ class Feed:
         cannot step back).
         """
         if self._start is None:
-            return None
+            return self._resting
         state = None
         if self._stateful and self._skipper is None:
             loader: Any = self.loader
@@ -180,9 +195,14 @@ class Feed:
             "rng": rng.capture(self.generators),
             "reused": getattr(self._source, "_iterator", None) is not None,
         }
-        iterator = iter(self._source)
+        iterator = self._iterate()
         self._spent = iterator is self.loader
         return iterator
+
+    def _iterate(self) -> Iterator[Any]:
+        if self._watch is None:
+            return iter(self._source)
+        return self._watch.open(self._source, ignored=heard())
 
     def _reopen(self, position: dict[str, Any]) -> Iterator[Any]:
         self._start, self.cursor = position["start"], position["cursor"]
@@ -194,17 +214,15 @@ class Feed:
             )
         if self._skipper is not None:
             if self._start["reused"]:
-                iter(
-                    self._source
-                )  # persistent workers: a later epoch resets their iterator, which draws less
+                self._iterate()  # persistent workers: a later epoch resets their iterator, which draws less
             rng.restore(self._start["rng"], self.generators)
             self._skipper.skip = self.cursor
-            iterator = iter(self._source)
+            iterator = self._iterate()
             if self._skipper.draw():
                 return iterator if self.cursor else _begun(iterator)
         elif self._stateful:
             self.loader.load_state_dict(position["loader"])  # type: ignore[attr-defined]
-            return iter(self._source)
+            return self._iterate()
         rng.restore(self._start["rng"], self.generators)
         if self.cursor:
             warnings.warn(
@@ -212,7 +230,7 @@ class Feed:
                 f"the {self.cursor} batches that the run has already seen in this epoch",
                 stacklevel=4,
             )
-        iterator = iter(self._source)
+        iterator = self._iterate()
         self._spent = iterator is self.loader
         for done in range(self.cursor):
             try:
@@ -265,11 +283,15 @@ def _begun(iterator: Iterator[Any]) -> Iterator[Any]:
     return chain(list(islice(iterator, 1)), iterator)
 
 
-def _skippable(loader: DataLoader[Any], share: Share | None) -> tuple[DataLoader[Any], _Skipper]:
+def _skippable(
+    loader: DataLoader[Any], share: Share | None, watch: Watch | None
+) -> tuple[DataLoader[Any], _Skipper]:
     """A shallow copy of the loader that can skip; the user's own loader stays as it is."""
     clone = copy.copy(loader)
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    skipper = _Skipper(getattr(loader, name) if share is None else share)
+    skipper = _Skipper(getattr(loader, name) if share is None else share, watch)
+    if watch is not None:
+        clone.__dict__["worker_init_fn"] = watch.worker_init_fn
     clone.__dict__[name] = skipper  # DataLoader refuses to set these by attribute
     clone.__dict__["_iterator"] = None
     return clone, skipper

@@ -75,7 +75,10 @@ class Averages:
 
     def over_ranks(self) -> None:
         """Take in what every other rank has, so that all have the same means. All ranks must call it."""
-        parts = everyones(self.state_dict())
+        self.take(everyones(self.state_dict()))
+
+    def take(self, parts: list[list[Any]]) -> None:
+        """Be what several `state_dict()`s are together."""
         self._values.clear()
         for part in parts:
             for name, column in part:

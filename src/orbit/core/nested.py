@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,19 @@ def _average(records: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
         else:
             result[key] = sum(as_number(value, name) for value in values) / len(values)
     return result
+
+
+def flat(records: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested records by their names joined with "/".
+
+    >>> dict(flat({"loss": 1.0, "val": {"acc": 0.5}}))
+    {'loss': 1.0, 'val/acc': 0.5}
+    """
+    for name, value in records.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{name}/")
+        else:
+            yield f"{above}{name}", value
 
 
 def as_number(value: Any, name: str) -> float:

@@ -49,16 +49,16 @@ class Team:
         return bool(self.gather([float(flag)]).max() > 0)
 
 
-def everyones(value: T) -> list[T]:
+def everyones(value: T, group: Any = None) -> list[T]:
     """A picklable value of every rank, by rank; `[value]` in a single process."""
     if runtime.world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * runtime.world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def on_main(work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], T], group: Any = None) -> T:
     """Do something on rank 0 alone and give all ranks its (picklable) result; what it raises is raised on all."""
     if runtime.world_size() == 1:
         return work()
@@ -69,7 +69,7 @@ def on_main(work: Callable[[], T]) -> T:
         except Exception as error:
             outcome[1] = error
     shown = [outcome[0], _sendable(outcome[1])]
-    dist.broadcast_object_list(shown, src=0)
+    dist.broadcast_object_list(shown, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     if shown[1] is not None:

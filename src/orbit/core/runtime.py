@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orbit.core.nested import key_average
-
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -127,12 +125,3 @@ class _Fsdp2NoSync:
 
     def __exit__(self, *_: object) -> None:
         self.model.set_requires_gradient_sync(True)
-
-
-def mean_over_ranks(records: dict[str, Any]) -> dict[str, Any]:
-    """The mean over ranks of nested floats with the same keys everywhere; as they are in a single process."""
-    if world_size() == 1:
-        return records
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, records)
-    return key_average(gathered)

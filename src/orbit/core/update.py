@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from orbit.core import shards
+from orbit.core import runtime, shards
 from orbit.core.outcome import Outcome
 from orbit.core.ranks import Team
 
@@ -92,10 +92,12 @@ class Updater:
         self.before_step, self.after_step, self.dropped = before_step, after_step, dropped
         self.team, self.wishes, self.heard = team, wishes, heard
         self.synchronised = True  # torch exchanges the gradients of the micro-batch at hand
+        self._exchanged = True  # it did those of the last one added
         self.micro = 0  # micro-batches in the open window
         self.failures = 0  # windows dropped in a row
         self.unit: float | None = None  # c of the module docstring
         self.loss: Tensor | None = None  # mean loss of the last closed window, on its device
+        self.share: float | Tensor = 1.0  # of that window's weight on all ranks, this rank's part
         self.grad_norm: Tensor | None = None  # its gradient's norm before clipping
         self._total: float | Tensor = 0.0  # Σ wᵢ/c
         self._loss_sum: float | Tensor = 0.0  # Σ wᵢ/c·lossᵢ
@@ -124,11 +126,19 @@ class Updater:
             ValueError: the loss is no scalar, has no gradient, or the weight is negative or not finite.
             NonFiniteGradientError: see `retries`.
         """
+        self.accumulate(outcome, alone=self.is_alone(last))
+        return self.advance(last)
+
+    def is_alone(self, last: bool) -> bool:
+        """The next micro-batch is the whole of its window."""
+        return self.micro == 0 and (last or self.accumulation == 1)
+
+    def accumulate(self, outcome: Outcome, *, alone: bool = False) -> None:
+        """Back-propagate a micro-batch, or a part of one; `alone` if it is the whole of its window. Raises as `add`."""
         if not self.micro and self._held != [id(p) for g in self.optimizer.param_groups for p in g["params"]]:
             self.collect_parameters()  # somebody edited param_groups
             self.reset()
-        last = last or self.micro + 1 >= self.accumulation
-        share = self._share(outcome.weight, alone=last and self.micro == 0)
+        share = self._share(outcome.weight, alone=alone)
         muted = isinstance(share, float) and share == 0.0
         if outcome.loss is None and self.team is not None and self.synchronised:
             raise ValueError(
@@ -155,14 +165,17 @@ class Updater:
             if not muted:
                 self._total = self._total + share
                 self._loss_sum = self._loss_sum + loss.detach()
-        self.micro += 1
-        return self.close() if last else False
+
+    def advance(self, last: bool) -> bool:
+        """A micro-batch has been accumulated whole. Returns and raises as `add`."""
+        self.micro, self._exchanged = self.micro + 1, self.synchronised
+        return self.close() if last or self.micro >= self.accumulation else False
 
     def close(self) -> bool:
         """Step with what the open window holds. Returns and raises as `add`."""
         total, ranks, told = self._total, 1, None
         if self.team is not None:
-            self._average(self.outside if self.synchronised else self.parameters)
+            self._average(self.outside if self._exchanged else self.parameters)
             told = self.team.gather([total, *self.wishes()])
             total, ranks = told[:, 0].sum(), self.team.size
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -197,6 +210,10 @@ class Updater:
             if isinstance(loss, Tensor)
             else None
         )
+        if told is not None:
+            self.share = torch.where(told[:, 0] > 0, told[:, 0] / total, 0.0)[runtime.rank()]
+        elif isinstance(own, Tensor):
+            self.share = (own > 0).to(own.dtype)
         self.failures = 0
         self.reset()
         self.after_step()

@@ -1,38 +1,51 @@
 """Plugins, one a file. `Plugin` is the base class; `BaseHook` is its other documented name."""
 
 from orbit.core.events import BaseHook, Plugin
+from orbit.plugin.board import Board
 from orbit.plugin.checkpoint import Checkpoint
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.classification_report import ClassificationReport
 from orbit.plugin.cuda_max_memory import CudaMaxMemoryHook
 from orbit.plugin.early_stopping import EarlyStopping
 from orbit.plugin.ema import EMA, EmaHook
+from orbit.plugin.garbage_collection import GarbageCollection
 from orbit.plugin.gradient_accumulation import GradientAccumulation
+from orbit.plugin.gradient_stats import GradientStats
 from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.memory_estimator import MemoryEstimator
 from orbit.plugin.mentor import Mentor
+from orbit.plugin.metrics_file import MetricsFile
+from orbit.plugin.mlflow import MLflowHook
 from orbit.plugin.model_summary import ModelSummary
 from orbit.plugin.monitor import MetricError
 from orbit.plugin.overfit import Overfit
+from orbit.plugin.profiler import Profiler
 from orbit.plugin.progress import ProgressHook
-from orbit.plugin.tracker import MetricsFile, Tracker
+from orbit.plugin.throughput import Throughput
+from orbit.plugin.tracker import Tracker
+from orbit.plugin.trackio import TrackioHook
+from orbit.plugin.wandb import WandbHook
 from orbit.plugin.warmup import Warmup
 
 __all__ = [
     "EMA",
     "BaseHook",
+    "Board",
     "Checkpoint",
     "CheckpointingHook",
     "ClassificationReport",
     "CudaMaxMemoryHook",
     "EarlyStopping",
     "EmaHook",
+    "GarbageCollection",
     "GradientAccumulation",
+    "GradientStats",
     "ImageFileLoggerHook",
     "LoRA",
     "LoggingHook",
+    "MLflowHook",
     "MemoryEstimator",
     "Mentor",
     "MetricError",
@@ -40,7 +53,11 @@ __all__ = [
     "ModelSummary",
     "Overfit",
     "Plugin",
+    "Profiler",
     "ProgressHook",
+    "Throughput",
     "Tracker",
+    "TrackioHook",
+    "WandbHook",
     "Warmup",
 ]

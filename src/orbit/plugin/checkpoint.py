@@ -211,11 +211,12 @@ class Checkpoint(Plugin):
         self._evaluated = False
         if self.monitor is None:
             return float(trainer.step)
-        own = self._means.flush()
         measured = trainer.metrics.get(self.monitor)
         if measured is not None:
-            own = {self.monitor: as_number(measured, self.monitor)}
-        value = runtime.mean_over_ranks(own).get(self.monitor)
+            self._means = Averages()
+            self._means.add({self.monitor: as_number(measured, self.monitor)})
+        self._means.over_ranks()
+        value = self._means.flush().get(self.monitor)
         if value is None:
             self._require(trainer)
             return None
@@ -267,7 +268,7 @@ class Checkpoint(Plugin):
             dropped |= {self.last_path.name} - kept.keys() if self.last_path is not None else set()
             self.last_path = folder / name
         try:
-            state = trainer.state_on_main()
+            state = trainer.state_to_write(sharded=False)
             on_main(lambda: self._write(trainer, state, folder / name, dropped - {name}))
         except BaseException:
             self.kept, self.last_path = before

@@ -10,9 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.core import checkpoint, runtime
+from orbit.core import checkpoint, runtime, shards
+from orbit.core.checkpoint.background import Background, Staging
 from orbit.core.events import Plugin
+from orbit.core.lock import FolderLock
 from orbit.core.ranks import on_main
+from orbit.core.signals import Listener
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:
@@ -24,24 +27,35 @@ class CheckpointingHook(Plugin):
     on signals, and at the end of the run.
 
     A signal only sets a flag; the state is saved at the next step boundary, and the process then leaves with
-    `exit_code`. A second signal of the same kind is not held back.
+    `exit_code`. A second signal ends the process at once (`core/signals.py`).
 
     Args:
         interval: save every so many steps; None does not. The end of the run is saved in any case.
         keep_previous: checkpoints kept besides the newest; None keeps all.
         keep_interval: also keep every checkpoint whose step is a multiple of this.
         path: folder; a relative one lies in the trainer's workspace, if it has one.
-        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one; a path loads that file,
-            which must exist; None starts anew.
+        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one: the script is run again, and
+            train() calls that were over do nothing. A path loads that file, which must exist, and the first train()
+            goes on from there. None starts anew.
         exit_signals: signals after which to save and leave.
         exit_code: process exit code, or "128+signal".
         exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; a single process
             does not wait.
         every_epoch: also save at every epoch's end.
+        sharded: write folders, to which every rank adds its pieces; None does so where the model is sharded.
+        asynchronous: the loop waits only until the state is copied into the CPU's memory; a thread writes it. At most
+            one save is under way, and the end of the run, a signal's exit and `on_close` wait for it. Of one file.
+
+    One run at a time may write to a folder: while it trains it holds a lock there (`core/lock.py`).
+
+    Attributes:
+        acknowledged: the newest step whose checkpoint is on the disk, as far as this hook knows; None if there is none.
 
     Raises:
         ValueError: a number outside its range.
-        CheckpointError: at start, if checkpoints exist and none is valid.
+        CheckpointError: at start, if checkpoints exist and none is valid. At a save (of an asynchronous one, at the
+            next step boundary), if it cannot be written.
+        WorkspaceLockedError: at start, if another run writes to the folder.
     """
 
     priority = Plugin.CHECKPOINT
@@ -57,6 +71,8 @@ class CheckpointingHook(Plugin):
         exit_code: int | str = "128+signal",
         exit_wait: float | timedelta = 60.0,
         every_epoch: bool = False,
+        sharded: bool | None = None,
+        asynchronous: bool = False,
     ) -> None:
         self.interval = None if interval is None else check_interval("CheckpointingHook", interval)
         if keep_previous is not None and keep_previous < 0:
@@ -74,18 +90,22 @@ class CheckpointingHook(Plugin):
         self.exit_signals = [signal.Signals(number) for number in exit_signals]
         self.exit_code = exit_code
         self.exit_wait = exit_wait.total_seconds() if isinstance(exit_wait, timedelta) else float(exit_wait)
-        self.every_epoch = every_epoch
+        self.every_epoch, self.sharded, self.asynchronous = every_epoch, sharded, asynchronous
+        self.acknowledged: int | None = None
+        self._lock: FolderLock | None = None
+        self._staging, self._background = Staging(), Background()
+        self._failing = False
         self._owed = False  # an epoch ended inside a window
         self._saved_step: int | None = None
-        self._trainer: Core | None = None
-        self._previous_handlers: dict[int, Any] = {}
+        self._listener: Listener | None = None
 
     def folder(self, trainer: Core) -> Path:
         """Where this hook's checkpoints lie."""
-        workspace = getattr(trainer, "workspace", None)
-        return self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        return trainer.in_workspace(self.path)
 
     def on_restore(self, trainer: Core) -> None:
+        if trainer.is_training:  # else it is only looked at: reading needs no lock
+            on_main(lambda: self._take(trainer))
         if self.load is None:
             return
         if self.load == "latest":
@@ -94,12 +114,15 @@ class CheckpointingHook(Plugin):
                 return
         else:
             found = Path(self.load)
-        trainer.load_state_dict(checkpoint.load_checkpoint(found))
-        self._saved_step = trainer.step
+        trainer.load_state_dict(trainer.read_checkpoint(found))
+        if self.load == "latest":
+            trainer.repeat_calls()
+        self._saved_step = self.acknowledged = trainer.step
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
     def on_before_train(self, trainer: Core) -> None:
-        self._trainer, self._owed = trainer, False
+        on_main(lambda: self._take(trainer))
+        self._owed = self._failing = False
         trainer.interrupt(0)
         if not self.exit_signals:
             return
@@ -109,8 +132,8 @@ class CheckpointingHook(Plugin):
                 stacklevel=2,
             )
             return
-        for number in self.exit_signals:
-            self._previous_handlers[number] = signal.signal(number, self._receive)
+        self._listener = Listener(self.exit_signals, trainer.interrupt)
+        self._listener.listen()
 
     def on_after_step(self, trainer: Core) -> None:
         self._boundary(trainer, self.interval is not None and trainer.step % self.interval == 0)
@@ -123,23 +146,56 @@ class CheckpointingHook(Plugin):
 
     def on_after_train(self, trainer: Core) -> None:
         self._boundary(trainer, trainer.step != self._saved_step)  # the end of the run is always saved
+        on_main(self._background.wait)
+
+    def on_exception(self, trainer: Core, exception: BaseException) -> None:
+        self._failing = True
 
     def on_close(self, trainer: Core) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers.clear()
+        if self._listener is not None:
+            self._listener.close()
+        try:
+            self._background.wait()
+        except Exception:
+            if not self._failing:
+                raise
+            trainer.logger.exception("while the run was ending with another error, a save failed")
+        finally:
+            self._staging = Staging()  # which may be as large as the model and its optimizer
+            if self._lock is not None:
+                self._lock.release()
 
     def save(self, trainer: Core) -> Path:
-        """Save now; older checkpoints go only after the new one has been read back."""
-        state = trainer.state_on_main()
+        """Save now; older checkpoints go only after the new one has been read back.
+
+        An asynchronous save has then begun: see `acknowledged`.
+        """
+        sharded = shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
+        if sharded and self.asynchronous:
+            raise ValueError(
+                "CheckpointingHook(asynchronous=True) writes one file, and this run writes folders of shards: pass "
+                "sharded=False, or asynchronous=False"
+            )
+        state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
         path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
-        on_main(lambda: self._write(state, path))
+        if sharded:
+            path = checkpoint.save_sharded(state, path.with_suffix(""))
+            on_main(lambda: self._tidy(path))
+        elif self.asynchronous:
+            on_main(lambda: self._begin(state, path))
+        else:
+            on_main(lambda: self._tidy(checkpoint.save_checkpoint(state, path)))
         return path
 
-    def _write(self, state: dict[str, Any], path: Path) -> None:
-        checkpoint.save_checkpoint(state, path)
+    def _begin(self, state: dict[str, Any], path: Path) -> None:
+        self._background.wait()  # it reads the memory that the next line fills
+        staged = self._staging.copy(state)
+        self._background.submit(lambda: self._tidy(checkpoint.save_checkpoint(staged, path)))
+
+    def _tidy(self, path: Path) -> None:
         checkpoint.link_latest(path)
+        self.acknowledged = checkpoint.step_of(path)
         if self.keep_previous is not None:
             checkpoint.prune(path.parent, self._kept(checkpoint.list_checkpoints(path.parent), path))
 
@@ -152,18 +208,25 @@ class CheckpointingHook(Plugin):
             kept |= {path for path in present if checkpoint.step_of(path) % self.keep_interval == 0}
         return kept
 
-    def _receive(self, number: int, frame: Any) -> None:
-        assert self._trainer is not None
-        self._trainer.interrupt(number)
-        signal.signal(number, self._previous_handlers.get(number) or signal.SIG_DFL)
+    def _take(self, trainer: Core) -> None:
+        """The right to write to the folder; what a killed run left there goes."""
+        folder = self.folder(trainer)
+        if self._lock is None or not self._lock.held:
+            self._lock = FolderLock(folder)
+            self._lock.acquire()
+            if gone := checkpoint.sweep(folder):
+                trainer.logger.info("removed what a killed run left: %s", ", ".join(gone))
 
     def _boundary(self, trainer: Core, due: bool) -> None:
+        if runtime.world_size() == 1:  # several ranks hear of a failed save at the next one
+            self._background.check()
         number = trainer.interrupted
         if due or self._owed or number is not None:
             self._owed = False
             self.save(trainer)
         if number is None:
             return
+        on_main(self._background.wait)
         trainer.logger.info("%s: saved at step %d, leaving", signal.Signals(number).name, trainer.step)
         runtime.wait_for_ranks(self.exit_wait)
         raise SystemExit(128 + number if self.exit_code == "128+signal" else self.exit_code)

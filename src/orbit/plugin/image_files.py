@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
+from orbit.core import runtime
 from orbit.core.events import Plugin
-from orbit.core.extras import need
+from orbit.core.nested import flat
 from orbit.plugin.logs import check_interval
+from orbit.plugin.picture import as_picture
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core
 
 
 class ImageFileLoggerHook(Plugin):
-    """Save images as `<path>/step_<step>/<name>.png`; names of nested records are folders below that.
+    """Save images as `<path>/step_<step>/<name>.png`; names of nested records are folders below that. Only the main
+    process writes.
 
     An image is a PIL image, an array (height, width) or (height, width, 1, 3 or 4), or a tensor (height, width) or
     (1, 3 or 4, height, width); numbers are bytes, or floats from 0 to 1, beyond which they are clipped.
@@ -41,13 +40,12 @@ class ImageFileLoggerHook(Plugin):
 
     def folder(self, trainer: Core) -> Path:
         """Where this hook's images lie."""
-        workspace = getattr(trainer, "workspace", None)
-        return self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        return trainer.in_workspace(self.path)
 
     def on_log_images(self, trainer: Core, records: dict[str, Any], dry_run: bool) -> None:
-        if dry_run or trainer.step % self.interval:
+        if dry_run or trainer.step % self.interval or not runtime.is_main_process():
             return
-        images = list(_flat(records))
+        images = list(flat(records))
         if len(images) > self.max_images and not self._said:
             self._said = True
             trainer.logger.warning(
@@ -58,51 +56,15 @@ class ImageFileLoggerHook(Plugin):
             )
         folder = self.folder(trainer) / f"step_{trainer.step}"
         pictures = [
-            (_place(folder, name), _picture(name, image)) for name, image in images[: self.max_images]
+            (_place(folder, name), as_picture(name, image)) for name, image in images[: self.max_images]
         ]
         for path, picture in pictures:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
 
 
-def _flat(records: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in records.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, (*above, str(name)))
-        else:
-            yield (*above, str(name)), value
-
-
-def _place(folder: Path, name: tuple[str, ...]) -> Path:
-    path = folder.joinpath(*name[:-1], f"{name[-1]}.png")
+def _place(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.png"
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"image {'/'.join(name)!r}: its name leads out of {folder}")
+        raise ValueError(f"image {name!r}: its name leads out of {folder}")
     return path
-
-
-def _picture(name: tuple[str, ...], image: Any) -> Any:
-    """A PIL image."""
-    need("plot", "PIL")
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-        if image.ndim == 3:
-            image = np.moveaxis(image, 0, -1)
-    if (
-        not isinstance(image, np.ndarray)
-        or image.ndim not in (2, 3)
-        or image.shape[2:] not in ((), (1,), (3,), (4,))
-    ):
-        shape = getattr(image, "shape", None)
-        raise ValueError(
-            f"image {'/'.join(name)!r} is a {type(image).__name__}{'' if shape is None else f' {tuple(shape)}'}; log "
-            "a PIL image, an array (height, width[, channels]) or a tensor ([channels, ]height, width)"
-        )
-    if np.issubdtype(image.dtype, np.floating):
-        image = (np.nan_to_num(image).clip(0, 1) * 255).round()
-    image = image.clip(0, 255).astype(np.uint8)
-    return Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)

@@ -161,8 +161,7 @@ class LoRA(Plugin):
     def _write(self, trainer: Any) -> None:
         if self.path is None or not (is_main_process() or is_sharded(_model(trainer))):
             return
-        workspace = getattr(trainer, "workspace", None)
-        save(_model(trainer), self.path if workspace is None else workspace / self.path, self.name)
+        save(_model(trainer), trainer.in_workspace(self.path), self.name)
 
 
 def _model(trainer: Any) -> nn.Module:

@@ -127,7 +127,8 @@ class Overfit(Plugin):
 
     def _look(self) -> None:
         """Read the mean since the last look, the same on every rank."""
-        mean = runtime.mean_over_ranks(self._losses.flush()).get("loss")
+        self._losses.over_ranks()
+        mean = self._losses.flush().get("loss")
         if mean is not None:
             self._first = mean if math.isnan(self._first) else self._first
             self.loss, self.succeeded = mean, mean < self.until or None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from orbit.core import runtime
 from orbit.core.events import Plugin
+from orbit.core.nested import flat
 from orbit.plugin.logs import Interval, check_interval
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class ProgressHook(Plugin):
     def _figures(self, trainer: Core) -> str:
         records = self._window.flush(trainer)
         head = f"step {records.pop('step_time'):.4f}s data {records.pop('data_time'):.4f}s eta {self._eta(trainer)}"
-        return " ".join([head, *(f"{name} {_short(name, value)}" for name, value in _flat(records))])
+        return " ".join([head, *(f"{name} {_short(name, value)}" for name, value in flat(records))])
 
     def _eta(self, trainer: Core) -> str:
         if self._timed_from is None or trainer.total_steps is None or trainer.step == self._timed_from[0]:
@@ -108,13 +109,6 @@ class ProgressHook(Plugin):
         step, began = self._timed_from
         rate = (time.perf_counter() - began) / (trainer.step - step)
         return str(timedelta(seconds=round(rate * (trainer.total_steps - trainer.step))))
-
-
-def _flat(records: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    flat: list[tuple[str, float]] = []
-    for name, value in records.items():
-        flat += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return flat
 
 
 def _short(name: str, value: float) -> str:

@@ -1,45 +1,62 @@
-"""Where numbers and images go: one interface, and the simplest tracker, a file of JSON lines.
+"""Where numbers and images go: the one interface behind a file of JSON lines, TensorBoard, W&B, MLflow and trackio.
 
-A tracker writes three things, all under the number of the optimizer step:
+A tracker writes four things, all under the number of the optimizer step:
 
-    trainer.log(records), log_images(records)    whatever it is given, nested names joined by "/"
-    the means of every `interval` steps          unless a LoggingHook is there, which gives them to trainer.log
-    trainer.metrics at an epoch's end            train_loss, val_loss, ...
+    trainer.log(records)            whatever it is given, nested names joined by "/"
+    trainer.log_images(records)     pictures, named likewise
+    the means of `interval` steps   unless a LoggingHook is there, which gives them to trainer.log
+    trainer.metrics                 at an epoch's end, as epoch/train_loss, epoch/val_loss, ...
 
-Only the main process writes. A new tracker says how to `begin`, `write`, `write_images` and `end`.
+Only the main process writes. A new tracker says how to `begin`, `write`, `write_images` and `end`; one whose run lives
+on elsewhere also says what a checkpoint must `remember` of it, so that a resumed run goes on in the same place.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from orbit.core import runtime
 from orbit.core.events import Plugin
-from orbit.core.files import sync_folder, write_synced
-from orbit.core.nested import as_number
+from orbit.core.nested import as_number, flat
 from orbit.plugin.logs import Interval, LoggingHook, check_interval
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core
 
 
+@dataclass
+class Written:
+    """What the newest step has been given: its rows of numbers, and how many images."""
+
+    step: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    images: int = 0
+
+
 class Tracker(Plugin):
     """Base class of what keeps the numbers of a run.
 
+    Attributes:
+        written: what the newest step has been given. In a resumed run, what had been when its checkpoint was saved:
+            whatever else is there of that step and of later ones will be written again.
+        status: what has become of the run when `end` is called: "finished", "stopped" (left early, or by a signal) or
+            "failed" (an exception).
+
     Args:
-        interval: average over so many optimizer steps, >= 1.
+        interval: average over so many optimizer steps, >= 1; over ranks too, where several train one model.
     """
 
     priority = Plugin.MONITOR
 
     def __init__(self, interval: int = 10) -> None:
         self.interval = check_interval(type(self).__name__, interval)
-        self._window: Interval | None = None
+        self.written = Written()
+        self.status = "stopped"
+        self._window = Interval(sync=True)
+        self._averages = True
         self._open = False
 
     # -- to implement ----------------------------------------------------------------------------------------
@@ -56,20 +73,28 @@ class Tracker(Plugin):
         """Images by name, as `trainer.log_images` was given them. Left out where a tracker has no place for them."""
 
     def end(self) -> None:
-        """Close it; runs on every way out."""
+        """Close it; runs on every way out, of which `status` tells."""
         raise NotImplementedError
+
+    def remember(self) -> dict[str, Any]:
+        """Plain values for the checkpoint, by which a resumed run finds its place again. What was written until now
+        should outlive this process from here on."""
+        return {}
+
+    def recall(self, kept: dict[str, Any]) -> None:
+        """Take back what `remember` gave; before `begin`."""
 
     # -- events ----------------------------------------------------------------------------------------------
 
     def on_before_train(self, trainer: Core) -> None:
-        logs = any(isinstance(hook, LoggingHook) for hook in trainer.hooks)
-        self._window = None if logs else Interval(sync=runtime.world_size() > 1)
+        self._averages = not any(isinstance(hook, LoggingHook) for hook in trainer.hooks)
+        self.status = "stopped"
         if runtime.is_main_process() and not self._open:
             self.begin(trainer)
             self._open = True
 
     def on_after_step(self, trainer: Core) -> None:
-        if self._window is None:
+        if not self._averages:
             return
         self._window.add(trainer)
         if trainer.step % self.interval == 0:
@@ -84,82 +109,45 @@ class Tracker(Plugin):
             self._log(records, trainer.step)
 
     def on_log_images(self, trainer: Core, records: dict[str, Any], dry_run: bool) -> None:
-        if self._open and not dry_run:
-            self.write_images(dict(flat(records)), trainer.step)
+        images = dict(flat(records))
+        if self._open and images and not dry_run:
+            self.write_images(images, trainer.step)
+            self._newest(trainer.step).images += len(images)
+
+    def on_after_train(self, trainer: Core) -> None:
+        self.status = "finished"
+
+    def on_exception(self, trainer: Core, exception: BaseException) -> None:
+        self.status = "failed"
 
     def on_close(self, trainer: Core) -> None:
         if self._open:
             self._open = False
             self.end()
 
+    def on_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
+        kept = {"window": self._window.state_dict(trainer), "written": asdict(self.written)}
+        state_dict[self._key(trainer)] = kept | self.remember()
+
+    def on_load_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
+        kept = state_dict.get(self._key(trainer))
+        self._window.load_state_dict([] if kept is None else kept["window"])
+        if kept is not None:
+            self.written = Written(**deepcopy(kept["written"]))
+            self.recall(kept)
+
+    def _key(self, trainer: Core) -> str:
+        """Where a checkpoint holds what is this tracker's: by its place among those of its class."""
+        alike = [hook for hook in trainer.hooks if type(hook) is type(self)]
+        return f"{type(self).__name__}[{next(i for i, hook in enumerate(alike) if hook is self)}]"
+
     def _log(self, records: Mapping[str, Any], step: int) -> None:
         if self._open and records:
-            self.write({name: as_number(value, name) for name, value in flat(records)}, step)
+            row = {name: as_number(value, name) for name, value in flat(records)}
+            self.write(row, step)
+            self._newest(step).rows.append(row)
 
-
-class MetricsFile(Tracker):
-    """Keep numbers as JSON lines: `{"step": 10, "loss": 0.31, "grad_norm": 1.2, ...}`. NaN and infinity become null.
-
-    A resumed run goes on in the same file: lines of steps after the one it resumes from are taken away, so that the
-    file is that of an uninterrupted run. Images have no place in it.
-
-    Args:
-        path: of the file; a relative one lies in the trainer's workspace, if it has one.
-        interval: average over so many optimizer steps.
-
-    >>> MetricsFile("metrics.jsonl").path.name
-    'metrics.jsonl'
-    """
-
-    def __init__(self, path: Path | str = "metrics.jsonl", interval: int = 10) -> None:
-        super().__init__(interval)
-        self.path = Path(path)
-        self._file: Any = None
-
-    def begin(self, trainer: Core) -> None:
-        workspace = getattr(trainer, "workspace", None)
-        path = self.path if self.path.is_absolute() or workspace is None else workspace / self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _cut(path, trainer.step)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, records: dict[str, float], step: int) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in records.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-
-    def end(self) -> None:
-        self._file.close()
-
-
-def _cut(path: Path, step: int) -> None:
-    """Take away the lines of later steps, and one that a kill cut short."""
-    lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    if len(kept) < len(lines):
-        new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        write_synced(new, "".join(kept).encode("utf-8"))
-        os.replace(new, path)
-        sync_folder(path.parent)
-
-
-def _step_of(line: str) -> float:
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf
-
-
-def flat(records: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested records by their names joined with "/".
-
-    >>> dict(flat({"loss": 1.0, "val": {"acc": 0.5}}))
-    {'loss': 1.0, 'val/acc': 0.5}
-    """
-    for name, value in records.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{above}{name}/")
-        else:
-            yield f"{above}{name}", value
+    def _newest(self, step: int) -> Written:
+        if self.written.step != step:
+            self.written = Written(step)
+        return self.written

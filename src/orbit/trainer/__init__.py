@@ -8,6 +8,7 @@ from orbit.plugin.ema import EmaHook
 from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.progress import ProgressHook
+from orbit.plugin.wandb import WandbHook
 from orbit.trainer.base import BaseTrainer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ImageFileLoggerHook",
     "LoggingHook",
     "ProgressHook",
+    "WandbHook",
     "key_average",
     "map_nested_tensor",
 ]

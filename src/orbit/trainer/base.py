@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from orbit.core.base import at_least
 from orbit.core.events import Dispatcher, Plugin
 from orbit.core.loop import Core
+from orbit.core.options import Options
 from orbit.core.outcome import Outcome
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from typing_extensions import Unpack
 
 
 class BaseTrainer(Core):
@@ -48,6 +50,8 @@ class BaseTrainer(Core):
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a step.
         state_dict_options: passed to `torch.distributed.checkpoint.state_dict` for model and optimizer state.
         logger: a logger of your own.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
+            split_on_oom.
 
     Raises:
         ValueError: a number outside its range, an unknown precision, an absent device.
@@ -70,6 +74,7 @@ class BaseTrainer(Core):
         no_sync_accumulate: bool = True,
         state_dict_options: StateDictOptions | None = None,
         logger: logging.Logger | None = None,
+        **options: Unpack[Options],
     ) -> None:
         at_least("max_steps", max_steps, 0)
         super().__init__(
@@ -79,6 +84,7 @@ class BaseTrainer(Core):
             accumulation=1 if gradient_accumulation_steps is None else gradient_accumulation_steps,
             max_non_finite_grad_retries=max_non_finite_grad_retries,
             no_sync_accumulate=no_sync_accumulate,
+            **options,
         )
         self.max_steps = max_steps
         self.mixed_precision = mixed_precision
@@ -138,7 +144,7 @@ class BaseTrainer(Core):
             self._run_micro_step()
 
     def _run_micro_step(self) -> None:
-        self.step_on(self._forward())
+        self.step_with(self._forward)
 
     def _forward(self) -> Outcome:
         result = self.forward(self.batch)
@@ -150,7 +156,7 @@ class BaseTrainer(Core):
                 "records) or an Outcome"
             )
         loss, records = result
-        return Outcome(loss, 1.0, records or {})
+        return Outcome(loss, self.part, records or {})
 
     def _build(self) -> None:
         """Build everything once; `train()` does it."""

@@ -19,7 +19,8 @@ from torch import nn
 
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds.registry import kind_of, refusal
-from orbit.adapter.targets import matches, nearest, numbered, tree
+from orbit.adapter.targets import matches, numbered, tree
+from orbit.core.names import did_you_mean
 
 
 def resolve_parameters(
@@ -44,12 +45,9 @@ def resolve_parameters(
     for target in targets:
         hits = matches(target, places)
         if not hits:
-            close = nearest(
-                target, (".".join(place.split(".")[-1 - target.count(".") :]) for place in places)
-            )
+            known = (".".join(place.split(".")[-1 - target.count(".") :]) for place in places)
             raise TargetError(
-                f"parameters names {target!r}, which matched 0 of {len(places)} parameters"
-                + (f"; did you mean {close!r}?" if close else "")
+                f"parameters names {target!r}, which matched 0 of {len(places)} parameters{did_you_mean(target, known)}"
             )
         for hit in hits if numbers is None else numbered(hits, numbers):
             path, name = places[hit]

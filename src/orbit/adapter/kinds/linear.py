@@ -106,7 +106,8 @@ class LinearGraft(DenseGraft, nn.Linear):
             return self._together(mix, slots, input, args, kwargs)
         u = self.base(input, *args, **kwargs)
         none, kept = mix.order.none, mix.order.kept
-        stack = self._kept_stack(kept, id(self), slots, u.dtype, lambda terms: stacked(terms, none))
+        sources = self._sources(slots)
+        stack = self._kept_stack(kept, id(self), slots, sources, u.dtype, lambda terms: stacked(terms, none))
         self._refuse_misfit(u.shape[-1], input, stack.A, stack.B)
         return grouped(u, self.bias, input, stack, mix.order)
 
@@ -123,11 +124,11 @@ class LinearGraft(DenseGraft, nn.Linear):
         place: dict[Any, Kept],
         key: object,
         slots: list[Slot],
+        sources: list[Tensor],
         dtype: torch.dtype,
         make: Callable[[list[Terms]], Stack],
     ) -> Stack:
         """What `make` makes of the tasks' terms, in this dtype, without gradient, and kept in a place under a key."""
-        sources = self._sources(slots)
         kept, age = place.get(key), self.stacks_age
         if kept is None or not kept.holds(sources, age, dtype):
             with torch.inference_mode(False), torch.no_grad():  # it may serve a training step
@@ -179,11 +180,12 @@ class LinearGraft(DenseGraft, nn.Linear):
 
     def _end_to_end(self, slots: list[Slot], input: Tensor) -> Stack:
         """The tasks end to end; kept with the layer while all are frozen, beside the tensors that they own."""
-        eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-        if eager and not any(t.requires_grad for t in self._sources(slots)):
-            dtype = compute_dtype(input, self.weight) if self.fuses else slots[0].down.weight.dtype
-            place = self.__dict__.setdefault("_orbit_kept", {})
-            return self._kept_stack(place, "end to end", slots, dtype, end_to_end)
+        if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            sources = self._sources(slots)
+            if not any(t.requires_grad for t in sources):
+                dtype = compute_dtype(input, self.weight) if self.fuses else slots[0].down.weight.dtype
+                place = self.__dict__.setdefault("_orbit_kept", {})
+                return self._kept_stack(place, "end to end", slots, sources, dtype, end_to_end)
         return end_to_end([self._terms(slot) for slot in slots])
 
     def _terms(self, slot: Slot) -> Terms:

@@ -28,7 +28,8 @@ from orbit.adapter.graft import Graft, ungraft
 from orbit.adapter.kinds.registry import own_class, refusal, register_wrapper, wrapper_of
 from orbit.adapter.owners import ModuleSlot
 from orbit.adapter.routes.route import uninstall
-from orbit.adapter.targets import matches, nearest, tree
+from orbit.adapter.targets import matches, tree
+from orbit.core.names import did_you_mean
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -100,9 +101,9 @@ def resolve_saved(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
     for name in names:
         hits = matches(name, modules)
         if not hits:
-            close = nearest(name, {path.rpartition(".")[2] for path in modules if path})
+            known = {path.rpartition(".")[2] for path in modules if path}
             raise TargetError(
-                f"save_modules names {name!r}, which no module matches{f'; did you mean {close!r}?' if close else ''}"
+                f"save_modules names {name!r}, which no module matches{did_you_mean(name, known)}"
             )
         for path in hits:
             module = modules[path]

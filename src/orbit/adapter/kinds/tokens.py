@@ -29,7 +29,8 @@ from orbit.adapter.kinds.embedding import EmbeddingGraft
 from orbit.adapter.kinds.linear import LinearGraft
 from orbit.adapter.kinds.registry import mixin_of, refusal
 from orbit.adapter.owners import TokenSlot
-from orbit.adapter.targets import matches, nearest, tree
+from orbit.adapter.targets import matches, tree
+from orbit.core.names import did_you_mean
 
 
 class Rows(NamedTuple):
@@ -85,11 +86,8 @@ def resolve_tokens(model: nn.Module, config: AdapterConfig) -> dict[str, Rows]:
                     raise TargetError(f"{other!r}{shared} cannot have rows of a task: {why}")
                 found[other] = Rows(module, indices)
         if not any(matches(name, [path]) or path == name for path in found):
-            close = nearest(
-                name, {path.rpartition(".")[2] for path, module in modules.items() if _has_rows(module)}
-            )
-            hint = f"; did you mean {close!r}?" if close else ""
-            raise TargetError(f"tokens names {name!r}, which no module matches{hint}")
+            known = {path.rpartition(".")[2] for path, module in modules.items() if _has_rows(module)}
+            raise TargetError(f"tokens names {name!r}, which no module matches{did_you_mean(name, known)}")
     return found
 
 

@@ -114,17 +114,15 @@ def droppers(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         one = left.pop()
         if isinstance(one, nn.modules.dropout._DropoutNd):
             yield one, "p"
-        yield from ((one, name) for name, value in vars(one).items() if "drop" in name and _is_rate(value))
+        yield from (
+            (one, name) for name, value in vars(one).items() if "drop" in name and isinstance(value, float)
+        )
         left.extend(child for child in one.children() if not isinstance(child, Tasks))
 
 
 def drops(module: nn.Module, rate: str) -> bool:
     """Does such a module drop now?"""
     return module.training and getattr(module, rate, 0) > 0
-
-
-def _is_rate(value: object) -> bool:
-    return isinstance(value, float)
 
 
 def _shows_states(model: Any, given: Mapping[str, Any]) -> bool:

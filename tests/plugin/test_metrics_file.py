@@ -11,7 +11,7 @@ from torch import nn
 
 from orbit.engine import Engine
 from orbit.plugin import CheckpointingHook, LoggingHook, MetricsFile, Plugin
-from tests import tiny
+from tests import tiny, tracked
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -86,6 +86,36 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path) -
     assert told(train(tmp_path / "cut", 12)) == told(whole)
     assert [line["step"] for line in lines(path)] == [line["step"] for line in lines(whole)]
     assert sorted(p.name for p in path.parent.iterdir()) == ["c", "m.jsonl"]
+
+
+@pytest.mark.parametrize("face", tracked.FACES)
+@pytest.mark.parametrize("interval", [2, 3])
+def test_a_killed_run_leaves_the_file_of_an_uninterrupted_one(
+    interval: int, face: str, tmp_path: Path
+) -> None:
+    """Also in the middle of an interval, and what was logged at the checkpoint's step before it and after."""
+
+    def told(path: Path) -> list[Any]:
+        return [{k: v for k, v in line.items() if not k.endswith("_time")} for line in lines(path)]
+
+    tracked.train(face, tmp_path, [MetricsFile(tmp_path / "whole", interval)], 8)
+    with pytest.raises(tracked.Killed):
+        tracked.train(face, tmp_path / "cut", [MetricsFile(tmp_path / "m", interval)], 8, dies_at=6)
+    tracked.train(face, tmp_path / "cut", [MetricsFile(tmp_path / "m", interval)], 8)
+    assert told(tmp_path / "m") == told(tmp_path / "whole")
+
+
+def test_two_of_a_kind_keep_apart(tmp_path: Path) -> None:
+    def pair(folder: Path) -> list[Plugin]:
+        return [MetricsFile(folder / "a", 2), MetricsFile(folder / "b", 3)]
+
+    tracked.train("trainer", tmp_path, pair(tmp_path / "whole"), 8)
+    with pytest.raises(tracked.Killed):
+        tracked.train("trainer", tmp_path / "cut", pair(tmp_path / "cut"), 8, dies_at=6)
+    tracked.train("trainer", tmp_path / "cut", pair(tmp_path / "cut"), 8)
+    for name in ("a", "b"):
+        losses = [[line.get("loss") for line in lines(tmp_path / run / name)] for run in ("whole", "cut")]
+        assert losses[0] == losses[1]
 
 
 def test_bad_interval() -> None:
