@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -58,6 +59,10 @@ class Core(Base):
             settings.enter_context(deterministic.algorithms(self.options.deterministic))
             self.build()
             self._feed = feed = self._make_feed(self._loader() if loader is None else loader)
+            if rehearsal := int(self.options.fast_dev_run):
+                epochs = None if epochs is None else min(epochs, 1)
+                steps = min(self.step + rehearsal, self.step + rehearsal if steps is None else steps)
+                self.logger.info("fast_dev_run: %d steps, and nothing is written", rehearsal)
             self._begin(feed, epochs, steps)
             self.emit("before_train")
             self._agree()
@@ -91,7 +96,7 @@ class Core(Base):
     def _epoch(self, feed: Feed, steps: int | None) -> Generator[Any, None, None]:
         """One epoch, or the rest of one that was interrupted."""
         state, emit = self.state, self.emit
-        batches = self._together(feed, self._open_epoch(feed))
+        batches = self._few(self._together(feed, self._open_epoch(feed)), self.gradient_accumulation_steps)
         self.model.train()
         while (item := self._next(batches)) is not None:
             batch, self.is_last_batch = item
@@ -184,7 +189,8 @@ class Core(Base):
                 self.state.phase, self._eval_losses = "eval", Averages()
                 self.model.eval()
                 self.emit("before_eval")
-                for index, (batch, last) in enumerate(self._together(feed, feed.epoch(self.state.epoch))):
+                batches = self._few(self._together(feed, feed.epoch(self.state.epoch)))
+                for index, (batch, last) in enumerate(batches):
                     self.batch_idx, self.is_last_batch, self.is_padding = index, last, feed.padding
                     self._receive(batch)
                     with torch.no_grad(), self.autocast():
@@ -231,6 +237,23 @@ class Core(Base):
             yield batch, ended
             if ended:
                 return
+
+    def _few(self, batches: Iterator[tuple[Any, bool]], each: int = 1) -> Iterator[tuple[Any, bool]]:
+        """In a rehearsal, so many times `each` batches, of which the last ends the epoch."""
+        most = int(self.options.fast_dev_run) * each
+        if not most:
+            yield from batches
+            return
+        for number, (batch, last) in enumerate(islice(batches, most), 1):
+            yield batch, last or number == most
+
+    def _rehearse_eval(self, loader: Iterable[Any], batches: int, body: Callable[[], Any]) -> None:
+        """Evaluate a few batches to see that it works; the bracket is left before it would report anything."""
+        with closing(self.eval(loader)) as evaluation:
+            for number, _ in enumerate(evaluation, 1):
+                body()
+                if number == batches or self.is_last_batch:
+                    return
 
     def _receive(self, batch: Any) -> None:
         """Take a batch into hands: store it where the face of this trainer keeps it."""
