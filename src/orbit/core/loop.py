@@ -23,6 +23,7 @@ import torch
 from orbit.core import deterministic, rng, runtime, split
 from orbit.core.base import Base
 from orbit.core.feed import Feed, FeedError
+from orbit.core.lr_find import LRFind, lr_find
 from orbit.core.meters import Averages
 from orbit.core.nested import count_samples
 from orbit.core.outcome import Outcome
@@ -206,6 +207,50 @@ class Core(Base):
                     module.training = training
                 for name, value in kept.items():
                     setattr(self, name, value)
+
+    def lr_find(
+        self,
+        loader: Iterable[Any] | None = None,
+        min_lr: float = 1e-7,
+        max_lr: float = 1.0,
+        steps: int = 100,
+        stop_at: float = 4.0,
+        body: Callable[[], Any] | None = None,
+    ) -> LRFind:
+        """Try learning rates from `min_lr` to `max_lr`, one a step, and suggest one; everything is then as it was.
+
+        It takes a second copy of model and optimizer while it runs. The optimizer keeps its own rate: set the suggested
+        one yourself. Several parameter groups keep the ratio of their rates.
+
+        Args:
+            loader: training data; BaseTrainer's own if None.
+            steps: optimizer steps, >= 2; less if the loss diverges.
+            stop_at: it has, when its average is so many times the best one, > 1.
+            body: what to do with a batch, if you call `update(...)` yourself: `lambda: my_step(engine)`.
+
+        Returns an `LRFind`: `suggestion`, `lrs`, `losses`, `plot()`.
+
+        Raises:
+            ValueError: a number outside its range. FeedError: a loader that serves once.
+            RuntimeError: inside a running loop, or without an optimizer. And whatever the body raises.
+
+        >>> from orbit import Engine
+        >>> model = torch.nn.Linear(2, 1)
+        >>> engine = Engine(model, torch.optim.SGD(model.parameters(), 1e-3), torch.nn.MSELoss(), device="cpu")
+        >>> found = engine.lr_find([(torch.ones(4, 2), torch.ones(4, 1))], steps=50)
+        >>> len(found.lrs), found.lrs[0], engine.global_step
+        (50, 1e-07, 0)
+        """
+        self.build()
+        return lr_find(
+            self,
+            self._loader() if loader is None else loader,
+            body or (lambda: self.step_with(self._forward)),
+            min_lr=min_lr,
+            max_lr=max_lr,
+            steps=steps,
+            stop_at=stop_at,
+        )
 
     def use_batch(self, batch: Any) -> None:
         """Train on `batch` in place of the one that the loader gave; for `on_before_batch`."""
