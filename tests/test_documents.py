@@ -353,6 +353,31 @@ def test_003_hooks_take_the_documents_arguments(
     assert trainer.step == 2
 
 
+def test_003_wandb_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says is read back in tests/plugin/test_wandb.py."""
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+    from orbit.trainer import WandbHook
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    hook = run(f"hook = {snippet('003', 11).strip()}", WandbHook=WandbHook)["hook"]
+    quick_tour: Any = quick_tour_trainer()
+
+    class Trainer(quick_tour):
+        def build_hooks(self) -> list[Any]:
+            return [hook]
+
+        def forward(self, input: Any) -> Any:
+            self.log({"said": 1.0})
+            self.log_images({"digit": input[0][0].reshape(28, 28)})
+            return super().forward(input)
+
+    Trainer(max_steps=2, device="cpu").train()
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert folder.name.endswith(hook.run_id)
+    assert len(list(folder.glob("files/media/images/digit_*.png"))) == 2
+
+
 def test_003_log_override(capsys: pytest.CaptureFixture[str]) -> None:
     log = run(snippet("003", 7))["log"]
     from orbit.trainer import LoggingHook

@@ -1,7 +1,7 @@
 """The training core: one loop, its events, and what must be true around every step."""
 
-from orbit.core.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from orbit.core.blocks import BlocksError, find_blocks
+from orbit.core.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from orbit.core.events import EVENTS, BaseHook, Plugin
 from orbit.core.feed import Feed, FeedError
 from orbit.core.loop import Core

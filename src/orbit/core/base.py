@@ -104,6 +104,7 @@ class Base:
         self._feed: Feed | None = None
         self._unused = 0  # batches handed out since the last step boundary
         self._position: dict[str, Any] | None = None  # a restored place in the data, until it is used
+        self._calls_to_pass = 0  # train() calls that a resumed script makes again although they are over
         self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch
         self._pending: dict[str, Any] | None = None  # a state loaded before the build
         self._epoch_losses = Averages()
@@ -299,7 +300,8 @@ class Base:
             self.model = parallel.spread(self.model, self.parallel, self.mesh, self.device)
             if self.optimizer is not None:
                 parallel.follow(self.optimizer, before, self.unwrapped_model)
-        if runtime.world_size() > 1 and (self.parallel is not None or parallel.is_spread(self.model)):
+        spread = parallel.is_spread(self.model) or self.parallel is not None
+        if spread and runtime.world_size() > 1:
             self.team = Team(self.device)
 
     def _after_optimizer_step(self) -> None:
@@ -412,6 +414,12 @@ class Base:
             training_state.restore(self, state)
         else:
             self._pending = state
+
+    def repeat_calls(self) -> None:
+        """This process runs the script of the loaded run again from its beginning: train() calls that were over when
+        the state was saved are passed over. Without this the next train() goes on with the interrupted one.
+        """
+        self._calls_to_pass = max(0, self.state.call - 1)
 
     def _model_state(self) -> dict[str, Any]:
         return self._stateful_model.state_dict()

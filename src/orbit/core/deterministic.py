@@ -32,7 +32,7 @@ def prepare() -> None:
         late = ", and CUDA has started" if torch.cuda.is_initialized() else ""
         raise RuntimeError(
             f"deterministic=True needs {_VARIABLE}={_VALUES[0]} in the environment before CUDA starts; it is {found}"
-            f"{late}: start the program with `{_VARIABLE}={_VALUES[0]} python ...`, or make the trainer before "
+            f"{late}: start the program with `{_VARIABLE}={_VALUES[0]} python ...`, or make the trainer first, before "
             "anything is on the GPU"
         )
     os.environ[_VARIABLE] = _VALUES[0]

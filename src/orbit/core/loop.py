@@ -54,11 +54,14 @@ class Core(Base):
                 "train() is already running: finish or leave the outer loop before starting another"
             )
         self._running = True
-        left = False
+        left = passed = False
         settings = ExitStack()
         try:
             settings.enter_context(deterministic.algorithms(self.options.deterministic))
             self.build()
+            if passed := self._calls_to_pass > 0:
+                self._pass_over()
+                return
             self._feed = feed = self._make_feed(self._loader() if loader is None else loader)
             if rehearsal := int(self.options.fast_dev_run):
                 epochs = None if epochs is None else min(epochs, 1)
@@ -69,6 +72,9 @@ class Core(Base):
             self._agree()
             while not self._finished(epochs, steps):
                 yield from self._epoch(feed, steps)
+            if self._rng is not None:  # the call was over already: what follows goes on from there
+                rng.restore(self._rng, feed.generators)
+                feed.rest(self._position)
             self._agree()
             self.emit("after_train")
         except GeneratorExit:
@@ -86,7 +92,8 @@ class Core(Base):
             settings.close()
             self._running = False
             self.state.phase = "idle"
-            self._rng = self._position = None
+            if not passed:
+                self._rng = self._position = None
             if self._updater is not None:
                 self._updater.reset()
             if left and self._entered:
@@ -334,7 +341,9 @@ class Core(Base):
         if self._rng is None:  # not resumed: this call counts its own epochs
             if state.micro_step:
                 state.epoch += 1
+            state.call += 1
             state.first_epoch, state.epoch_done = state.epoch, False
+        state.call = max(1, state.call)  # a state may be saved before the first
         self.total_steps = steps
         if epochs is not None and feed.length is not None:
             windows = -(-feed.length // self.gradient_accumulation_steps)
@@ -344,6 +353,15 @@ class Core(Base):
         if self._updater is not None:
             self._updater.reset()
         self._unused, self._data_time, self._step_began = 0, 0.0, perf_counter()
+
+    def _pass_over(self) -> None:
+        last, left = self.state.call, self._calls_to_pass
+        self.logger.warning(
+            "train() call %d of this run was over when the checkpoint was saved in call %d: passed over",
+            last - left,
+            last,
+        )
+        self._calls_to_pass -= 1
 
     def _epochs_done(self) -> int:
         return self.state.epoch - self.state.first_epoch + self.state.epoch_done

@@ -15,6 +15,7 @@ class TrainState:
     Attributes:
         step: optimizer steps done.
         epoch: passes over the data begun before this one (0 in the first).
+        call: number of the current `train()` call of the run, from 1; 0 before the first.
         first_epoch: `epoch` when the current `train()` call began; it counts its own epochs from there.
         epoch_done: the current epoch is complete and its `after_epoch` has begun.
         micro_step: micro-batches handed out.
@@ -27,6 +28,7 @@ class TrainState:
 
     step: int = 0
     epoch: int = 0
+    call: int = 0
     first_epoch: int = 0
     epoch_done: bool = False
     micro_step: int = 0
@@ -36,7 +38,16 @@ class TrainState:
     stop: tuple[str, str] | None = None
     rows_that_fit: int | None = None
 
-    _SAVED = ("step", "epoch", "first_epoch", "epoch_done", "micro_step", "samples", "rows_that_fit")
+    _SAVED = (
+        "step",
+        "epoch",
+        "call",
+        "first_epoch",
+        "epoch_done",
+        "micro_step",
+        "samples",
+        "rows_that_fit",
+    )
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._SAVED} | {

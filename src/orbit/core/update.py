@@ -92,6 +92,7 @@ class Updater:
         self.before_step, self.after_step, self.dropped = before_step, after_step, dropped
         self.team, self.wishes, self.heard = team, wishes, heard
         self.synchronised = True  # torch exchanges the gradients of the micro-batch at hand
+        self._exchanged = True  # it did those of the last one added
         self.micro = 0  # micro-batches in the open window
         self.failures = 0  # windows dropped in a row
         self.unit: float | None = None  # c of the module docstring
@@ -167,14 +168,14 @@ class Updater:
 
     def advance(self, last: bool) -> bool:
         """A micro-batch has been accumulated whole. Returns and raises as `add`."""
-        self.micro += 1
+        self.micro, self._exchanged = self.micro + 1, self.synchronised
         return self.close() if last or self.micro >= self.accumulation else False
 
     def close(self) -> bool:
         """Step with what the open window holds. Returns and raises as `add`."""
         total, ranks, told = self._total, 1, None
         if self.team is not None:
-            self._average(self.outside if self.synchronised else self.parameters)
+            self._average(self.outside if self._exchanged else self.parameters)
             told = self.team.gather([total, *self.wishes()])
             total, ranks = told[:, 0].sum(), self.team.size
         gradients = [p.grad for p in self.parameters if p.grad is not None]

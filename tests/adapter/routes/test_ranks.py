@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from orbit.adapter.owners import Down, ModuleSlot, Slot, Up, Whole
 from orbit.adapter.routes.ranks import touched
-
-WORKER = Path(__file__).with_name("ranks_worker.py")
+from tests.ranks import on_ranks
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_ranks_are_one_process() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(WORKER)]
-    paths = os.pathsep.join(str(WORKER.parents[3] / name) for name in ("src", "."))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(errors) == 14
-    assert {case: error for case, error in errors.items() if error > 5e-5} == {}
+    for errors in on_ranks("tests.adapter.routes.rank_cases:errors", 2, seconds=200):
+        assert len(errors) == 14
+        assert {case: error for case, error in errors.items() if error > 5e-5} == {}
 
 
 def test_what_is_touched_gets_zeros_and_changes_nothing() -> None:
