@@ -198,7 +198,7 @@ class Engine(Core):
             raise ValueError(f"sanity_eval={sanity_eval} and no val: there is nothing to evaluate")
         with self:
             if sanity_eval and val is not None:
-                self._rehearse_eval(val, sanity_eval, self.auto_update)
+                self._sanity_eval(val, sanity_eval, self.auto_update)
             for _ in self.train(train, num_epochs=num_epochs):
                 self.auto_update()
                 if val is not None and self.is_epoch_end:

@@ -102,11 +102,11 @@ EVENTS: tuple[str, ...] = tuple(name.removeprefix("on_") for name in vars(Plugin
 
 
 class Dispatcher:
-    """Who listens to what, in order. `handlers[event]` is a list of bound methods; with `rehearsal`, plugins that
+    """Who listens to what, in order. `handlers[event]` is a list of bound methods; with `dry_run`, plugins that
     write are left out."""
 
-    def __init__(self, plugins: Iterable[Plugin], rehearsal: bool = False) -> None:
-        self.rehearsal = rehearsal
+    def __init__(self, plugins: Iterable[Plugin], dry_run: bool = False) -> None:
+        self.dry_run = dry_run
         self.plugins: list[Plugin] = []
         self.handlers: dict[str, list[Callable[..., None]]] = {event: [] for event in EVENTS}
         for plugin in plugins:
@@ -130,7 +130,7 @@ class Dispatcher:
                     f"known: {', '.join(EVENTS)}",
                     stacklevel=3,
                 )
-        if self.rehearsal and plugin.writes:
+        if self.dry_run and plugin.writes:
             return False
         self.plugins.append(plugin)
         self.plugins.sort(key=lambda p: p.priority)

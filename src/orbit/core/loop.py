@@ -63,10 +63,10 @@ class Core(Base):
                 self._pass_over()
                 return
             self._feed = feed = self._make_feed(self._loader() if loader is None else loader)
-            if rehearsal := int(self.options.fast_dev_run):
+            if few := int(self.options.fast_dev_run):
                 epochs = None if epochs is None else min(epochs, 1)
-                steps = min(self.step + rehearsal, self.step + rehearsal if steps is None else steps)
-                self.logger.info("fast_dev_run: %d steps, and nothing is written", rehearsal)
+                steps = min(self.step + few, self.step + few if steps is None else steps)
+                self.logger.info("fast_dev_run: %d steps, and nothing is written", few)
             self._begin(feed, epochs, steps)
             self.emit("before_train")
             self._agree()
@@ -291,7 +291,7 @@ class Core(Base):
                 return
 
     def _few(self, batches: Iterator[tuple[Any, bool]], each: int = 1) -> Iterator[tuple[Any, bool]]:
-        """In a rehearsal, so many times `each` batches, of which the last ends the epoch."""
+        """In a fast_dev_run, so many times `each` batches, of which the last ends the epoch."""
         most = int(self.options.fast_dev_run) * each
         if not most:
             yield from batches
@@ -299,7 +299,7 @@ class Core(Base):
         for number, (batch, last) in enumerate(islice(batches, most), 1):
             yield batch, last or number == most
 
-    def _rehearse_eval(self, loader: Iterable[Any], batches: int, body: Callable[[], Any]) -> None:
+    def _sanity_eval(self, loader: Iterable[Any], batches: int, body: Callable[[], Any]) -> None:
         """Evaluate a few batches to see that it works; the bracket is left before it would report anything."""
         with closing(self.eval(loader)) as evaluation:
             for number, _ in enumerate(evaluation, 1):

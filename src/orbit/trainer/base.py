@@ -150,7 +150,7 @@ class BaseTrainer(Core):
         with self:
             if self.sanity_eval:
                 self.build()
-                self._rehearse_eval(self._validation(), self.sanity_eval, self._run_micro_step)
+                self._sanity_eval(self._validation(), self.sanity_eval, self._run_micro_step)
             with closing(self.microbatches(None, steps=self.max_steps)) as self._loop:  # type: ignore[type-var]
                 for _ in self._loop:
                     step = self.step
@@ -226,7 +226,7 @@ class BaseTrainer(Core):
         self.lr_scheduler = self.build_lr_scheduler()
         self.grad_scaler = self.build_grad_scaler()
         self._dispatcher = Dispatcher(
-            [*self.build_hooks(), *self._given], rehearsal=bool(self.options.fast_dev_run)
+            [*self.build_hooks(), *self._given], dry_run=bool(self.options.fast_dev_run)
         )
 
     def _loader(self) -> Iterable[Any]:
