@@ -59,6 +59,7 @@ class Checkpoint(Plugin):
         CheckpointError: the state could not be written.
     """
 
+    writes = True
     priority = (
         Plugin.CHECKPOINT - 1
     )  # what CheckpointingHook saves knows of the files that this one has written

@@ -60,6 +60,7 @@ class CheckpointingHook(Plugin):
     """
 
     priority = Plugin.CHECKPOINT
+    writes = True
 
     def __init__(
         self,
