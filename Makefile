@@ -4,7 +4,7 @@
 # .venv, installs the versions that constraints.txt pins, installs Orbit editable, and fetches what it needs.
 # Stamp files in .venv remember what is done, until pyproject.toml or constraints.txt changes.
 #
-#   make test ARGS="-k adapter -x"     passes arguments on (demo, test, bench, bench-adapters, bench-xlora, gpu, docs)
+#   make test ARGS="-k adapter -x"     passes arguments on (demo, test, bench, bench-adapters, bench-xlora, …)
 #   make test PYTHON=python3.12        picks the interpreter that .venv is made from
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ PINS    := pyproject.toml constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check faults bench bench-adapters bench-xlora gpu docs
+.PHONY: help demo test check faults bench bench-adapters bench-xlora bench-checkpoints gpu docs
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -51,6 +51,9 @@ bench-adapters: $(VENV)/.bench ## adapters against PEFT: time, memory, mixed bat
 bench-xlora: $(VENV)/.bench ## mixtures of experts against PEFT's: time, memory, generation
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.xlora $(ARGS)
 
+bench-checkpoints: $(VENV)/.dev ## how long a save holds up training, in the loop and beside it
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.checkpointing $(ARGS)
+
 gpu: $(VENV)/.bench ## the tests that need a CUDA device, then the benchmarks on it (tables in benchmarks/gpu/)
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device here' % torch.__version__)"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(ARGS)
@@ -58,6 +61,7 @@ gpu: $(VENV)/.bench ## the tests that need a CUDA device, then the benchmarks on
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks --device cuda --out benchmarks/gpu/loop.md
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.adapters --device cuda --out benchmarks/gpu/adapters.md
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.xlora --device cuda --out benchmarks/gpu/xlora.md
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.checkpointing --device cuda --out benchmarks/gpu/checkpointing.md
 
 docs: $(VENV)/.dev ## run what is shown: the documents' snippets, the README's, the examples in docstrings
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules src/orbit tests/test_documents.py tests/test_readme.py $(ARGS)

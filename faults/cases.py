@@ -8,7 +8,15 @@ from typing import cast
 
 from faults.result import Result
 
-CASES: tuple[str, ...] = ("kill_in_save",)
+CASES: tuple[str, ...] = (
+    "kill_in_save",
+    "damaged_files",
+    "full_disk",
+    "two_writers",
+    "malicious",
+    "reshard",
+    "lost_rank",
+)
 
 
 def case(name: str) -> Callable[[bool, int], Result]:

@@ -265,6 +265,7 @@ def test_make_speaks_the_whole_vocabulary():
         "bench",
         "bench-adapters",
         "bench-xlora",
+        "bench-checkpoints",
         "gpu",
         "docs",
     ]

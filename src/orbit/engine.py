@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from orbit.core import runtime
+from orbit.core import deterministic, runtime
 from orbit.core.base import at_least
 from orbit.core.checkpoint import MANIFEST, latest_checkpoint, save_checkpoint
 from orbit.core.events import Plugin
@@ -68,7 +68,8 @@ class Engine(Core):
             or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
             ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
-        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
+            split_on_oom.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -121,6 +122,8 @@ class Engine(Core):
                 f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
             )
         check_parallel(parallel)
+        if options.get("deterministic"):
+            deterministic.prepare()  # before processes start CUDA
         if parallel is not None:
             start_processes()
         chosen: list[Plugin] = [Mentor()] if plugins is None else list(plugins)
@@ -135,7 +138,8 @@ class Engine(Core):
                 CheckpointingHook(interval=None, every_epoch=True, path=Path(checkpoint_dir).absolute())
             )
         super().__init__(
-            device=runtime.resolve_device(device, model),
+            device=device,
+            placed=model,
             mixed_precision=mixed_precision,
             grad_clip=grad_clip_norm,
             accumulation=gradient_accumulation_steps,
@@ -201,29 +205,43 @@ class Engine(Core):
             ValueError: there is neither a criterion with a target nor a loss of the model's own.
         """
         self._require_batch("auto_update()")
-        self.step_on(self._forward())
+        self.step_with(self._forward)
         return self.loss
 
     def update(
-        self, loss: Tensor | Callable[[], Tensor | None] | None, weight: float | Tensor = 1.0
+        self, loss: Tensor | Callable[[], Tensor | Outcome | None] | None, weight: float | Tensor = 1.0
     ) -> Tensor | None:
         """Back-propagate a loss of your own; step when the window is full. In `eval()` it is only recorded.
 
         Args:
-            loss: a scalar (a mean), or a function that computes it, which lets the engine compute it again. None
-                skips the backward of this micro-batch.
+            loss: a scalar (a mean), or a function that computes it (or an `Outcome`) from `engine.batch`, `data` and
+                `target`, which lets the engine compute it again, or in parts. None skips the backward of this
+                micro-batch.
             weight: how many units the mean is over. A window's gradient is Σ wᵢ·∇lossᵢ / Σ wᵢ; equal weights give the
                 plain mean over micro-batches.
 
         Returns the loss, detached.
         """
         self._require_batch("update()")
-        self.step_on(Outcome(loss() if callable(loss) else loss, weight))
+        if not callable(loss):
+            self.step_on(Outcome(loss, weight))
+            return self.loss
+
+        def compute() -> Outcome:
+            result = loss()
+            if isinstance(result, Outcome):
+                return result
+            return Outcome(result, weight if self.part == 1 else weight * self.part)
+
+        self.step_with(compute)
         return self.loss
 
-    def step_on(self, outcome: Outcome) -> None:
+    def _note(self, outcome: Outcome) -> None:
+        self._keep_loss(outcome)
+        super()._note(outcome)
+
+    def _keep_loss(self, outcome: Outcome) -> None:
         self.loss = outcome.loss.detach() if isinstance(outcome.loss, Tensor) else None
-        super().step_on(outcome)
 
     # ── names that users of an engine expect ──────────────────────────────────────────────────────────────────
 
@@ -322,6 +340,7 @@ class Engine(Core):
         return ((labels[:, 1:] if shifted else labels) != -100).sum()
 
     def _record_eval(self, outcome: Outcome) -> None:
+        self._keep_loss(outcome)
         super()._record_eval(outcome)
         output, target = self.output, self.target
         if (

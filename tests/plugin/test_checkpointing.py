@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def test_a_second_signal_is_not_held_back(tmp_path: Path) -> None:
     class Impatient(SendSignal):
         def on_before_batch(self, trainer: Any) -> None:
             super().on_before_batch(trainer)
+            time.sleep(0.15)
             super().on_before_batch(trainer)
 
     def leave_now(*_: Any) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from orbit.core import blocks, parallel, param_groups, runtime, shards, training_state
+from orbit.core import blocks, deterministic, parallel, param_groups, runtime, shards, split, training_state
 from orbit.core.checkpoint import load_checkpoint, load_sharded
 from orbit.core.events import Dispatcher, Plugin, announced
 from orbit.core.feed import Feed
@@ -46,6 +46,7 @@ class Base:
         metrics: floats of the current epoch.
         batch: the current micro-batch, as the loader gave it.
         options: what else the run was asked for.
+        part: the share of the micro-batch's rows that `batch` has: 1, unless it was split (`core/split.py`).
         is_padding: the batch repeats data so that this rank keeps step with the others, and counts for nothing.
     """
 
@@ -62,11 +63,14 @@ class Base:
         max_non_finite_grad_retries: int | None,
         no_sync_accumulate: bool,
         plugins: Iterable[Plugin] = (),
+        placed: nn.Module | None = None,
         parallel: Parallel | None = None,
         mesh: Any = None,
         **options: Unpack[Options],
     ) -> None:
         self.options: RunOptions = run_options(type(self).__name__, options)
+        if self.options.deterministic:
+            deterministic.prepare()  # before anything starts CUDA
         at_least("gradient_accumulation_steps", accumulation, 1)
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(
@@ -75,7 +79,7 @@ class Base:
         if max_non_finite_grad_retries is not None:
             at_least("max_non_finite_grad_retries", max_non_finite_grad_retries, 0)
         self.autocast_dtype = runtime.resolve_precision(mixed_precision)
-        self.device = runtime.resolve_device(device)
+        self.device = runtime.resolve_device(device, placed)
         self.grad_clip = grad_clip
         self.gradient_accumulation_steps = accumulation
         self.max_non_finite_grad_retries = max_non_finite_grad_retries
@@ -89,6 +93,7 @@ class Base:
         self.step_info: dict[str, Any] = {}
         self.batch: Any = None
         self.batch_idx = 0
+        self.part = 1.0
         self.is_last_batch = self.is_padding = False
         self.total_steps: int | None = None
         self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
@@ -99,6 +104,7 @@ class Base:
         self._feed: Feed | None = None
         self._unused = 0  # batches handed out since the last step boundary
         self._position: dict[str, Any] | None = None  # a restored place in the data, until it is used
+        self._calls_to_pass = 0  # train() calls that a resumed script makes again although they are over
         self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch
         self._pending: dict[str, Any] | None = None  # a state loaded before the build
         self._epoch_losses = Averages()
@@ -263,6 +269,8 @@ class Base:
             self._transform(self.hooks)
             blocks.prepare(self.unwrapped_model, self.options.activation_checkpointing, self.options.compile)
             self._spread()
+            if self.options.split_on_oom:
+                split.check(self.model)
             self._make_updater()
             self._built = True
 
@@ -292,7 +300,8 @@ class Base:
             self.model = parallel.spread(self.model, self.parallel, self.mesh, self.device)
             if self.optimizer is not None:
                 parallel.follow(self.optimizer, before, self.unwrapped_model)
-        if runtime.world_size() > 1 and (self.parallel is not None or parallel.is_spread(self.model)):
+        spread = parallel.is_spread(self.model) or self.parallel is not None
+        if spread and runtime.world_size() > 1:
             self.team = Team(self.device)
 
     def _after_optimizer_step(self) -> None:
@@ -404,6 +413,12 @@ class Base:
             training_state.restore(self, state)
         else:
             self._pending = state
+
+    def repeat_calls(self) -> None:
+        """This process runs the script of the loaded run again from its beginning: train() calls that were over when
+        the state was saved are passed over. Without this the next train() goes on with the interrupted one.
+        """
+        self._calls_to_pass = max(0, self.state.call - 1)
 
     def _model_state(self) -> dict[str, Any]:
         return self._stateful_model.state_dict()

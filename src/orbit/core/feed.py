@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from orbit.core import rng
 from orbit.core.share import Share, is_shared
+from orbit.core.signals import heard
 from orbit.core.workers import Watch
 
 
@@ -116,6 +117,7 @@ class Feed:
         self.loader = loader
         self.cursor = 0  # batches handed out
         self._start: dict[str, Any] | None = None
+        self._resting: dict[str, Any] | None = None
         self._loader_state: dict[str, Any] | None = None
         self._skipper: _Skipper | None = None
         self._share: Share | None = None
@@ -151,7 +153,11 @@ class Feed:
 
     def rewind(self) -> None:
         """An epoch is about to begin: it has no position yet."""
-        self._start, self.cursor = None, 0
+        self._start, self.cursor, self._resting = None, 0, None
+
+    def rest(self, position: dict[str, Any] | None) -> None:
+        """Stand at a saved position without fetching: the run is over, and may be made longer later."""
+        self._resting = position
 
     def position(self, unused: int = 0) -> dict[str, Any] | None:
         """Where the feed stands, as plain values and tensors; None before an epoch's iterator is made.
@@ -160,7 +166,7 @@ class Feed:
         cannot step back).
         """
         if self._start is None:
-            return None
+            return self._resting
         state = None
         if self._stateful and self._skipper is None:
             loader: Any = self.loader
@@ -194,7 +200,9 @@ class Feed:
         return iterator
 
     def _iterate(self) -> Iterator[Any]:
-        return iter(self._source) if self._watch is None else self._watch.open(self._source)
+        if self._watch is None:
+            return iter(self._source)
+        return self._watch.open(self._source, ignored=heard())
 
     def _reopen(self, position: dict[str, Any]) -> Iterator[Any]:
         self._start, self.cursor = position["start"], position["cursor"]

@@ -11,15 +11,15 @@ and `microbatches` calls the events of `core/events.py`, keeps the place in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from orbit.core import rng, runtime
+from orbit.core import deterministic, rng, runtime, split
 from orbit.core.base import Base
 from orbit.core.feed import Feed, FeedError
 from orbit.core.meters import Averages
@@ -52,15 +52,23 @@ class Core(Base):
                 "train() is already running: finish or leave the outer loop before starting another"
             )
         self._running = True
-        left = False
+        left = passed = False
+        settings = ExitStack()
         try:
+            settings.enter_context(deterministic.algorithms(self.options.deterministic))
             self.build()
+            if passed := self._calls_to_pass > 0:
+                self._pass_over()
+                return
             self._feed = feed = self._make_feed(self._loader() if loader is None else loader)
             self._begin(feed, epochs, steps)
             self.emit("before_train")
             self._agree()
             while not self._finished(epochs, steps):
                 yield from self._epoch(feed, steps)
+            if self._rng is not None:  # the call was over already: what follows goes on from there
+                rng.restore(self._rng, feed.generators)
+                feed.rest(self._position)
             self._agree()
             self.emit("after_train")
         except GeneratorExit:
@@ -75,9 +83,11 @@ class Core(Base):
             self._reported = id(error)
             raise
         finally:
+            settings.close()
             self._running = False
             self.state.phase = "idle"
-            self._rng = self._position = None
+            if not passed:
+                self._rng = self._position = None
             if self._updater is not None:
                 self._updater.reset()
             if left and self._entered:
@@ -132,8 +142,7 @@ class Core(Base):
             RuntimeError: outside a train() or eval() loop, or without an optimizer.
             ValueError, NonFiniteGradientError: see `Updater.add`.
         """
-        if self.is_padding:
-            outcome = replace(outcome, weight=0.0, records={})
+        outcome = self.weighed(outcome)
         if self.state.phase == "eval":
             self._record_eval(outcome)
             return
@@ -141,12 +150,29 @@ class Core(Base):
             raise RuntimeError(
                 "there is no batch to update on: call this inside `for _ in trainer.train(loader)` or eval(loader)"
             )
+        self._note(outcome)
+        self.updater.add(outcome, last=self._closes_here)
+        self._settle()
+
+    def step_with(self, compute: Callable[[], Outcome]) -> None:
+        """`step_on(compute())`, where `compute` may be called again for parts of the batch (`core/split.py`)."""
+        if not self.options.split_on_oom or self.state.phase != "train":
+            self.step_on(compute())
+            return
+        self._note(split.accumulate(self, compute))
+        self.updater.advance(self._closes_here)
+        self._settle()
+
+    def weighed(self, outcome: Outcome) -> Outcome:
+        """The outcome, of no weight if its batch only keeps this rank in step."""
+        return replace(outcome, weight=0.0, records={}) if self.is_padding else outcome
+
+    def _note(self, outcome: Outcome) -> None:
+        """Remember what a micro-batch of the open window came to."""
         if outcome.loss is not None:
             loss = outcome.loss.detach() if isinstance(outcome.loss, torch.Tensor) else outcome.loss
             self._micro_losses.append((loss, outcome.weight))
         self._micro_records.append(dict(outcome.records))
-        self.updater.add(outcome, last=self._closes_here)
-        self._settle()
 
     def eval(self, loader: Iterable[Any]) -> Generator[Any, None, None]:
         """A bracket: yield this trainer once a batch, without gradients and in eval mode, then put everything back.
@@ -160,7 +186,7 @@ class Core(Base):
         kept = {name: getattr(self, name) for name in self._bracketed}
         modes = [(module, module.training) for module in self.model.modules()]
         phase, losses = self.state.phase, self._eval_losses
-        with rng.preserved(feed.generators):
+        with rng.preserved(feed.generators), deterministic.algorithms(self.options.deterministic):
             try:
                 self.state.phase, self._eval_losses = "eval", Averages()
                 self.model.eval()
@@ -247,7 +273,9 @@ class Core(Base):
         if self._rng is None:  # not resumed: this call counts its own epochs
             if state.micro_step:
                 state.epoch += 1
+            state.call += 1
             state.first_epoch, state.epoch_done = state.epoch, False
+        state.call = max(1, state.call)  # a state may be saved before the first
         self.total_steps = steps
         if epochs is not None and feed.length is not None:
             windows = -(-feed.length // self.gradient_accumulation_steps)
@@ -257,6 +285,15 @@ class Core(Base):
         if self._updater is not None:
             self._updater.reset()
         self._unused, self._data_time, self._step_began = 0, 0.0, perf_counter()
+
+    def _pass_over(self) -> None:
+        last, left = self.state.call, self._calls_to_pass
+        self.logger.warning(
+            "train() call %d of this run was over when the checkpoint was saved in call %d: passed over",
+            last - left,
+            last,
+        )
+        self._calls_to_pass -= 1
 
     def _epochs_done(self) -> int:
         return self.state.epoch - self.state.first_epoch + self.state.epoch_done
@@ -308,6 +345,8 @@ class Core(Base):
 
     def _synchronisation(self) -> Any:
         """Leave out the gradient exchange between ranks on micro-batches that do not close their window."""
+        if self._updater is not None and self.team is not None and self.options.split_on_oom:
+            return split.unsynchronised(self)
         if self._updater is None or not self.no_sync_accumulate or self.gradient_accumulation_steps == 1:
             return nullcontext()
         closing = self._closes_here or self._updater.micro + 1 >= self._updater.accumulation

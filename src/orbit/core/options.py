@@ -17,6 +17,8 @@ class Options(TypedDict, total=False):
 
     activation_checkpointing: bool | Sequence[str]
     compile: bool | str | Mapping[str, Any]
+    deterministic: bool | str
+    split_on_oom: bool
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,17 @@ class RunOptions:
             less memory, a third more time, the same gradients. True finds the blocks (`find_blocks`); or their names.
         compile: `torch.compile` each block in place, after adapters and checkpointing; a mapping has torch.compile's
             arguments and, under "blocks", names. "model" compiles the whole model instead.
+        deterministic: deterministic algorithms alone while a loop runs (`core/deterministic.py`); an operation that has
+            none raises, or warns with "warn". Seeds are set by `seed_everything`.
+        split_on_oom: halve a micro-batch that does not fit into memory, as often as it takes; the window's gradient is
+            the same. Works where the trainer computes the loss: `auto_update()`, `update(function)`, `forward()`. While
+            a window is open, its gradients and those of a running backward take memory side by side.
     """
 
     activation_checkpointing: bool | Sequence[str] = False
     compile: bool | str | Mapping[str, Any] = False
+    deterministic: bool | str = False
+    split_on_oom: bool = False
 
     def __post_init__(self) -> None:
         chosen = self.activation_checkpointing
@@ -43,6 +52,8 @@ class RunOptions:
             raise ValueError(
                 f'compile={self.compile!r}: give True, False, "model", or a dict of torch.compile\'s arguments'
             )
+        if self.deterministic not in (True, False, "warn"):
+            raise ValueError(f'deterministic={self.deterministic!r}: give True, False or "warn"')
         if chosen and isinstance(self.compile, Mapping) and self.compile.get("backend") == "eager":
             raise ValueError(
                 'compile={"backend": "eager"} with activation_checkpointing: this backend draws other random numbers '

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orbit.core import rng
+from orbit.core import rng, shards
 from orbit.core.checkpoint.errors import CheckpointError
 from orbit.core.state import TrainState
 
@@ -52,6 +52,8 @@ def _check_counters(state: dict[str, Any]) -> None:
     counters = state["state"]
     for name in TrainState._SAVED:
         value = counters.get(name)
+        if name == "rows_that_fit" and value is None:  # all that came did fit
+            continue
         if type(value) not in (int, bool) or not 0 <= value < 10**18:
             raise _error(f"state[{name!r}]", f"is {str(value)[:40]}: no run has come that far")
     if not isinstance(counters.get("metrics"), dict):
@@ -90,6 +92,7 @@ def _check_generators(state: Any, place: str) -> None:
 
 
 def _check_numbers(tensor: Tensor, place: str, finite: bool) -> None:
+    tensor = shards.local(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point() or tensor.is_sparse or tensor.numel() == 0:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orbit.core import rng, runtime
+from orbit.core import rng, runtime, state_checks
+from orbit.core.nested import map_nested_tensor
 from orbit.core.ranks import everyones
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any
 
 
 def restore(trainer: Base, state: dict[str, Any]) -> None:
-    """See `Base.load_state_dict`; the trainer is built."""
+    """See `Base.load_state_dict`; the trainer is built.
+
+    What can be seen beforehand is checked beforehand; whatever else fails, the trainer is put back as it was.
+    """
     parts = {name: getattr(trainer, name) for name in ("optimizer", "lr_scheduler", "grad_scaler")}
     for name, part in parts.items():
         if (part is None) != (state[name] is None):
@@ -82,6 +86,33 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
                 f"the checkpoint has {'no' if state[name] is None else 'a'} {name} and this run has "
                 f"{'none' if part is None else 'one'}: build the run as the checkpoint's was"
             )
+    state_checks.check(state, trainer.unwrapped_model)
+    kept, place = _keep(trainer), (trainer._position, trainer._rng)
+    try:
+        _apply(trainer, state, _of_this_rank(state["ranks"]))
+    except BaseException:
+        _apply(trainer, kept, kept["own"])
+        trainer._position, trainer._rng = place
+        raise
+
+
+def _keep(trainer: Base) -> dict[str, Any]:
+    """What `_apply` changes, as it is now. The model is copied; a loading optimizer leaves its old tensors alone."""
+    scheduler, scaler, updater = trainer.lr_scheduler, trainer.grad_scaler, trainer._updater
+    kept: dict[str, Any] = {
+        "state": trainer.state.state_dict(),
+        "model": map_nested_tensor(lambda tensor: tensor.detach().clone(), dict(trainer._model_state())),
+        "optimizer": trainer._optimizer_state(),
+        "lr_scheduler": None if scheduler is None else deepcopy(scheduler.state_dict()),
+        "grad_scaler": None if scaler is None else scaler.state_dict(),
+        "updater": None if updater is None else updater.state_dict(),
+        "own": {"feed": None, "rng": None, "epoch_losses": trainer._epoch_losses.state_dict()},
+    }
+    trainer.emit("state_dict", kept)
+    return kept
+
+
+def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:
     trainer._load_parts(state)
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.load_state_dict(deepcopy(state["lr_scheduler"]))
@@ -91,9 +122,9 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
         trainer._updater.load_state_dict(state["updater"])
         trainer._updater.reset()
     trainer.state.load_state_dict(state["state"])
-    mine = _of_this_rank(state["ranks"])
-    trainer._epoch_losses.load_state_dict(mine["epoch_losses"])
-    trainer._position, trainer._rng = mine["feed"], mine["rng"]
+    trainer._calls_to_pass = 0
+    trainer._epoch_losses.load_state_dict(own["epoch_losses"])
+    trainer._position, trainer._rng = own["feed"], own["rng"]
     trainer.emit("load_state_dict", state)
 
 
@@ -135,7 +166,14 @@ def check_same_tensors(own: dict[str, Any], given: dict[str, Any]) -> None:
     problems += [
         f"{key} is {tuple(given[key].shape)} there and {tuple(value.shape)} here"
         for key, value in own.items()
-        if key in given and isinstance(value, Tensor) and value.shape != given[key].shape
+        if isinstance(value, Tensor)
+        and isinstance(given.get(key), Tensor)
+        and value.shape != given[key].shape
+    ]
+    problems += [
+        f"{key} is a {type(given[key]).__name__} there"
+        for key, value in own.items()
+        if key in given and isinstance(value, Tensor) != isinstance(given[key], Tensor)
     ]
     if problems:
         more = f" … and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -92,6 +92,7 @@ class Updater:
         self.before_step, self.after_step, self.dropped = before_step, after_step, dropped
         self.team, self.wishes, self.heard = team, wishes, heard
         self.synchronised = True  # torch exchanges the gradients of the micro-batch at hand
+        self._exchanged = True  # it did those of the last one added
         self.micro = 0  # micro-batches in the open window
         self.failures = 0  # windows dropped in a row
         self.unit: float | None = None  # c of the module docstring
@@ -125,11 +126,19 @@ class Updater:
             ValueError: the loss is no scalar, has no gradient, or the weight is negative or not finite.
             NonFiniteGradientError: see `retries`.
         """
+        self.accumulate(outcome, alone=self.is_alone(last))
+        return self.advance(last)
+
+    def is_alone(self, last: bool) -> bool:
+        """The next micro-batch is the whole of its window."""
+        return self.micro == 0 and (last or self.accumulation == 1)
+
+    def accumulate(self, outcome: Outcome, *, alone: bool = False) -> None:
+        """Back-propagate a micro-batch, or a part of one; `alone` if it is the whole of its window. Raises as `add`."""
         if not self.micro and self._held != [id(p) for g in self.optimizer.param_groups for p in g["params"]]:
             self.collect_parameters()  # somebody edited param_groups
             self.reset()
-        last = last or self.micro + 1 >= self.accumulation
-        share = self._share(outcome.weight, alone=last and self.micro == 0)
+        share = self._share(outcome.weight, alone=alone)
         muted = isinstance(share, float) and share == 0.0
         if outcome.loss is None and self.team is not None and self.synchronised:
             raise ValueError(
@@ -156,14 +165,17 @@ class Updater:
             if not muted:
                 self._total = self._total + share
                 self._loss_sum = self._loss_sum + loss.detach()
-        self.micro += 1
-        return self.close() if last else False
+
+    def advance(self, last: bool) -> bool:
+        """A micro-batch has been accumulated whole. Returns and raises as `add`."""
+        self.micro, self._exchanged = self.micro + 1, self.synchronised
+        return self.close() if last or self.micro >= self.accumulation else False
 
     def close(self) -> bool:
         """Step with what the open window holds. Returns and raises as `add`."""
         total, ranks, told = self._total, 1, None
         if self.team is not None:
-            self._average(self.outside if self.synchronised else self.parameters)
+            self._average(self.outside if self._exchanged else self.parameters)
             told = self.team.gather([total, *self.wishes()])
             total, ranks = told[:, 0].sum(), self.team.size
         gradients = [p.grad for p in self.parameters if p.grad is not None]

@@ -17,11 +17,13 @@ own iterator.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import re
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64
 from multiprocessing import RawArray
 from typing import Any
@@ -73,14 +75,17 @@ _board: _Board | None = None  # set in workers alone
 
 
 class _Init:
-    """The user's worker_init_fn, after the worker has been given its board."""
+    """The user's worker_init_fn, after the worker has been given its board and the signals to ignore."""
 
     def __init__(self, board: _Board, then: Callable[[int], None] | None) -> None:
         self.board, self.then = board, then
+        self.ignored: Sequence[int] = ()
 
     def __call__(self, worker: int) -> None:
         global _board
         _board = self.board
+        for number in self.ignored:
+            signal.signal(number, signal.SIG_IGN)
         if self.then is not None:
             self.then(worker)
 
@@ -158,12 +163,15 @@ class Watch:
         self._board.note(number, _TAKEN)
         return _Task(number, item)
 
-    def open(self, loader: Any) -> Iterator[Any]:
-        """`iter(loader)`, whose failures are explained."""
+    def open(self, loader: Any, ignored: Sequence[int] = ()) -> Iterator[Any]:
+        """`iter(loader)`, whose failures are explained; new workers ignore some signals."""
         self._received, self._killed, self._open = 0, False, True
         self._board.clear()
+        self.worker_init_fn.ignored = ignored
         iterator = self._fetch(lambda: iter(loader))
         self._processes = list(getattr(iterator, "_workers", ()))
+        if ignored:
+            _deaf.update(process.pid for process in self._processes)
         _listen()
         return self._batches(iterator)
 
@@ -195,9 +203,11 @@ class Watch:
 
     def holds_back(self, error: RuntimeError) -> bool:
         """A worker's death is told at the next fetch, unless the loop is fetching now or torch spoke of another's."""
-        if self._fetching or not self._dead(error):
+        if not self._dead(error):
             return False
         if self._open and not self._killed:
+            if self._fetching:
+                return False
             self._death = error
         return True
 
@@ -243,8 +253,12 @@ class Watch:
                 "look at that sample, or give the DataLoader a longer timeout=",
             ) from error  # fmt: skip
 
-    def _kill(self) -> None:
+    def give_up(self) -> None:
+        """Workers are about to be killed: their deaths are no news."""
         self._killed = True
+
+    def _kill(self) -> None:
+        self.give_up()
         for process in self._processes:
             process.kill()
             process.join(1)  # so that its end is told while this watch knows of it
@@ -276,7 +290,25 @@ class Watch:
         return WorkerError(f"{who} {what} {where}: {way_out}", worker, batch, sample)
 
 
+def end_all() -> None:
+    """Kill the daemonic child processes, workers of any loader among them: the process is about to end."""
+    for watch in list(_watches):
+        watch.give_up()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+@atexit.register
+def _end_deaf() -> None:
+    """multiprocessing would send those that are left a SIGTERM, which they ignore, and wait for them."""
+    for child in multiprocessing.active_children():
+        if child.pid in _deaf:
+            child.kill()
+
+
 _watches: WeakSet[Watch] = WeakSet()
+_deaf: set[int | None] = set()  # numbers of worker processes that ignore signals
 _below: Any = None  # torch's handler of SIGCHLD, once ours stands before it
 _listening = False
 

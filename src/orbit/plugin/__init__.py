@@ -14,6 +14,7 @@ from orbit.plugin.gradient_stats import GradientStats
 from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
+from orbit.plugin.memory_estimator import MemoryEstimator
 from orbit.plugin.mentor import Mentor
 from orbit.plugin.metrics_file import MetricsFile
 from orbit.plugin.mlflow import MLflowHook
@@ -45,6 +46,7 @@ __all__ = [
     "LoRA",
     "LoggingHook",
     "MLflowHook",
+    "MemoryEstimator",
     "Mentor",
     "MetricError",
     "MetricsFile",

@@ -15,6 +15,7 @@ from orbit.core.checkpoint.background import Background, Staging
 from orbit.core.events import Plugin
 from orbit.core.lock import FolderLock
 from orbit.core.ranks import on_main
+from orbit.core.signals import Listener
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:
@@ -26,15 +27,16 @@ class CheckpointingHook(Plugin):
     on signals, and at the end of the run.
 
     A signal only sets a flag; the state is saved at the next step boundary, and the process then leaves with
-    `exit_code`. A second signal of the same kind is not held back.
+    `exit_code`. A second signal ends the process at once (`core/signals.py`).
 
     Args:
         interval: save every so many steps; None does not. The end of the run is saved in any case.
         keep_previous: checkpoints kept besides the newest; None keeps all.
         keep_interval: also keep every checkpoint whose step is a multiple of this.
         path: folder; a relative one lies in the trainer's workspace, if it has one.
-        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one; a path loads that file,
-            which must exist; None starts anew.
+        load: "latest" resumes from the newest valid checkpoint of `path`, if there is one: the script is run again, and
+            train() calls that were over do nothing. A path loads that file, which must exist, and the first train()
+            goes on from there. None starts anew.
         exit_signals: signals after which to save and leave.
         exit_code: process exit code, or "128+signal".
         exit_wait: seconds (or a timedelta) that a rank waits for the others before it leaves; a single process
@@ -95,8 +97,7 @@ class CheckpointingHook(Plugin):
         self._failing = False
         self._owed = False  # an epoch ended inside a window
         self._saved_step: int | None = None
-        self._trainer: Core | None = None
-        self._previous_handlers: dict[int, Any] = {}
+        self._listener: Listener | None = None
 
     def folder(self, trainer: Core) -> Path:
         """Where this hook's checkpoints lie."""
@@ -114,12 +115,14 @@ class CheckpointingHook(Plugin):
         else:
             found = Path(self.load)
         trainer.load_state_dict(trainer.read_checkpoint(found))
+        if self.load == "latest":
+            trainer.repeat_calls()
         self._saved_step = self.acknowledged = trainer.step
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
     def on_before_train(self, trainer: Core) -> None:
         on_main(lambda: self._take(trainer))
-        self._trainer, self._owed, self._failing = trainer, False, False
+        self._owed = self._failing = False
         trainer.interrupt(0)
         if not self.exit_signals:
             return
@@ -129,8 +132,8 @@ class CheckpointingHook(Plugin):
                 stacklevel=2,
             )
             return
-        for number in self.exit_signals:
-            self._previous_handlers[number] = signal.signal(number, self._receive)
+        self._listener = Listener(self.exit_signals, trainer.interrupt)
+        self._listener.listen()
 
     def on_after_step(self, trainer: Core) -> None:
         self._boundary(trainer, self.interval is not None and trainer.step % self.interval == 0)
@@ -149,9 +152,8 @@ class CheckpointingHook(Plugin):
         self._failing = True
 
     def on_close(self, trainer: Core) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers.clear()
+        if self._listener is not None:
+            self._listener.close()
         try:
             self._background.wait()
         except Exception:
@@ -205,11 +207,6 @@ class CheckpointingHook(Plugin):
         if self.keep_interval is not None:
             kept |= {path for path in present if checkpoint.step_of(path) % self.keep_interval == 0}
         return kept
-
-    def _receive(self, number: int, frame: Any) -> None:
-        assert self._trainer is not None
-        self._trainer.interrupt(number)
-        signal.signal(number, self._previous_handlers.get(number) or signal.SIG_DFL)
 
     def _take(self, trainer: Core) -> None:
         """The right to write to the folder; what a killed run left there goes."""

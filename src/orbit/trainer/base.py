@@ -50,7 +50,8 @@ class BaseTrainer(Core):
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a step.
         state_dict_options: passed to `torch.distributed.checkpoint.state_dict` for model and optimizer state.
         logger: a logger of your own.
-        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile.
+        **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
+            split_on_oom.
 
     Raises:
         ValueError: a number outside its range, an unknown precision, an absent device.
@@ -143,7 +144,7 @@ class BaseTrainer(Core):
             self._run_micro_step()
 
     def _run_micro_step(self) -> None:
-        self.step_on(self._forward())
+        self.step_with(self._forward)
 
     def _forward(self) -> Outcome:
         result = self.forward(self.batch)
@@ -155,7 +156,7 @@ class BaseTrainer(Core):
                 "records) or an Outcome"
             )
         loss, records = result
-        return Outcome(loss, 1.0, records or {})
+        return Outcome(loss, self.part, records or {})
 
     def _build(self) -> None:
         """Build everything once; `train()` does it."""

@@ -68,6 +68,9 @@ from orbit.adapter.patterns import clean
 from orbit.adapter.routes.route import find_state, install, state_of
 from orbit.core.rng import preserved
 from orbit.core.runtime import is_main_process
+from orbit.core.safetensors_header import check_header
+
+_LARGEST_CONFIG = 4 << 20  # bytes
 
 
 def save(
@@ -194,16 +197,17 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
             hint = "; a name on the Hub is downloaded with huggingface_hub.snapshot_download, which gives the folder"
         raise AdapterFileError(f"there is no file {weights}{hint}")
     try:
+        check_header(weights)
         with safe_open(weights, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise AdapterFileError(f"{weights} cannot be read: {error}") from None
     try:
         if path.suffix == ".safetensors" and "adapter_config" in metadata:
             text = metadata["adapter_config"]
         else:
-            text = (weights.parent / CONFIG).read_text(encoding="utf-8")
+            text = _config_text(weights.parent / CONFIG)
         fields = json.loads(text)
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {CONFIG} beside {weights}, nor one in its metadata") from None
@@ -217,6 +221,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise AdapterFileError(f"{weights}: {key} holds values that are not finite numbers")
     return fields, tensors
+
+
+def _config_text(path: Path) -> str:
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise AdapterFileError(f"{path} has {path.stat().st_size:,} bytes, which is no config")
+    return path.read_text(encoding="utf-8")
 
 
 # -- filling and checking ------------------------------------------------------------------------------------

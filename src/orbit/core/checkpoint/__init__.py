@@ -6,7 +6,8 @@
     folder/checkpoint_latest.pt             a link to the newest (checkpoint_latest, of folders)
 
 `single.py` writes and reads one file, `sharded.py` a folder to which all ranks write, `manifest.py` says whether a
-checkpoint is what was written, `folder.py` knows what lies side by side.
+checkpoint is what was written, `screening.py` what a file of unknown origin would do, `folder.py` what lies side by
+side.
 """
 
 from orbit.core.checkpoint.errors import CheckpointError
@@ -20,6 +21,7 @@ from orbit.core.checkpoint.folder import (
     sweep,
 )
 from orbit.core.checkpoint.manifest import MANIFEST, is_valid, write_folder_manifest
+from orbit.core.checkpoint.screening import screen
 from orbit.core.checkpoint.sharded import load_sharded, save_sharded
 from orbit.core.checkpoint.single import load_checkpoint, save_checkpoint
 
@@ -36,6 +38,7 @@ __all__ = [
     "prune",
     "save_checkpoint",
     "save_sharded",
+    "screen",
     "step_of",
     "sweep",
     "write_folder_manifest",

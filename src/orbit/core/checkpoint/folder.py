@@ -25,7 +25,7 @@ def list_checkpoints(folder: Path | str) -> list[Path]:
     found = [
         (int(match[1]), path)
         for path in Path(folder).glob("checkpoint_step_*")
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir() == (match[2] is None)
+        if (match := _NAME.fullmatch(path.name))
     ]
     return [path for _, path in sorted(found)]
 

@@ -31,6 +31,7 @@ from orbit.core.checkpoint.archive import Malformed, Record, records
 from orbit.core.checkpoint.errors import CheckpointError
 
 _MOST_OPCODES = 1_500_000  # 50,000 tensors have as many
+_MOST_PARTS = 500_000  # keys and values, a tensor counting as one
 _DEEPEST = 64
 _MOST_EXPANDED = 64 << 20  # bytes that tensors may have beyond their storages (stride 0), all together
 _OPCODES = (
@@ -214,6 +215,7 @@ class _Blank:
             storage, offset, shape, strides = arguments[:4]
             numbers = arguments[6] if name.endswith("3") else storage
             self.run.tensor(storage, offset, shape, strides, getattr(numbers, "itemsize", 1))
+            return None
         elif name == "_rebuild_from_type_v2" and isinstance(arguments[0], _Blank):
             return arguments[0](*arguments[2]), arguments[3:]
         return arguments  # whatever is in them is looked at with the rest
@@ -230,8 +232,8 @@ def _check_tree(top: Any) -> None:
         count += 1
         if depth > _DEEPEST:
             raise Malformed(f"it is nested over {_DEEPEST} deep")
-        if count > _MOST_OPCODES:
-            raise Malformed(f"it has over {_MOST_OPCODES:,} parts")
+        if count > _MOST_PARTS:
+            raise Malformed(f"it has over {_MOST_PARTS:,} parts: many numbers belong into a tensor")
         if isinstance(value, dict):
             left += [(part, depth + 1) for part in dict.keys(value)]
             left += [(part, depth + 1) for part in dict.values(value)]

@@ -30,7 +30,7 @@ from torch import Tensor
 from orbit.core import runtime, shards
 from orbit.core.checkpoint.errors import CheckpointError
 from orbit.core.checkpoint.manifest import is_valid, write_folder_manifest
-from orbit.core.checkpoint.single import load_checkpoint, save_checkpoint
+from orbit.core.checkpoint.single import check_step, load_checkpoint, save_checkpoint
 from orbit.core.files import aside, sync_folder
 from orbit.core.ranks import on_main
 
@@ -102,6 +102,7 @@ def load_sharded(
 
     on_main(lambda: _verify(path))
     rest = load_checkpoint(path / STATE)
+    check_step(rest, path)
     reader = _reader(path)
     stored = _tensors_in(reader.read_metadata(), path)
     held = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]

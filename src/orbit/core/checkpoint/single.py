@@ -103,13 +103,13 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
     if not path.is_file():
         what = f"{path} is a folder: name a file in it" if path.is_dir() else f"no checkpoint at {path}"
         raise CheckpointError(f"{what}{_nearby(path if path.is_dir() else path.parent)}")
-    if manifest_of(path.resolve()).exists() and not is_valid(path):
-        raise CheckpointError(
-            f"{path} does not match its sha256 manifest: the file was changed or cut off; use an older checkpoint"
-        )
     if path.is_symlink() and path.resolve().parent != path.parent.resolve():
         raise CheckpointError(
             f"{path} is a link that leads out of its folder, to {path.resolve()}: name that file itself if you trust it"
+        )
+    if manifest_of(path.resolve()).exists() and not is_valid(path):
+        raise CheckpointError(
+            f"{path} does not match its sha256 manifest: the file was changed or cut off; use an older checkpoint"
         )
     screen(path)
     try:
@@ -122,11 +122,11 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
         raise CheckpointError(
             f"{path} holds a {type(state).__name__}, not a training state: was it saved by state_dict()?"
         )
-    _check_step(state, path.resolve())
+    check_step(state, path.resolve())
     return state
 
 
-def _check_step(state: dict[str, Any], path: Path) -> None:
+def check_step(state: dict[str, Any], path: Path) -> None:
     """The step must be one, and that of the file's name: two files may have been exchanged with their manifests."""
     step = state.get("step", 0)
     if type(step) is not int or not 0 <= step < 10**18:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orbit.adapter.files import WEIGHTS
+from orbit.core.checkpoint import screen
+from orbit.core.safetensors_header import check_header
 from orbit.xlora.classifier import Classifier
 from orbit.xlora.errors import XLoRAError
 
@@ -35,8 +37,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise XLoRAError(f"there is no file {path}")
     try:
         if path.suffix == ".safetensors":
+            check_header(path)
             tensors = load_file(path)
         else:
+            screen(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise XLoRAError(f"{path} cannot be read: {error}") from None
