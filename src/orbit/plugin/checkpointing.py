@@ -53,7 +53,7 @@ class CheckpointingHook(Plugin):
         acknowledged: the newest step whose checkpoint is on the disk, as far as this hook knows; None if there is none.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range; at start, if an asynchronous run is to write folders.
         CheckpointError: at start, if checkpoints exist and none is valid. At a save (of an asynchronous one, at the
             next step boundary), if it cannot be written.
         WorkspaceLockedError: at start, if another run writes to the folder.
@@ -122,6 +122,11 @@ class CheckpointingHook(Plugin):
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
     def on_before_train(self, trainer: Core) -> None:
+        if self.asynchronous and self._writes_shards(trainer):
+            raise ValueError(
+                "CheckpointingHook(asynchronous=True) writes one file, and this run writes folders of shards: pass "
+                "sharded=False, or asynchronous=False"
+            )
         on_main(lambda: self._take(trainer))
         self._owed = self._failing = False
         trainer.interrupt(0)
@@ -171,12 +176,7 @@ class CheckpointingHook(Plugin):
 
         An asynchronous save has then begun: see `acknowledged`.
         """
-        sharded = shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
-        if sharded and self.asynchronous:
-            raise ValueError(
-                "CheckpointingHook(asynchronous=True) writes one file, and this run writes folders of shards: pass "
-                "sharded=False, or asynchronous=False"
-            )
+        sharded = self._writes_shards(trainer)
         state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
         path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
@@ -188,6 +188,9 @@ class CheckpointingHook(Plugin):
         else:
             on_main(lambda: self._tidy(checkpoint.save_checkpoint(state, path)))
         return path
+
+    def _writes_shards(self, trainer: Core) -> bool:
+        return shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
 
     def _begin(self, state: dict[str, Any], path: Path) -> None:
         self._background.wait()  # it reads the memory that the next line fills
