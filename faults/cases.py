@@ -16,6 +16,8 @@ CASES: tuple[str, ...] = (
     "malicious",
     "reshard",
     "lost_rank",
+    "kill_in_training",
+    "signal_in_training",
 )
 
 

@@ -27,6 +27,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return made
 
 
+def test_shards_are_written_beside_the_training(saved: dict[str, Any], tmp_path: Path) -> None:
+    written = on_ranks(CASES + "_beside", 2, str(tmp_path))
+    _, whole = saved["fsdp", 2, False]
+    assert parallel_cases.different(written[0], whole) == 0.0
+    assert sorted(path.name for path in tmp_path.glob("checkpoint_step_*")) == [
+        "checkpoint_step_10",
+        "checkpoint_step_5",
+    ]
+    shutil.rmtree(tmp_path / "checkpoint_step_10")
+    assert parallel_cases.different(run("fsdp", 2, tmp_path, 10, False), whole) == 0.0
+
+
 def run(way: str, ranks: int, folder: Path | None, steps: int, adapters: bool) -> dict[str, Any]:
     where = None if folder is None else str(folder)
     if ranks == 1:
