@@ -45,7 +45,7 @@ class CheckpointingHook(Plugin):
         sharded: write folders, to which every rank adds its pieces; None does so where the model is sharded.
         asynchronous: the loop waits only until the state is copied into CPU memory, which is kept for the next save; a
             thread writes it. At most one save is under way, and the end of the run, a signal's exit and `on_close` wait
-            for it. For checkpoints in one file.
+            for it.
 
     One run at a time may write to a folder: while it trains it holds a lock there (`core/lock.py`).
 
