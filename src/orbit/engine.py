@@ -69,7 +69,7 @@ class Engine(Core):
             ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
         **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
-            split_on_oom.
+            fast_dev_run, split_on_oom.
 
     Raises:
         ValueError: an unknown precision, an absent device, a number outside its range.
@@ -182,10 +182,23 @@ class Engine(Core):
         return self.microbatches(loader, epochs=num_epochs, steps=max_steps)
 
     def run(
-        self, train: Iterable[Any], val: Iterable[Any] | None = None, num_epochs: int = 1
+        self,
+        train: Iterable[Any],
+        val: Iterable[Any] | None = None,
+        num_epochs: int = 1,
+        sanity_eval: int = 0,
     ) -> dict[str, float]:
-        """The plain loop: `auto_update` on every batch, evaluation of `val` at every epoch's end. Returns `metrics`."""
+        """The plain loop: `auto_update` on every batch, evaluation of `val` at every epoch's end. Returns `metrics`.
+
+        `sanity_eval`: so many batches of `val` are evaluated before training, to see that it works before an epoch is
+        spent; nothing comes of them, no metric and no `on_after_eval`. ValueError without `val`.
+        """
+        at_least("sanity_eval", sanity_eval, 0)
+        if sanity_eval and val is None:
+            raise ValueError(f"sanity_eval={sanity_eval} and no val: there is nothing to evaluate")
         with self:
+            if sanity_eval and val is not None:
+                self._sanity_eval(val, sanity_eval, self.auto_update)
             for _ in self.train(train, num_epochs=num_epochs):
                 self.auto_update()
                 if val is not None and self.is_epoch_end:

@@ -85,6 +85,24 @@ def test_the_position_in_the_list_changes_nothing(face: str, tmp_path: Path) -> 
 
 
 @LAW
+def test_evaluation_inside_changes_nothing(name: str, tmp_path: Path) -> None:
+    models = []
+    for evaluates in (False, True):
+        torch.manual_seed(5)
+        model = tiny.model()
+        plugins = [PLUGINS[name](tmp_path / str(evaluates))]
+        engine = Engine(model, tiny.optimizer(model), nn.CrossEntropyLoss(), plugins=plugins, device="cpu")
+        for _ in engine.train(tiny.loader(), num_epochs=2):
+            engine.auto_update()
+            if evaluates and engine.batch_idx % 3 == 0:
+                for _ in engine.eval(tiny.loader(20)):
+                    engine.auto_update()
+                    engine.log({"seen": engine.batch_idx})
+        models.append(model)
+    assert tiny.same(*models)
+
+
+@LAW
 def test_a_run_can_be_left_and_begun_again(name: str, tmp_path: Path) -> None:
     """on_close gives back what on_before_train took, also when the body leaves early or raises."""
     model = tiny.model()

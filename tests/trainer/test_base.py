@@ -32,6 +32,7 @@ def test_parts_are_built_in_order_once() -> None:
     trainer._build()
     assert order == [
         "build_data_loader",
+        "build_val_loader",
         "build_model",
         "build_optimizer",
         "build_lr_scheduler",

@@ -1,11 +1,14 @@
 """The training core: one loop, its events, and what must be true around every step."""
 
+from orbit.core.blocks import BlocksError, find_blocks
 from orbit.core.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from orbit.core.events import EVENTS, BaseHook, Plugin
 from orbit.core.feed import Feed, FeedError
 from orbit.core.loop import Core
+from orbit.core.lr_find import LRFind
 from orbit.core.meters import Averages
 from orbit.core.nested import key_average, map_nested_tensor
+from orbit.core.options import RunOptions
 from orbit.core.outcome import Outcome
 from orbit.core.rng import seed_everything
 from orbit.core.runtime import resolve_device, unwrap
@@ -17,16 +20,20 @@ __all__ = [
     "EVENTS",
     "Averages",
     "BaseHook",
+    "BlocksError",
     "CheckpointError",
     "Core",
     "Feed",
     "FeedError",
+    "LRFind",
     "NonFiniteGradientError",
     "Outcome",
     "Plugin",
+    "RunOptions",
     "TrainState",
     "Updater",
     "WorkerError",
+    "find_blocks",
     "key_average",
     "latest_checkpoint",
     "load_checkpoint",

@@ -98,7 +98,7 @@ class Base:
         self.total_steps: int | None = None
         self.logger = logging.getLogger(f"orbit.{type(self).__name__}")
         self._given = list(plugins)  # by the constructor and attach()
-        self._dispatcher = Dispatcher(self._given)
+        self._dispatcher = Dispatcher(self._given, dry_run=bool(self.options.fast_dev_run))
         self._built = self._restored = False
         self._updater: Updater | None = None
         self._feed: Feed | None = None
@@ -332,7 +332,8 @@ class Base:
         that training begins.
         """
         for item in [plugin] if isinstance(plugin, Plugin) else list(plugin):
-            self._dispatcher.add(item)
+            if not self._dispatcher.add(item):
+                continue
             self._given.append(item)
             if self._built:
                 self._transform([item])

@@ -61,6 +61,7 @@ class Plugin:
 
     TRANSFORM, METER, MONITOR, CHECKPOINT = 0, 100, 200, 300
     priority: int = MONITOR
+    writes: bool = False  # all it does is to write files or to talk to a service: left out of a fast_dev_run
 
     # building
     def on_build_model(self, trainer: Core) -> None: ...
@@ -101,16 +102,20 @@ EVENTS: tuple[str, ...] = tuple(name.removeprefix("on_") for name in vars(Plugin
 
 
 class Dispatcher:
-    """Who listens to what, in order. `handlers[event]` is a list of bound methods."""
+    """Who listens to what, in order. `handlers[event]` is a list of bound methods; with `dry_run`, plugins that
+    write are left out."""
 
-    def __init__(self, plugins: Iterable[Plugin]) -> None:
+    def __init__(self, plugins: Iterable[Plugin], dry_run: bool = False) -> None:
+        self.dry_run = dry_run
         self.plugins: list[Plugin] = []
         self.handlers: dict[str, list[Callable[..., None]]] = {event: [] for event in EVENTS}
         for plugin in plugins:
             self.add(plugin)
 
-    def add(self, plugin: Plugin) -> None:
-        """Listen on behalf of `plugin`. TypeError if it is no Plugin, ValueError if it is already here."""
+    def add(self, plugin: Plugin) -> bool:
+        """Listen on behalf of `plugin`; False if it is left out. TypeError if it is no Plugin, ValueError if it is
+        already here.
+        """
         if not isinstance(plugin, Plugin):
             hint = ": pass an instance, not the class" if isinstance(plugin, type) else ""
             raise TypeError(f"{plugin!r} is no orbit Plugin (BaseHook){hint}")
@@ -125,6 +130,8 @@ class Dispatcher:
                     f"known: {', '.join(EVENTS)}",
                     stacklevel=3,
                 )
+        if self.dry_run and plugin.writes:
+            return False
         self.plugins.append(plugin)
         self.plugins.sort(key=lambda p: p.priority)
         for event in EVENTS:
@@ -133,6 +140,7 @@ class Dispatcher:
                 for handler in (getattr(p, f"on_{event}") for p in self.plugins)
                 if getattr(handler, "__func__", None) is not getattr(Plugin, f"on_{event}")
             ]
+        return True
 
 
 def announced(event: str, method: Callable[..., None]) -> Callable[..., None]:
@@ -140,6 +148,7 @@ def announced(event: str, method: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(method)
     def log(self: Base, records: dict[str, Any], dry_run: bool = False) -> None:
+        dry_run = dry_run or bool(self.options.fast_dev_run)
         if event in self._announcing:  # a super().log(...) inside an override
             method(self, records, dry_run=dry_run)
             return

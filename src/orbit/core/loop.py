@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from orbit.core import deterministic, rng, runtime, split
 from orbit.core.base import Base
 from orbit.core.feed import Feed, FeedError
+from orbit.core.lr_find import LRFind, lr_find
 from orbit.core.meters import Averages
 from orbit.core.nested import count_samples
 from orbit.core.outcome import Outcome
@@ -61,6 +63,10 @@ class Core(Base):
                 self._pass_over()
                 return
             self._feed = feed = self._make_feed(self._loader() if loader is None else loader)
+            if few := int(self.options.fast_dev_run):
+                epochs = None if epochs is None else min(epochs, 1)
+                steps = min(self.step + few, self.step + few if steps is None else steps)
+                self.logger.info("fast_dev_run: %d steps, and nothing is written", few)
             self._begin(feed, epochs, steps)
             self.emit("before_train")
             self._agree()
@@ -98,7 +104,7 @@ class Core(Base):
     def _epoch(self, feed: Feed, steps: int | None) -> Generator[Any, None, None]:
         """One epoch, or the rest of one that was interrupted."""
         state, emit = self.state, self.emit
-        batches = self._together(feed, self._open_epoch(feed))
+        batches = self._few(self._together(feed, self._open_epoch(feed)), self.gradient_accumulation_steps)
         self.model.train()
         while (item := self._next(batches)) is not None:
             batch, self.is_last_batch = item
@@ -193,7 +199,8 @@ class Core(Base):
                 self.state.phase, self._eval_losses = "eval", Averages()
                 self.model.eval()
                 self.emit("before_eval")
-                for index, (batch, last) in enumerate(self._together(feed, feed.epoch(self.state.epoch))):
+                batches = self._few(self._together(feed, feed.epoch(self.state.epoch)))
+                for index, (batch, last) in enumerate(batches):
                     self.batch_idx, self.is_last_batch, self.is_padding = index, last, feed.padding
                     self._receive(batch)
                     with torch.no_grad(), self.autocast():
@@ -209,6 +216,50 @@ class Core(Base):
                     module.training = training
                 for name, value in kept.items():
                     setattr(self, name, value)
+
+    def lr_find(
+        self,
+        loader: Iterable[Any] | None = None,
+        min_lr: float = 1e-7,
+        max_lr: float = 1.0,
+        steps: int = 100,
+        stop_at: float = 4.0,
+        body: Callable[[], Any] | None = None,
+    ) -> LRFind:
+        """Try learning rates from `min_lr` to `max_lr`, one a step, and suggest one; everything is then as it was.
+
+        It takes a second copy of model and optimizer while it runs. The optimizer keeps its own rate: set the suggested
+        one yourself. Several parameter groups keep the ratio of their rates.
+
+        Args:
+            loader: training data; BaseTrainer's own if None.
+            steps: optimizer steps, >= 2; less if the loss diverges.
+            stop_at: it has, when its average is so many times the best one, > 1.
+            body: what to do with a batch, if you call `update(...)` yourself: `lambda: my_step(engine)`.
+
+        Returns an `LRFind`: `suggestion`, `lrs`, `losses`, `plot()`.
+
+        Raises:
+            ValueError: a number outside its range. FeedError: a loader that serves once.
+            RuntimeError: inside a running loop, or without an optimizer. And whatever the body raises.
+
+        >>> from orbit import Engine
+        >>> model = torch.nn.Linear(2, 1)
+        >>> engine = Engine(model, torch.optim.SGD(model.parameters(), 1e-3), torch.nn.MSELoss(), device="cpu")
+        >>> found = engine.lr_find([(torch.ones(4, 2), torch.ones(4, 1))], steps=50)
+        >>> len(found.lrs), found.lrs[0], engine.global_step
+        (50, 1e-07, 0)
+        """
+        self.build()
+        return lr_find(
+            self,
+            self._loader() if loader is None else loader,
+            body or (lambda: self.step_with(self._forward)),
+            min_lr=min_lr,
+            max_lr=max_lr,
+            steps=steps,
+            stop_at=stop_at,
+        )
 
     def use_batch(self, batch: Any) -> None:
         """Train on `batch` in place of the one that the loader gave; for `on_before_batch`."""
@@ -240,6 +291,23 @@ class Core(Base):
             yield batch, ended
             if ended:
                 return
+
+    def _few(self, batches: Iterator[tuple[Any, bool]], each: int = 1) -> Iterator[tuple[Any, bool]]:
+        """In a fast_dev_run, so many times `each` batches, of which the last ends the epoch."""
+        most = int(self.options.fast_dev_run) * each
+        if not most:
+            yield from batches
+            return
+        for number, (batch, last) in enumerate(islice(batches, most), 1):
+            yield batch, last or number == most
+
+    def _sanity_eval(self, loader: Iterable[Any], batches: int, body: Callable[[], Any]) -> None:
+        """Evaluate a few batches to see that it works; the bracket is left before it would report anything."""
+        with closing(self.eval(loader)) as evaluation:
+            for number, _ in enumerate(evaluation, 1):
+                body()
+                if number == batches or self.is_last_batch:
+                    return
 
     def _receive(self, batch: Any) -> None:
         """Take a batch into hands: store it where the face of this trainer keeps it."""

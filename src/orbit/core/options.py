@@ -18,6 +18,7 @@ class Options(TypedDict, total=False):
     activation_checkpointing: bool | Sequence[str]
     compile: bool | str | Mapping[str, Any]
     deterministic: bool | str
+    fast_dev_run: bool | int
     split_on_oom: bool
 
 
@@ -32,6 +33,9 @@ class RunOptions:
             arguments and, under "blocks", names. "model" compiles the whole model instead.
         deterministic: deterministic algorithms alone while a loop runs (`core/deterministic.py`); an operation that has
             none raises, or warns with "warn". Seeds are set by `seed_everything`.
+        fast_dev_run: a rehearsal: so many optimizer steps (True: one) in one epoch, and as many batches of each
+            evaluation. Plugins that write (checkpoints, trackers, images, traces) are left out, also with what they
+            would resume from; `log` is called with `dry_run=True`.
         split_on_oom: halve a micro-batch that does not fit into memory, as often as it takes; the window's gradient is
             the same. Works where the trainer computes the loss: `auto_update()`, `update(function)`, `forward()`. While
             a window is open, its gradients and those of a running backward take memory side by side.
@@ -40,6 +44,7 @@ class RunOptions:
     activation_checkpointing: bool | Sequence[str] = False
     compile: bool | str | Mapping[str, Any] = False
     deterministic: bool | str = False
+    fast_dev_run: bool | int = False
     split_on_oom: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +59,8 @@ class RunOptions:
             )
         if self.deterministic not in (True, False, "warn"):
             raise ValueError(f'deterministic={self.deterministic!r}: give True, False or "warn"')
+        if not isinstance(self.fast_dev_run, int) or self.fast_dev_run < 0:
+            raise ValueError(f"fast_dev_run={self.fast_dev_run!r}: give True, False or a number of steps")
         if chosen and isinstance(self.compile, Mapping) and self.compile.get("backend") == "eager":
             raise ValueError(
                 'compile={"backend": "eager"} with activation_checkpointing: this backend draws other random numbers '

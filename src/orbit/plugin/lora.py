@@ -159,7 +159,11 @@ class LoRA(Plugin):
         self._learns = None
 
     def _write(self, trainer: Any) -> None:
-        if self.path is None or not (is_main_process() or is_sharded(_model(trainer))):
+        if (
+            self.path is None
+            or trainer.options.fast_dev_run
+            or not (is_main_process() or is_sharded(_model(trainer)))
+        ):
             return
         save(_model(trainer), trainer.in_workspace(self.path), self.name)
 

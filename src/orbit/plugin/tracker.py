@@ -50,6 +50,7 @@ class Tracker(Plugin):
     """
 
     priority = Plugin.MONITOR
+    writes = True
 
     def __init__(self, interval: int = 10) -> None:
         self.interval = check_interval(type(self).__name__, interval)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from orbit.core.base import at_least
 from orbit.core.events import Dispatcher, Plugin
 from orbit.core.loop import Core
+from orbit.core.nested import count_samples, flat
 from orbit.core.options import Options
 from orbit.core.outcome import Outcome
 
@@ -50,8 +51,11 @@ class BaseTrainer(Core):
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a step.
         state_dict_options: passed to `torch.distributed.checkpoint.state_dict` for model and optimizer state.
         logger: a logger of your own.
+        eval_interval: call `evaluate()` every so many steps, and at the end of the run.
+        sanity_eval: evaluate so many batches before training, to see that it works; nothing comes of them, no metric
+            and no `on_after_eval`.
         **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
-            split_on_oom.
+            fast_dev_run, split_on_oom.
 
     Raises:
         ValueError: a number outside its range, an unknown precision, an absent device.
@@ -74,9 +78,14 @@ class BaseTrainer(Core):
         no_sync_accumulate: bool = True,
         state_dict_options: StateDictOptions | None = None,
         logger: logging.Logger | None = None,
+        eval_interval: int | None = None,
+        sanity_eval: int = 0,
         **options: Unpack[Options],
     ) -> None:
         at_least("max_steps", max_steps, 0)
+        at_least("sanity_eval", sanity_eval, 0)
+        if eval_interval is not None:
+            at_least("eval_interval", eval_interval, 1)
         super().__init__(
             device=device,
             mixed_precision=mixed_precision,
@@ -87,6 +96,8 @@ class BaseTrainer(Core):
             **options,
         )
         self.max_steps = max_steps
+        self.eval_interval, self.sanity_eval = eval_interval, sanity_eval
+        self.val_loader: Iterable[Any] | None = None
         self.mixed_precision = mixed_precision
         self.workspace = None if workspace is None else Path(workspace).absolute()
         self.state_dict_options = state_dict_options
@@ -120,6 +131,10 @@ class BaseTrainer(Core):
         """A scheduler, stepped once after every optimizer step. None by default."""
         return None
 
+    def build_val_loader(self) -> Iterable[Any] | None:
+        """Data for `evaluate()`. None by default."""
+        return None
+
     def build_grad_scaler(self) -> torch.amp.GradScaler:
         """A gradient scaler; enabled for fp16 only by default."""
         return torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
@@ -132,9 +147,47 @@ class BaseTrainer(Core):
 
     def train(self) -> None:
         """Train until `step` is `max_steps`. Whatever forward, the loader or a hook raises reaches the caller."""
-        with self, closing(self.microbatches(None, steps=self.max_steps)) as self._loop:  # type: ignore[type-var]
-            for _ in self._loop:
-                self._run_step()
+        with self:
+            if self.sanity_eval:
+                self.build()
+                self._sanity_eval(self._validation(), self.sanity_eval, self._run_micro_step)
+            with closing(self.microbatches(None, steps=self.max_steps)) as self._loop:  # type: ignore[type-var]
+                for _ in self._loop:
+                    step = self.step
+                    self._run_step()
+                    if self._evaluates_after(step):
+                        self.evaluate()
+
+    def evaluate(self) -> dict[str, float]:
+        """Run `forward` on the batches of `build_val_loader()`, and put the means over rows of its loss and records
+        into `metrics`, as `val_loss`, `val_<record>`. Returns those; training goes on as if nothing had been evaluated.
+
+        Raises:
+            ValueError: there is no such loader.
+        """
+        self.build()
+        for _ in self.eval(self._validation()):
+            self._run_micro_step()
+        return {name: value for name, value in self.metrics.items() if name.startswith("val_")}
+
+    def _evaluates_after(self, step: int) -> bool:
+        """The step after `step` is done, and an evaluation due."""
+        if self.eval_interval is None or self.step == step:
+            return False
+        return self.step % self.eval_interval == 0 or self.step == self.total_steps
+
+    def _validation(self) -> Iterable[Any]:
+        if self.val_loader is None:
+            raise ValueError(
+                f"there is nothing to evaluate: {type(self).__name__}.build_val_loader() gives no loader"
+            )
+        return self.val_loader
+
+    def _record_eval(self, outcome: Outcome) -> None:
+        super()._record_eval(outcome)
+        assert self._eval_losses is not None
+        records = {name: value for name, value in flat(outcome.records) if name != "loss"}
+        self._eval_losses.add(records, outcome.weight)
 
     def _run_step(self) -> None:
         """One step: the batch at hand, and more until the accumulation window is closed."""
@@ -156,7 +209,8 @@ class BaseTrainer(Core):
                 "records) or an Outcome"
             )
         loss, records = result
-        return Outcome(loss, self.part, records or {})
+        weight = count_samples(self.batch) if self.phase == "eval" else self.part
+        return Outcome(loss, weight, records or {})
 
     def _build(self) -> None:
         """Build everything once; `train()` does it."""
@@ -164,11 +218,16 @@ class BaseTrainer(Core):
 
     def _build_parts(self) -> None:
         self.data_loader = self.build_data_loader()
+        self.val_loader = self.build_val_loader()
+        if self.eval_interval is not None or self.sanity_eval:
+            self._validation()
         self.model = _kind("build_model", self.build_model(), nn.Module)
         self.optimizer = _kind("build_optimizer", self.build_optimizer(), torch.optim.Optimizer)
         self.lr_scheduler = self.build_lr_scheduler()
         self.grad_scaler = self.build_grad_scaler()
-        self._dispatcher = Dispatcher([*self.build_hooks(), *self._given])
+        self._dispatcher = Dispatcher(
+            [*self.build_hooks(), *self._given], dry_run=bool(self.options.fast_dev_run)
+        )
 
     def _loader(self) -> Iterable[Any]:
         return self.data_loader
