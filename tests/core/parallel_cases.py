@@ -389,3 +389,20 @@ def exchanged() -> int:
         run.auto_update()
     assert sum(counted) == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     return sum(counted)
+
+
+def averaged(way: str, folder: str | None, steps: int) -> dict[str, Any]:
+    """A run with moving averages, evaluated with them at its end: the averages, and the loss."""
+    from orbit.plugin import EMA
+
+    ema = EMA(0.8)
+    hooks: list[Plugin] = [ema]
+    if folder is not None:
+        hooks.append(CheckpointingHook(interval=4, path=Path(folder), keep_previous=None, exit_signals=[]))
+    run = engine(way, hooks)
+    torch.manual_seed(7)
+    for _ in run.train(loader(), max_steps=steps):
+        run.auto_update()
+    for _ in run.eval(loader()):
+        run.auto_update()
+    return {"ema": run.state_dict()["EMA"], "val_loss": run.metrics["val_loss"]}

@@ -175,3 +175,18 @@ def test_without_torchrun_it_says_how_to_start() -> None:
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="ddp", device="cpu")
     with pytest.raises(ValueError, match="parallel='dpp' is unknown"):
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="dpp", device="cpu")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_averages_follow_over_ranks(way: str, tmp_path: Path) -> None:
+    alone = parallel_cases.averaged("one", None, 8)
+    whole = on_ranks("tests.core.parallel_cases:averaged", 2, way, str(tmp_path), 8)
+    shutil.rmtree(tmp_path / "checkpoint_step_8", ignore_errors=True)
+    (tmp_path / "checkpoint_step_8.pt").unlink(missing_ok=True)
+    resumed = on_ranks("tests.core.parallel_cases:averaged", 2, way, str(tmp_path), 8)
+    for rank in range(2):
+        assert whole[rank]["val_loss"] == pytest.approx(alone["val_loss"], abs=2e-6)
+        assert resumed[rank]["val_loss"] == whole[rank]["val_loss"]
+        for key, value in alone["ema"].items():
+            assert torch.allclose(whole[rank]["ema"][key], value, atol=1e-6, rtol=0)
+            assert torch.equal(resumed[rank]["ema"][key], whole[rank]["ema"][key])

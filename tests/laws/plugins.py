@@ -71,8 +71,7 @@ ROWS: dict[str, Callable[[Path], Plugin]] = {
     "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }
 
-# Trackers whose packages `make test` installs only where it can. They talk to a process or a database, which takes
-# time: the law of positions does not put them into every other plugin's list.
+# Trackers whose packages `make test` installs only where it can.
 PACKAGES = {"MLflowHook": "mlflow", "TrackioHook": "trackio", "WandbHook": "wandb"}
 PLUGINS = {
     name: row for name, row in ROWS.items() if name not in PACKAGES or find_spec(PACKAGES[name]) is not None
