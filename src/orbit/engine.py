@@ -172,7 +172,9 @@ class Engine(Core):
 
         After `load()` the interrupted call goes on where it stood. A second call trains `num_epochs` more.
 
-        Raises (when iterated): FeedError for an empty or unusable loader, and whatever the loader or a plugin raises.
+        Raises (when iterated): FeedError for an empty or unusable loader, WorkerError for a worker of it that raises,
+        dies, or hangs for longer than the loader's `timeout=` (0, torch's default, waits forever), and whatever else
+        the loader or a plugin raises.
         """
         for name, number in (("num_epochs", num_epochs), ("max_steps", max_steps)):
             if number is not None:
