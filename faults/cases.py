@@ -18,6 +18,10 @@ CASES: tuple[str, ...] = (
     "lost_rank",
     "kill_in_training",
     "signal_in_training",
+    "non_finite",
+    "bad_workers",
+    "accumulation",
+    "mutation",
 )
 
 

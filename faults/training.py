@@ -64,6 +64,7 @@ def train(
     body: Callable[[Core], object] | None = None,
     visit: Callable[[int], object] | None = None,
     state: dict[str, Any] | None = None,
+    scaled: bool = True,
     **options: Any,
 ) -> Core:
     """Train to the end, from the newest checkpoint in `folder` (or from `state`), and return the trainer.
@@ -72,16 +73,17 @@ def train(
         plugins: beside those above.
         body: called in the body of every micro-batch, before its forward.
         visit: see `Data`.
+        scaled: train in fp16 with a loss scale.
         options: of the DataLoader.
     """
     torch.set_num_threads(1)
     seed_everything(11)
     data = DataLoader(Data(visit), batch_size=BATCH, shuffle=True, num_workers=workers, **options)
-    hooks: list[Plugin] = [EMA(0.9), Warmup(5), LoggingHook(3), *(plugins or [])]
+    hooks: list[Plugin] = [EMA(0.9), Warmup(5), LoggingHook(3), Growth(), *(plugins or [])]
     if folder is not None:
         hooks.append(CheckpointingHook(interval=2, path=folder))
     make = by_engine if face == "Engine" else by_trainer
-    trainer, go = make(data, hooks, body or (lambda trainer: None))
+    trainer, go = make(data, hooks, body or (lambda trainer: None), "fp16" if scaled else None)
     if state is not None:
         trainer.load_state_dict(state)
     go()
@@ -89,12 +91,12 @@ def train(
 
 
 def by_engine(
-    data: Any, hooks: list[Plugin], body: Callable[[Core], object]
+    data: Any, hooks: list[Plugin], body: Callable[[Core], object], precision: str | None
 ) -> tuple[Core, Callable[[], None]]:
     module = model()
     of = optimizer(module)
     engine = Engine(
-        module, of, nn.CrossEntropyLoss(), scheduler(of), hooks, device="cpu", mixed_precision="fp16",
+        module, of, nn.CrossEntropyLoss(), scheduler(of), hooks, device="cpu", mixed_precision=precision,
         grad_clip_norm=0.5, gradient_accumulation_steps=ACCUMULATION, max_non_finite_grad_retries=2,
     )  # fmt: skip
 
@@ -110,9 +112,11 @@ def by_engine(
 
 
 class Trainer(BaseTrainer):
-    def __init__(self, data: Any, hooks: list[Plugin], body: Callable[[Core], object]) -> None:
+    def __init__(
+        self, data: Any, hooks: list[Plugin], body: Callable[[Core], object], precision: str | None
+    ) -> None:
         super().__init__(
-            STEPS - 3, device="cpu", mixed_precision="fp16", grad_clip=0.5, gradient_accumulation_steps=ACCUMULATION,
+            STEPS - 3, device="cpu", mixed_precision=precision, grad_clip=0.5, gradient_accumulation_steps=ACCUMULATION,
             max_non_finite_grad_retries=2,
         )  # fmt: skip
         self.data, self.given, self.body = data, [*hooks, Evaluate()], body
@@ -139,10 +143,18 @@ class Trainer(BaseTrainer):
 
 
 def by_trainer(
-    data: Any, hooks: list[Plugin], body: Callable[[Core], object]
+    data: Any, hooks: list[Plugin], body: Callable[[Core], object], precision: str | None
 ) -> tuple[Core, Callable[[], None]]:
-    trainer = Trainer(data, hooks, body)
+    trainer = Trainer(data, hooks, body, precision)
     return trainer, trainer.train
+
+
+class Growth(Plugin):
+    """A loss scale that grows soon, and overflows now and then: its state matters."""
+
+    def on_before_train(self, trainer: Any) -> None:
+        if trainer.grad_scaler is not None:
+            trainer.grad_scaler.set_growth_interval(3)
 
 
 class Evaluate(Plugin):

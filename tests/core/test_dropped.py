@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from faults.compare import difference
+from faults.non_finite import Still
 from orbit.core import NonFiniteGradientError, Plugin
 from orbit.engine import Engine
 from orbit.plugin import EMA, CheckpointingHook, EarlyStopping, LoggingHook, Mentor, Warmup
 from tests import tiny
-
-MOVES = ("micro_step", "samples")  # what was handed out is counted, used or not
-
-
-class Watch(Plugin):
-    """Takes the whole state before each window, and again where the window was dropped."""
-
-    priority = 1000
-
-    def __init__(self) -> None:
-        self.before: Any = None
-        self.differences: list[Any] = []
-
-    def on_before_step(self, trainer: Any) -> None:
-        self.before = still(trainer.state_dict())
-
-    def on_step_dropped(self, trainer: Any) -> None:
-        self.differences.append(difference(still(trainer.state_dict()), self.before))
-
-
-def still(state: dict[str, Any]) -> dict[str, Any]:
-    """What must not move: all but the place in the data, dropout's generator, and the count of failures."""
-    state = deepcopy(state)
-    state["updater"].pop("failures")
-    state["grad_scaler"] = {}  # moves as fp16 says: below
-    state["state"] = {key: value for key, value in state["state"].items() if key not in MOVES}
-    state["ranks"] = [part["epoch_losses"] for part in state["ranks"]]
-    return state
 
 
 class Poisoned(nn.Module):
@@ -67,7 +38,7 @@ class Poisoned(nn.Module):
 
 
 def run(
-    model: nn.Module, watch: Watch, scaled: bool, folder: Path | None = None, epochs: int = 2, **options: Any
+    model: nn.Module, watch: Still, scaled: bool, folder: Path | None = None, epochs: int = 2, **options: Any
 ) -> Engine:
     optimizer = tiny.optimizer(model)
     plugins: list[Plugin] = [
@@ -93,7 +64,7 @@ def run(
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_dropped_window_changes_nothing(kind: str, scaled: bool) -> None:
     """Micro-batches 4 and 9 close and open a window."""
-    watch = Watch()
+    watch = Still()
     engine = run(Poisoned(kind, {4, 9}), watch, scaled, max_non_finite_grad_retries=1)
     assert watch.differences == [None, None]
     assert engine.global_step == 8 - 2
@@ -107,11 +78,11 @@ def test_a_dropped_window_changes_nothing(kind: str, scaled: bool) -> None:
 @pytest.mark.parametrize("kind", ["input", "gradient"])
 def test_the_last_good_checkpoint_is_finite_and_loads(tmp_path: Path, kind: str, retries: int | None) -> None:
     """From micro-batch 5 on, in the third window, everything is broken."""
-    watch = Watch()
+    watch = Still()
     with pytest.raises(NonFiniteGradientError):
         run(Poisoned(kind, set(range(5, 99))), watch, False, tmp_path, max_non_finite_grad_retries=retries)
     assert len(watch.differences) == (retries or 0)
-    again = run(Poisoned("none", set()), Watch(), False, tmp_path)
+    again = run(Poisoned("none", set()), Still(), False, tmp_path)
     assert again.global_step == 8
     states = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("checkpoint_step_*.pt"))]
     assert len(states) == 8
@@ -123,4 +94,4 @@ def test_the_last_good_checkpoint_is_finite_and_loads(tmp_path: Path, kind: str,
 def test_a_scaler_gives_up_too() -> None:
     """What no scale mends is an error once the scale has come down to 1."""
     with pytest.raises(NonFiniteGradientError, match="not finite first in"):
-        run(Poisoned("loss", set(range(5, 999))), Watch(), True, epochs=8, max_non_finite_grad_retries=2)
+        run(Poisoned("loss", set(range(5, 999))), Still(), True, epochs=8, max_non_finite_grad_retries=2)
