@@ -52,7 +52,7 @@ bench-xlora: $(VENV)/.bench ## mixtures of experts against PEFT's: time, memory,
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.xlora $(ARGS)
 
 bench-checkpoints: $(VENV)/.dev ## how long a save holds up training, in the loop and beside it
-	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.checkpointing $(ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.checkpointing --out benchmarks/checkpointing.md $(ARGS)
 
 gpu: $(VENV)/.bench ## the tests that need a CUDA device, then the benchmarks on it (tables in benchmarks/gpu/)
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device here' % torch.__version__)"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -54,8 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     warm()
     if args.cases == ["-"]:
-        for line in sys.stdin:
-            print(json.dumps(asdict(run(line.strip(), args.short, args.seed))), flush=True)
+        with os.fdopen(os.dup(1), "w") as answers:
+            os.dup2(2, 1)  # what a case prints is no answer
+            for line in sys.stdin:
+                print(json.dumps(asdict(run(line.strip(), args.short, args.seed))), file=answers, flush=True)
         return 0
     results = list(_all(args.cases or CASES, args.short, args.seed))
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"

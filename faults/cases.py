@@ -16,6 +16,12 @@ CASES: tuple[str, ...] = (
     "malicious",
     "reshard",
     "lost_rank",
+    "kill_in_training",
+    "signal_in_training",
+    "non_finite",
+    "bad_workers",
+    "accumulation",
+    "mutation",
 )
 
 

@@ -182,6 +182,16 @@ def link_to_nothing(folder: Path, chance: random.Random) -> tuple[int, ...]:
     return (2, 4)
 
 
+def link_out_of_the_folder(folder: Path, chance: random.Random) -> tuple[int, ...]:
+    """To a checkpoint that is whole, manifest and all, and that this run has not written."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("checkpoint_step_6.pt", "checkpoint_step_6.pt.sha256"):
+        os.replace(folder / name, elsewhere / name)
+        (folder / name).symlink_to(elsewhere / name)
+    return (2, 4)
+
+
 def folder_in_its_place(folder: Path, chance: random.Random) -> tuple[int, ...]:
     _path(folder, 6).unlink()
     _path(folder, 6).mkdir()
@@ -205,6 +215,7 @@ DAMAGES: tuple[Damage, ...] = (
     all_corrupt,
     emptied,
     link_to_nothing,
+    link_out_of_the_folder,
     folder_in_its_place,
     garbled_manifest,
 )

@@ -29,8 +29,9 @@ def run(short: bool, seed: int) -> Result:
         for number, deed in enumerate(deeds):
             folder = Path(name) / f"{number}"
             weights, restarts, left, said = _launch(folder, deed, 4 + 3 * (number % 3), seed)
-            same = weights is not None and expected is not None
-            same = same and all(torch.equal(weights[key], expected[key]) for key in expected)
+            same = (weights is not None and expected is not None) and all(
+                torch.equal(weights[key], value) for key, value in expected.items()
+            )
             equal, orphans, most = equal + same, orphans + left, max(most, restarts)
             if not same:
                 wrong.append(f"{deed}: {said[-300:]}")

@@ -46,7 +46,7 @@ def main(folder: Path, deed: str, step: int, seed: int) -> None:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Dropout(0.2), nn.ReLU(), nn.Linear(32, 3))
     made = torch.Generator().manual_seed(seed)
-    data = TensorDataset(torch.randn(90, 8, generator=made), torch.randint(0, 3, (90,), generator=made))
+    data = TensorDataset(torch.randn(96, 8, generator=made), torch.randint(0, 3, (96,), generator=made))
     engine = Engine(
         model,
         torch.optim.AdamW(model.parameters(), lr=1e-2),

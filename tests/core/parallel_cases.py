@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,14 @@ def loader() -> DataLoader[Any]:
 
 
 def train(
-    parallel: str, folder: str | None, steps: int, adapters: bool = False, at: int | None = None
+    parallel: str, folder: str | None, steps: int, adapters: bool = False, at: int | None = None, **hook: Any
 ) -> dict[str, Any]:
     """Losses of the steps trained here, and the whole model and optimizer after them (or after step `at`)."""
     losses, plugins = Losses(), list[Plugin]()
     if folder is not None:
-        plugins.append(CheckpointingHook(interval=5, path=Path(folder), keep_previous=None, exit_signals=[]))
+        plugins.append(
+            CheckpointingHook(interval=5, path=Path(folder), keep_previous=None, exit_signals=[], **hook)
+        )
     if adapters:
         from orbit.plugin import LoRA
 
@@ -101,7 +104,7 @@ def train(
     for _ in run.train(loader(), max_steps=steps):
         run.auto_update()
         if run.step == at:
-            state = run.state_dict()
+            state = deepcopy(run.state_dict())
     if at is None or not losses.seen:
         state = run.state_dict()
     return {
@@ -113,6 +116,10 @@ def train(
         "trains": sum(p.requires_grad for p in run.model.parameters()),
         "pid": os.getpid(),
     }
+
+
+def train_beside(folder: str) -> dict[str, Any]:
+    return train("fsdp", folder, 10, asynchronous=True)
 
 
 def different(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -180,7 +187,7 @@ def gradient(parallel: str, dtype: torch.dtype, accumulation: int, rows_at_once:
         device="cpu",
     )
     rows = ragged(dtype)
-    batches = DataLoader(rows, batch_size=rows_at_once)  # type: ignore[arg-type]
+    batches: DataLoader[Any] = DataLoader(rows, batch_size=rows_at_once)  # type: ignore[arg-type]
     for _ in run.train(batches, max_steps=2):
         run.update(run.model(run.data, run.target), weight=(run.target != -100).sum())
     return seen
@@ -233,7 +240,7 @@ def drops_together(scaler: bool) -> dict[str, Any]:
     """A NaN loss on rank 1 alone in the third window: what a window that was dropped has changed, by rank."""
     model = Net()
     run = engine("ddp", [], model, max_non_finite_grad_retries=2, mixed_precision="fp16" if scaler else None)
-    dropped, same = [], []
+    dropped, same = list[int](), list[bool]()
     run.attach(_Dropped(dropped))
     for _ in run.train(loader(), max_steps=6):
         before = [p.detach().clone() for p in run.model.parameters()]
@@ -328,7 +335,7 @@ class Own(BaseTrainer):
 
             for layer in model.layers:
                 fully_shard(layer)
-            return fully_shard(model)
+            fully_shard(model)
         return model
 
     def build_optimizer(self) -> torch.optim.Optimizer:
@@ -382,3 +389,20 @@ def exchanged() -> int:
         run.auto_update()
     assert sum(counted) == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     return sum(counted)
+
+
+def averaged(way: str, folder: str | None, steps: int) -> dict[str, Any]:
+    """A run with moving averages, evaluated with them at its end: the averages, and the loss."""
+    from orbit.plugin import EMA
+
+    ema = EMA(0.8)
+    hooks: list[Plugin] = [ema]
+    if folder is not None:
+        hooks.append(CheckpointingHook(interval=4, path=Path(folder), keep_previous=None, exit_signals=[]))
+    run = engine(way, hooks)
+    torch.manual_seed(7)
+    for _ in run.train(loader(), max_steps=steps):
+        run.auto_update()
+    for _ in run.eval(loader()):
+        run.auto_update()
+    return {"ema": run.state_dict()["EMA"], "val_loss": run.metrics["val_loss"]}

@@ -27,6 +27,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return made
 
 
+def test_shards_are_written_beside_the_training(saved: dict[str, Any], tmp_path: Path) -> None:
+    written = on_ranks(CASES + "_beside", 2, str(tmp_path))
+    _, whole = saved["fsdp", 2, False]
+    assert parallel_cases.different(written[0], whole) == 0.0
+    assert sorted(path.name for path in tmp_path.glob("checkpoint_step_*")) == [
+        "checkpoint_step_10",
+        "checkpoint_step_5",
+    ]
+    shutil.rmtree(tmp_path / "checkpoint_step_10")
+    assert parallel_cases.different(run("fsdp", 2, tmp_path, 10, False), whole) == 0.0
+
+
 def run(way: str, ranks: int, folder: Path | None, steps: int, adapters: bool) -> dict[str, Any]:
     where = None if folder is None else str(folder)
     if ranks == 1:
@@ -163,3 +175,18 @@ def test_without_torchrun_it_says_how_to_start() -> None:
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="ddp", device="cpu")
     with pytest.raises(ValueError, match="parallel='dpp' is unknown"):
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="dpp", device="cpu")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_averages_follow_over_ranks(way: str, tmp_path: Path) -> None:
+    alone = parallel_cases.averaged("one", None, 8)
+    whole = on_ranks("tests.core.parallel_cases:averaged", 2, way, str(tmp_path), 8)
+    shutil.rmtree(tmp_path / "checkpoint_step_8", ignore_errors=True)
+    (tmp_path / "checkpoint_step_8.pt").unlink(missing_ok=True)
+    resumed = on_ranks("tests.core.parallel_cases:averaged", 2, way, str(tmp_path), 8)
+    for rank in range(2):
+        assert whole[rank]["val_loss"] == pytest.approx(alone["val_loss"], abs=2e-6)
+        assert resumed[rank]["val_loss"] == whole[rank]["val_loss"]
+        for key, value in alone["ema"].items():
+            assert torch.allclose(whole[rank]["ema"][key], value, atol=1e-6, rtol=0)
+            assert torch.equal(resumed[rank]["ema"][key], whole[rank]["ema"][key])

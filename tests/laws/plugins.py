@@ -44,7 +44,9 @@ def _made(folder: Path) -> Path:
 ROWS: dict[str, Callable[[Path], Plugin]] = {
     "Checkpoint": lambda folder: Checkpoint("loss", save_top_k=2, save_last=True, path=folder / "best"),
     "Board": lambda folder: Board(folder / "board", 3, {"lr": 0.01}),
-    "CheckpointingHook": lambda folder: CheckpointingHook(interval=2, path=folder / "own", load=None),
+    "CheckpointingHook": lambda folder: CheckpointingHook(
+        2, path=folder / "own", load=None, asynchronous=True
+    ),
     "ClassificationReport": lambda folder: ClassificationReport(3),
     "CudaMaxMemoryHook": lambda folder: CudaMaxMemoryHook(),
     "EMA": lambda folder: EMA(0.9),
@@ -69,8 +71,7 @@ ROWS: dict[str, Callable[[Path], Plugin]] = {
     "Warmup": lambda folder: Warmup(4, mode="cosine"),
 }
 
-# Trackers whose packages `make test` installs only where it can. They talk to a process or a database, which takes
-# time: the law of positions does not put them into every other plugin's list.
+# Trackers whose packages `make test` installs only where it can.
 PACKAGES = {"MLflowHook": "mlflow", "TrackioHook": "trackio", "WandbHook": "wandb"}
 PLUGINS = {
     name: row for name, row in ROWS.items() if name not in PACKAGES or find_spec(PACKAGES[name]) is not None

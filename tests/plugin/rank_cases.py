@@ -95,14 +95,40 @@ def printed(sync: bool) -> tuple[str, Any]:
 
 
 def resumed(folder: str, steps: int) -> Any:
-    """What LoggingHook and MetricsFile tell every three steps of a run that is saved every two."""
+    """What LoggingHook tells every three steps of a run that is saved every two, and the micro-batches of each."""
     workspace = Path(folder)
     saves = CheckpointingHook(2, path="saved", exit_signals=[])
     trainer = Trainer(
         [LoggingHook(3), MetricsFile("metrics.jsonl"), saves], steps, units_of(runtime.rank()), workspace
     )
     trainer.train()
-    return trainer.told_at
+    return trainer.told_at, trainer.steps
+
+
+def padded() -> list[dict[str, Any]]:
+    """Records of an epoch of three samples, one a batch."""
+    told: list[dict[str, Any]] = []
+
+    class Keeps(Plugin):
+        def on_log(self, trainer: Any, records: dict[str, Any], dry_run: bool) -> None:
+            told.append({"x": records["x"]})
+
+    def forward(engine: Engine, data: Tensor, target: Any) -> tuple[Tensor, dict[str, Any]]:
+        return engine.model(data).square().mean(), {"x": data.mean()}
+
+    model = nn.Linear(1, 1)
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        plugins=[LoggingHook(2), Keeps()],
+        forward_step=forward,
+        device="cpu",
+        parallel="ddp",
+    )
+    samples: Any = [torch.tensor([float(number)]) for number in range(3)]
+    for _ in engine.train(DataLoader(samples, batch_size=1), num_epochs=1):
+        engine.auto_update()
+    return told
 
 
 class Stream(IterableDataset[Tensor]):

@@ -81,8 +81,36 @@ def test_a_resumed_run_has_the_curves_of_an_uninterrupted_one(
     assert sorted(set(steps)) == [0, 2, 4, 6]
 
 
-def test_what_was_written_before_a_checkpoint_outlives_a_kill(tmp_path: Path) -> None:
-    board = Board(tmp_path / "board", 1)
+def test_images_of_the_checkpoints_step_stay(tmp_path: Path) -> None:
+    class Shows(tracked.Says):
+        def on_before_step(self, trainer: Any) -> None:
+            if trainer.step == self.dies_at:
+                raise tracked.Killed
+
+        def on_after_step(self, trainer: Any) -> None:  # before the checkpoint of this step
+            trainer.log_images({"x": tracked.PICTURE})
+
+    board = tmp_path / "board"
+    with pytest.raises(tracked.Killed):
+        tracked.train("engine", tmp_path, [Board(board, 1), Shows(dies_at=6)], 8)
+    time.sleep(1.1 - time.time() % 1)
+    tracked.train("engine", tmp_path, [Board(board, 1), Shows()], 8)
+    assert [image.step for image in read(board).Images("x")] == list(range(1, 9))
+    assert [step for step, _ in curves(board)["loss"]] == list(range(1, 9))
+
+
+def test_what_was_written_before_a_checkpoint_outlives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    board, write = Board(tmp_path / "board", 1), RecordWriter.write
+
+    def slowly(self: Any, data: bytes) -> None:
+        time.sleep(0.02)
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", slowly)  # a thread of TensorBoard's writes; it may lag behind
 
     class Looks(tracked.Says):
         priority = 1000

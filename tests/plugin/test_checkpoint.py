@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from orbit.core import Plugin, runtime
+from orbit.core import Plugin
 from orbit.core.checkpoint import list_checkpoints, load_checkpoint
+from orbit.core.lock import FolderLock, WorkspaceLockedError
 from orbit.engine import Engine
 from orbit.plugin import EMA, Checkpoint, CheckpointingHook, MetricError
 from tests import tiny
@@ -112,6 +113,16 @@ def test_a_best_state_is_the_run_as_it_was_when_measured(tmp_path: Path) -> None
     for _ in resumed.train(tiny.loader(), num_epochs=1):
         resumed.auto_update()
     assert tiny.same(resumed.model, run.model)
+
+
+def test_at_an_epochs_end_the_epoch_is_complete_in_the_file(tmp_path: Path) -> None:
+    """The evaluation belongs to the last step, and the state to the epoch's end: one file, with all metrics."""
+    run = engine(Checkpoint("val_loss", save_top_k=-1, path=tmp_path))
+    run.run(tiny.loader(16), tiny.loader(20), num_epochs=2)
+    assert files(tmp_path) == [2, 4]
+    state = load_checkpoint(tmp_path / "checkpoint_step_2.pt")["state"]
+    assert state["epoch_done"]
+    assert set(state["metrics"]) == {"train_loss", "val_loss", "val_acc"}
 
 
 def test_every_n_steps_by_what_the_steps_report(tmp_path: Path) -> None:
@@ -217,13 +228,16 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     assert files(tmp_path) == files(tmp_path / "x") == files(tmp_path / "y") == [2]
 
 
-def test_another_ranks_value_counts_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        runtime, "mean_over_ranks", lambda records: {k: (v + 9.0) / 2 for k, v in records.items()}
-    )
-    plugin = Checkpoint("score", "min", path=tmp_path)
-    epochs(plugin, [1.0])
-    assert plugin.best_score == 5.0
+def test_another_process_that_writes_there_is_refused(tmp_path: Path) -> None:
+    """The lock is taken when training starts and given back at its end."""
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    with pytest.raises(WorkspaceLockedError, match=str(tmp_path)):
+        epochs(Checkpoint(path=tmp_path), [1.0])
+    lock.release()
+    epochs(Checkpoint(path=tmp_path), [1.0])
+    lock.acquire()
+    lock.release()
 
 
 @pytest.mark.parametrize(

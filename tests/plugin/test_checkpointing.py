@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from orbit.core import CheckpointError
+from orbit.core import CheckpointError, load_checkpoint
+from orbit.core.checkpoint import is_valid, list_checkpoints, step_of
+from orbit.core.lock import WorkspaceLockedError
 from orbit.plugin import CheckpointingHook, Plugin
 from tests import tiny
 
@@ -167,3 +170,136 @@ def test_a_signal_after_the_last_step_still_saves(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="143"):
         tiny.Trainer(max_steps=5, plugins=[SignalLate(), hook]).train()
     assert names(tmp_path) == ["checkpoint_step_5.pt"]
+
+
+# -- beside the loop, and one writer a folder ----------------------------------------------------------------------
+
+
+class Slow(CheckpointingHook):
+    """Its files take a moment."""
+
+    def __init__(self, folder: Path, seconds: float, **options: Any) -> None:
+        super().__init__(2, path=folder, asynchronous=True, **options)
+        self.seconds, self.threads = seconds, set[str]()
+
+    def _tidy(self, path: Path) -> None:
+        time.sleep(self.seconds)
+        self.threads.add(threading.current_thread().name)
+        super()._tidy(path)
+
+
+def test_an_asynchronous_run_saves_the_same_and_waits_at_its_end(tmp_path: Path) -> None:
+    def train(hook: CheckpointingHook) -> dict[str, Any]:
+        torch.manual_seed(3)
+        tiny.Trainer(max_steps=7, plugins=[hook]).train()
+        return {name: load_checkpoint(hook.path / name)["model"] for name in names(hook.path)}
+
+    plain = train(CheckpointingHook(2, path=tmp_path / "a"))
+    slow = Slow(tmp_path / "b", 0.02)
+    beside = train(slow)
+    assert plain.keys() == beside.keys()
+    assert all(torch.equal(plain[n][key], beside[n][key]) for n in plain for key in plain[n])
+    assert slow.acknowledged == 7
+    assert slow.threads == {"orbit-checkpoint"}
+    assert (tmp_path / "b" / "checkpoint_latest.pt").resolve().name == "checkpoint_step_7.pt"
+
+
+def test_acknowledged_is_what_lies_on_the_disk(tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+
+    class Look(Plugin):
+        priority = 1000
+
+        def on_after_step(self, trainer: Any) -> None:
+            seen.append((trainer.step, hook.acknowledged))
+            if hook.acknowledged is not None:
+                assert is_valid(tmp_path / f"checkpoint_step_{hook.acknowledged}.pt")
+
+    hook = Slow(tmp_path, 0.1)
+    tiny.Trainer(max_steps=5, plugins=[hook, Look()]).train()
+    assert seen[1] == (2, None), "the save of step 2 has only begun"
+    assert seen[3] == (4, 2), "that of step 4 has waited for it"
+
+
+def test_a_failed_asynchronous_save_ends_the_run_at_the_next_boundary(tmp_path: Path) -> None:
+    class Full(CheckpointingHook):
+        def _tidy(self, path: Path) -> None:
+            raise CheckpointError(f"{path} cannot be written: 0 bytes are free")
+
+    class Wait(Plugin):
+        priority = 1000
+
+        def on_after_step(self, trainer: Any) -> None:
+            if hook._background._thread is not None:
+                hook._background._thread.join()
+
+    hook = Full(2, path=tmp_path, asynchronous=True)
+    trainer = tiny.Trainer(max_steps=9, plugins=[hook, Wait()])
+    with pytest.raises(CheckpointError, match="0 bytes are free"):
+        trainer.train()
+    assert trainer.step == 3
+
+    last = Full(None, path=tmp_path / "last", asynchronous=True)
+    with pytest.raises(CheckpointError, match="0 bytes are free"):
+        tiny.Trainer(max_steps=2, plugins=[last]).train()
+
+
+def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(CheckpointingHook):
+        def _tidy(self, path: Path) -> None:
+            raise CheckpointError("0 bytes are free")
+
+    class Break(Plugin):
+        priority = 1000
+
+        def on_after_step(self, trainer: Any) -> None:
+            if trainer.step == 2:
+                raise KeyError("the user's own")
+
+    with pytest.raises(KeyError, match="the user's own"):
+        tiny.Trainer(max_steps=4, plugins=[Full(2, path=tmp_path, asynchronous=True), Break()]).train()
+    assert "0 bytes are free" in caplog.text
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_signal_waits_for_its_save(tmp_path: Path, asynchronous: bool) -> None:
+    hook = Slow(tmp_path, 0.05) if asynchronous else CheckpointingHook(2, path=tmp_path)
+    with pytest.raises(SystemExit, match="143"):
+        tiny.Trainer(max_steps=9, plugins=[hook, SendSignal(4, signal.SIGTERM)]).train()
+    assert names(tmp_path) == ["checkpoint_step_2.pt", "checkpoint_step_4.pt", "checkpoint_step_5.pt"]
+    assert hook.acknowledged == 5
+
+
+def test_the_lock_is_held_while_training_and_no_longer(tmp_path: Path) -> None:
+    class Second(Plugin):
+        refused = 0
+
+        def on_after_step(self, trainer: Any) -> None:
+            with pytest.raises(WorkspaceLockedError, match=f"process {os.getpid()}"):
+                tiny.Trainer(max_steps=9, plugins=[CheckpointingHook(2, path=tmp_path)]).train()
+            reader = tiny.Trainer(max_steps=9, plugins=[CheckpointingHook(2, path=tmp_path)])
+            reader.build()  # reading needs no lock
+            assert reader.step == max([0, *map(step_of, list_checkpoints(tmp_path))])
+            self.refused += 1
+
+    second = Second()
+    trainer = tiny.Trainer(max_steps=3, plugins=[CheckpointingHook(2, path=tmp_path), second])
+    trainer.train()
+    assert second.refused == 3
+    trainer.max_steps = 5
+    trainer.train()
+    assert second.refused == 5, "a second train() takes it again"
+    tiny.Trainer(max_steps=6, plugins=[CheckpointingHook(2, path=tmp_path)]).train()
+
+
+def test_what_a_killed_run_left_is_swept_when_the_next_one_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stray = tmp_path / f"checkpoint_step_3.pt.{os.getpid()}-99999.tmp"
+    stray.write_bytes(b"half")
+    with caplog.at_level("INFO"):
+        tiny.Trainer(max_steps=2, plugins=[CheckpointingHook(2, path=tmp_path)]).train()
+    assert not stray.exists()
+    assert f"removed what a killed run left: {stray.name}" in caplog.text

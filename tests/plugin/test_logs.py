@@ -86,8 +86,8 @@ def test_the_first_mean_after_a_resume_is_that_of_an_uninterrupted_run(ranks: in
     def run(folder: str, steps: int) -> Any:
         where = str(tmp_path / folder)
         if ranks == 1:
-            return rank_cases.resumed(where, steps)
-        first, second = on_ranks(f"{CASES}:resumed", ranks, where, steps)
+            return rank_cases.resumed(where, steps)[0]
+        (first, _), (second, _) = on_ranks(f"{CASES}:resumed", ranks, where, steps)
         assert first == second
         return first
 
@@ -98,10 +98,15 @@ def test_the_first_mean_after_a_resume_is_that_of_an_uninterrupted_run(ranks: in
 
 
 def test_a_run_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
-    on_ranks(f"{CASES}:resumed", 2, str(tmp_path), 4)
-    ((step, loss),) = rank_cases.resumed(str(tmp_path), 6)
-    assert step == 6
-    assert loss > 0
+    (_, steps), (_, more) = on_ranks(f"{CASES}:resumed", 2, str(tmp_path), 4)
+    told, alone = rank_cases.resumed(str(tmp_path), 6)
+    both = together([steps[3:], more[3:]])
+    assert told == [(6, pytest.approx(mean([*both, *alone]), rel=1e-6))]
+
+
+def test_a_batch_that_only_keeps_a_rank_in_step_has_no_records() -> None:
+    for told in on_ranks(f"{CASES}:padded", 2):
+        assert told == [{"x": 1.0}], "of 0, 1 and 2; the second rank sees a sample again beside the last one"
 
 
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -50,7 +51,10 @@ class FolderLock:
         if self.held:
             return
         if _held.get(self.folder) == os.getpid():
-            raise self._refused({"pid": os.getpid(), "host": socket.gethostname()}, "in this very process")
+            own = {"pid": os.getpid(), "host": socket.gethostname()}
+            raise self._refused(
+                own, " (it is this process: `with engine:` closes a loop that an exception left)"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -74,27 +78,24 @@ class FolderLock:
 
     def _lock(self, handle: int) -> None:
         try:
-            import fcntl
-
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ModuleNotFoundError:
-            self._warn("this system has no POSIX locks")
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise self._refused(_owner(os.pread(handle, 4096, 0))) from None
             if error.errno not in _CANNOT:
                 raise
-            self._warn(f"its file system cannot lock ({error.strerror})")
+            warnings.warn(
+                f"{self.folder} is not locked: its file system cannot ({error.strerror}); see that no other run writes "
+                "there",
+                stacklevel=3,
+            )
 
-    def _warn(self, why: str) -> None:
-        warnings.warn(f"{self.folder} is not locked: {why}; see that no other run writes there", stacklevel=4)
-
-    def _refused(self, owner: dict[str, Any], where: str = "") -> WorkspaceLockedError:
+    def _refused(self, owner: dict[str, Any], hint: str = "") -> WorkspaceLockedError:
         since = f" since {owner['since']}" if "since" in owner else ""
         return WorkspaceLockedError(
             f"{self.folder} is being written to by process {owner.get('pid', 'unknown')} on "
-            f"{owner.get('host', 'an unknown host')}{since}{', ' + where if where else ''}: two runs in one folder "
-            "would overwrite each other's checkpoints; wait for it, end it, or give this run a path of its own"
+            f"{owner.get('host', 'an unknown host')}{since}: two runs in one folder would overwrite each other's "
+            f"checkpoints; wait for it, end it, or give this run a path of its own{hint}"
         )
 
 

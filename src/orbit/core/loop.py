@@ -115,6 +115,8 @@ class Core(Base):
             state.samples += 0 if self.is_padding else count_samples(batch)
             if not self.window_open:
                 self._micro_records, self._micro_losses = [], []
+                if self._updater is not None:
+                    self._updater.begin()
                 emit("before_step")
             self._receive(batch)
             emit("before_batch")

@@ -13,7 +13,7 @@ A wish of one rank takes effect on all of them at the next such place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -77,11 +77,28 @@ def on_main(work: Callable[[], T], group: Any = None) -> T:
     return shown[0]
 
 
+def on_all(work: Callable[[], T]) -> T:
+    """Do something on every rank; what any of them raises is raised on all."""
+    if runtime.world_size() == 1:
+        return work()
+    value, own = None, None
+    try:
+        value = work()
+    except Exception as error:
+        own = error
+    raised = [error for error in everyones(_sendable(own)) if error is not None]
+    if own is not None:
+        raise own
+    if raised:
+        raise raised[0]
+    return cast(T, value)
+
+
 def _sendable(error: Exception | None) -> Exception | None:
     """The error, or one of a kind that can be pickled and says the same."""
     if error is None or _pickles(error):
         return error
-    return RuntimeError(f"rank 0 raised {type(error).__name__}: {error}")
+    return RuntimeError(f"another rank raised {type(error).__name__}: {error}")
 
 
 def _pickles(error: Exception) -> bool:

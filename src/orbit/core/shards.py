@@ -26,6 +26,15 @@ def holds_shards(model: nn.Module) -> bool:
     return any(is_sharded(p) for p in model.parameters())
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of whole parameters that a forward gathered and kept for a backward: `parameters()` are pieces then."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def whole(state: Any, everywhere: bool) -> Any:
     """A nested state with every DTensor as the whole tensor on the CPU. All ranks must call it.
 

@@ -5,7 +5,7 @@ items r, r + R, r + 2R, … of it. Batch k of all ranks together then holds the 
 the batch size on each rank), whatever R is: a run goes on with the same data on another number of ranks if R·b stays.
 
 No item is repeated to make the shares equal: at the end of the order some ranks have shorter batches. Where a rank is
-left without any, it takes an item again as padding, in a batch that counts for nothing (weight 0).
+left without any, it takes the first ones again as padding, in a batch that counts for nothing (weight 0).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Share:
         mine = order[self.rank :: self.ranks]
         self.padding = len(mine) <= (count - 1) * self.batch_size
         if self.padding and order:
-            mine = [*mine, order[0]]
+            mine = [*mine, *order[: self.batch_size]]  # a whole batch: some layers cannot take one row
         for start in range(0, count * self.batch_size, self.batch_size):
             part = mine[start : start + self.batch_size]
             yield part if self.splits else part[0]

@@ -51,8 +51,8 @@ def check(state: dict[str, Any], model: nn.Module) -> None:
 def _check_counters(state: dict[str, Any]) -> None:
     counters = state["state"]
     for name in TrainState._SAVED:
-        value = counters.get(name)
-        if name == "rows_that_fit" and value is None:  # all that came did fit
+        value = counters.get(name, "absent")
+        if value is None and getattr(TrainState, name) is None:
             continue
         if type(value) not in (int, bool) or not 0 <= value < 10**18:
             raise _error(f"state[{name!r}]", f"is {str(value)[:40]}: no run has come that far")

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orbit.core import rng, runtime, state_checks
+from orbit.core import rng, runtime, shards, state_checks
 from orbit.core.nested import map_nested_tensor
 from orbit.core.ranks import everyones
 
@@ -70,7 +71,10 @@ def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any
         "updater": None if trainer._updater is None else trainer._updater.state_dict(),
         "ranks": [own] if trainer.team is None else everyones(own),
     }
+    core = set(state)
     trainer.emit("state_dict", state)
+    for key in state.keys() - core:  # of plugins: whole in every kind of checkpoint
+        state[key] = (gather or partial(shards.whole, everywhere=False))(state[key])
     return state
 
 

@@ -30,6 +30,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from orbit.core import runtime, shards
+from orbit.core.buffers import Buffers
 from orbit.core.outcome import Outcome
 from orbit.core.ranks import Team
 
@@ -109,12 +110,22 @@ class Updater:
         return self.micro > 0
 
     def collect_parameters(self) -> None:
-        """Look again at what the optimizer holds (in the model's order, so that norms add up as in a bare loop)."""
+        """Look again at what the optimizer holds (in the model's order, so that norms add up as in a bare loop), and at
+        the model's buffers.
+        """
+        self._collect()
+        self._buffers = Buffers(self.model)
+
+    def _collect(self) -> None:
         held = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
         self._held = list(held)
         ordered = [p for p in self.model.parameters() if held.pop(id(p), None) is not None]
         self.outside: list[nn.Parameter] = list(held.values())  # not in the model: a criterion's own, say
         self.parameters: list[nn.Parameter] = [*ordered, *self.outside]
+
+    def begin(self) -> None:
+        """A window is about to begin: its first forward has not run."""
+        self._buffers.keep()
 
     def add(self, outcome: Outcome, *, last: bool) -> bool:
         """Back-propagate one micro-batch; close the window if that fills it or if this is the `last` one.
@@ -136,7 +147,7 @@ class Updater:
     def accumulate(self, outcome: Outcome, *, alone: bool = False) -> None:
         """Back-propagate a micro-batch, or a part of one; `alone` if it is the whole of its window. Raises as `add`."""
         if not self.micro and self._held != [id(p) for g in self.optimizer.param_groups for p in g["params"]]:
-            self.collect_parameters()  # somebody edited param_groups
+            self._collect()  # somebody edited param_groups
             self.reset()
         share = self._share(outcome.weight, alone=alone)
         muted = isinstance(share, float) and share == 0.0
@@ -283,7 +294,7 @@ class Updater:
         return (weight.to(_widest(weight)) if isinstance(weight, Tensor) else weight) / self.unit
 
     def _drop(self, norm: Tensor) -> None:
-        """Leave parameters, optimizer and scheduler as they are; raise if that happened too often in a row."""
+        """Leave parameters, buffers, optimizer and scheduler as they were; raise if it happened too often in a row."""
         overflow = False
         if self.scaler is not None:
             scale = self.scaler.get_scale()
@@ -296,6 +307,7 @@ class Updater:
             )  # fp16: the scale was too large, not the model wrong
         culprits = [] if overflow else self._non_finite_names()
         self.reset()
+        self._buffers.put_back()
         self.failures += not overflow
         if not overflow and self.failures > (self.retries or 0):
             tried = (

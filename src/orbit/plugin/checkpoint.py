@@ -5,6 +5,8 @@ What is written are whole training states (`core/checkpoint`), so that any of th
     checkpoints/best/checkpoint_step_{step}.pt     the `save_top_k` best, and the last with `save_last`
     checkpoints/best/checkpoint_latest.pt          a link to the last, with `save_last`
 
+(folders without `.pt` where the model is sharded over ranks).
+
 A metric is judged where it is measured: after an evaluation inside the loop, and at the epoch's end. A state lies on a
 step boundary, so it is saved at the first one behind the measurement: the same weights, unless an accumulation window
 was open. `CheckpointingHook` is for going on after a crash, this one for choosing a model; they need two folders.
@@ -16,8 +18,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.core import checkpoint, runtime
+from orbit.core import checkpoint, runtime, shards
 from orbit.core.events import Plugin
+from orbit.core.lock import FolderLock
 from orbit.core.meters import Averages
 from orbit.core.nested import as_number
 from orbit.core.ranks import everyones, on_main
@@ -51,6 +54,7 @@ class Checkpoint(Plugin):
 
     Raises:
         ValueError: an argument outside its range; at the start of training, another plugin that writes this folder.
+        WorkspaceLockedError: at the start of training, another process that does.
         MetricError (a ValueError): nobody measures `monitor`; the message has the nearest name.
         CheckpointError: the state could not be written.
     """
@@ -86,6 +90,7 @@ class Checkpoint(Plugin):
         self.kept: dict[str, float] = {}
         self.last_path: Path | None = None
         self._folder: Path | None = None
+        self._lock: FolderLock | None = None
         self._means = Averages()  # of what the steps reported under this name, since the last look
         self._measured: tuple[int, float] | None = None  # (epoch, value) of the last look: each counts once
         self._seen = False
@@ -109,8 +114,7 @@ class Checkpoint(Plugin):
 
     def folder(self, trainer: Core) -> Path:
         """Where the files lie."""
-        workspace = getattr(trainer, "workspace", None)
-        return self.path if self.path.is_absolute() or workspace is None else workspace / self.path
+        return trainer.in_workspace(self.path)
 
     # ── events ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -128,6 +132,7 @@ class Checkpoint(Plugin):
                 )
 
     def on_before_train(self, trainer: Core) -> None:
+        on_main(lambda: self._take(trainer))
         self._evaluated, self._owed = False, []
 
     def on_after_eval(self, trainer: Core) -> None:
@@ -156,8 +161,12 @@ class Checkpoint(Plugin):
     def on_after_train(self, trainer: Core) -> None:
         if self._looked != trainer.step:
             self._look(trainer)
-        if self.monitor is not None and not self._seen and trainer.step:
+        if self.monitor is not None and not self._seen and trainer.step_info:
             raise metric.unknown("Checkpoint", self.monitor, self._names(trainer))
+
+    def on_close(self, trainer: Core) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def on_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
         state_dict[self._key] = {
@@ -234,7 +243,8 @@ class Checkpoint(Plugin):
             self.monitor.startswith("val") and not self._ever_evaluated
         )  # there may be evaluations later on
         ended = self._ever_evaluated or trainer.state.epoch_done
-        if not self._seen and ended and not waits:
+        stepped = bool(trainer.step_info)  # a run that was resumed may end its epoch before its first step
+        if not self._seen and ended and stepped and not waits:
             raise metric.unknown("Checkpoint", self.monitor, self._names(trainer))
 
     def _names(self, trainer: Core) -> list[str]:
@@ -252,7 +262,10 @@ class Checkpoint(Plugin):
     def _offer(self, trainer: Core, value: float | None) -> None:
         """Save the state at hand if it is among the best, or to be the last."""
         self._looked = trainer.step
-        name = checkpoint.checkpoint_path("", trainer.step).name
+        sharded = shards.holds_shards(trainer.model)
+        path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
+        path = path.with_suffix("") if sharded else path
+        name = path.name
         kept = dict(self.kept)
         if value is not None and self._belongs(value):
             kept[name] = value
@@ -264,13 +277,16 @@ class Checkpoint(Plugin):
         if 0 <= self.save_top_k < len(kept):
             dropped.add(worst := self._worst())
             del kept[worst]
-        folder = self.folder(trainer)
         if self.save_last:
             dropped |= {self.last_path.name} - kept.keys() if self.last_path is not None else set()
-            self.last_path = folder / name
+            self.last_path = path
         try:
-            state = trainer.state_to_write(sharded=False)
-            on_main(lambda: self._write(trainer, state, folder / name, dropped - {name}))
+            state = trainer.state_to_write(sharded)
+            if sharded:
+                checkpoint.save_sharded(state, path)
+            else:
+                on_main(lambda: checkpoint.save_checkpoint(state, path))
+            on_main(lambda: self._tidy(trainer, path, dropped - {name}))
         except BaseException:
             self.kept, self.last_path = before
             raise
@@ -282,8 +298,14 @@ class Checkpoint(Plugin):
             return False
         return len(self.kept) < self.save_top_k or metric.better(value, self.kept[self._worst()], self.mode)
 
-    def _write(self, trainer: Core, state: dict[str, Any], path: Path, dropped: set[str]) -> None:
-        checkpoint.save_checkpoint(state, path)
+    def _take(self, trainer: Core) -> None:
+        """The right to write to the folder; what a killed run left there goes."""
+        if self._lock is None or not self._lock.held:
+            self._lock = FolderLock(self.folder(trainer))
+            self._lock.acquire()
+            checkpoint.sweep(self._lock.folder)
+
+    def _tidy(self, trainer: Core, path: Path, dropped: set[str]) -> None:
         if self.save_last:
             checkpoint.link_latest(path)
         present = checkpoint.list_checkpoints(path.parent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from orbit.core import checkpoint, runtime, shards
 from orbit.core.checkpoint.background import Background, Staging
 from orbit.core.events import Plugin
 from orbit.core.lock import FolderLock
-from orbit.core.ranks import on_main
+from orbit.core.ranks import on_all, on_main
 from orbit.core.signals import Listener
 from orbit.plugin.logs import check_interval
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointingHook(Plugin):
-    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint.py`): at intervals,
+    """Write `checkpoint_step_{step}.pt` and the link `checkpoint_latest.pt` (see `core/checkpoint/`): at intervals,
     on signals, and at the end of the run.
 
     A signal only sets a flag; the state is saved at the next step boundary, and the process then leaves with
@@ -43,8 +43,9 @@ class CheckpointingHook(Plugin):
             does not wait.
         every_epoch: also save at every epoch's end.
         sharded: write folders, to which every rank adds its pieces; None does so where the model is sharded.
-        asynchronous: the loop waits only until the state is copied into the CPU's memory; a thread writes it. At most
-            one save is under way, and the end of the run, a signal's exit and `on_close` wait for it. Of one file.
+        asynchronous: the loop waits only until the state is copied into CPU memory, which is kept for the next save; a
+            thread writes it. At most one save is under way, and the end of the run, a signal's exit and `on_close` wait
+            for it.
 
     One run at a time may write to a folder: while it trains it holds a lock there (`core/lock.py`).
 
@@ -95,6 +96,7 @@ class CheckpointingHook(Plugin):
         self.acknowledged: int | None = None
         self._lock: FolderLock | None = None
         self._staging, self._background = Staging(), Background()
+        self._group: Any = None  # the ranks, for writing shards beside the training
         self._failing = False
         self._owed = False  # an epoch ended inside a window
         self._saved_step: int | None = None
@@ -147,7 +149,7 @@ class CheckpointingHook(Plugin):
 
     def on_after_train(self, trainer: Core) -> None:
         self._boundary(trainer, trainer.step != self._saved_step)  # the end of the run is always saved
-        on_main(self._background.wait)
+        on_all(self._background.wait)
 
     def on_exception(self, trainer: Core, exception: BaseException) -> None:
         self._failing = True
@@ -172,27 +174,35 @@ class CheckpointingHook(Plugin):
         An asynchronous save has then begun: see `acknowledged`.
         """
         sharded = shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
-        if sharded and self.asynchronous:
-            raise ValueError(
-                "CheckpointingHook(asynchronous=True) writes one file, and this run writes folders of shards: pass "
-                "sharded=False, or asynchronous=False"
-            )
         state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
         path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
         if sharded:
-            path = checkpoint.save_sharded(state, path.with_suffix(""))
-            on_main(lambda: self._tidy(path))
-        elif self.asynchronous:
-            on_main(lambda: self._begin(state, path))
-        else:
+            path = path.with_suffix("")
+        if not self.asynchronous and not sharded:
             on_main(lambda: self._tidy(checkpoint.save_checkpoint(state, path)))
+        elif not self.asynchronous:
+            self._write_shards(state, path, None)
+        elif not sharded:
+            on_main(
+                lambda: self._begin(
+                    state, lambda staged: self._tidy(checkpoint.save_checkpoint(staged, path))
+                )
+            )
+        else:
+            if self._group is None:
+                self._group = checkpoint.new_group()
+            on_all(lambda: self._begin(state, lambda staged: self._write_shards(staged, path, self._group)))
         return path
 
-    def _begin(self, state: dict[str, Any], path: Path) -> None:
+    def _begin(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         self._background.wait()  # it reads the memory that the next line fills
         staged = self._staging.copy(state)
-        self._background.submit(lambda: self._tidy(checkpoint.save_checkpoint(staged, path)))
+        self._background.submit(lambda: write(staged))
+
+    def _write_shards(self, state: dict[str, Any], path: Path, group: Any) -> None:
+        checkpoint.save_sharded(state, path, group)
+        on_main(lambda: self._tidy(path), group)
 
     def _tidy(self, path: Path) -> None:
         checkpoint.link_latest(path)
@@ -227,7 +237,7 @@ class CheckpointingHook(Plugin):
             self.save(trainer)
         if number is None:
             return
-        on_main(self._background.wait)
+        on_all(self._background.wait)
         trainer.logger.info("%s: saved at step %d, leaving", signal.Signals(number).name, trainer.step)
         runtime.wait_for_ranks(self.exit_wait)
         raise SystemExit(128 + number if self.exit_code == "128+signal" else self.exit_code)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from orbit.core import shards
 from orbit.core.events import Plugin
 from orbit.plugin.logs import check_interval
 
@@ -35,7 +36,8 @@ class EMA(Plugin):
 
     Attributes:
         ema_model: a copy of the model (without wrappers of DDP or `torch.compile`) that has the averages; None
-            before the run is built. While `eval()` runs with `swap` it has the model's own weights.
+            before the run is built; of a sharded model, in pieces like it. While `eval()` runs with `swap` it has the
+            model's own weights.
 
     Raises:
         ValueError: a value outside its range; a checkpoint whose average is of another model.
@@ -58,13 +60,20 @@ class EMA(Plugin):
         self._swapped = 0  # how many brackets of eval() are open
 
     def on_build_model(self, trainer: Core) -> None:
-        self._start(trainer)
+        self.ema_model = deepcopy(trainer.unwrapped_model).requires_grad_(False).eval()
+        if self.device is not None:
+            self.ema_model.to(self.device)
 
+    @torch.no_grad()
     def on_load_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
-        self._start(trainer)
+        assert self.ema_model is not None
+        pairs = list(self._pairs(trainer))  # first: it may cut the averages up
         if "EMA" in state_dict:
-            assert self.ema_model is not None
-            self.ema_model.load_state_dict(state_dict["EMA"])
+            own = self.ema_model.state_dict()
+            self.ema_model.load_state_dict(shards.cut_model_state(own, state_dict["EMA"]))
+        else:
+            for mean, value in pairs:
+                mean.copy_(value)
 
     def on_state_dict(self, trainer: Core, state_dict: dict[str, Any]) -> None:
         assert self.ema_model is not None
@@ -104,14 +113,29 @@ class EMA(Plugin):
             value.copy_(mean)
             mean.copy_(kept)
 
-    def _start(self, trainer: Core) -> None:
-        self.ema_model = deepcopy(trainer.unwrapped_model).requires_grad_(False).eval()
+    def _cut(self, trainer: Core) -> None:
+        """The model was sharded after its averages were made: they are cut up like it."""
+        assert self.ema_model is not None
         if self.device is not None:
-            self.ema_model.to(self.device)
+            raise ValueError(
+                f"EMA(device={str(self.device)!r}): those of a sharded model lie where its pieces are; leave it out"
+            )
+        theirs = dict(trainer.unwrapped_model.named_parameters())
+        cut: dict[nn.Parameter, nn.Parameter] = {}
+        for path, module in self.ema_model.named_modules():
+            for name, p in module.named_parameters(recurse=False):
+                like = theirs.get(f"{path}.{name}" if path else name)
+                if p not in cut:  # a tied one has its first name there
+                    assert like is not None
+                    cut[p] = nn.Parameter(shards.cut_like(like.detach(), p.detach()), requires_grad=False)
+                setattr(module, name, cut[p])
 
     def _pairs(self, trainer: Core) -> Iterator[tuple[Tensor, Tensor]]:
         """Each average and what it follows; tied tensors once."""
         assert self.ema_model is not None
+        shards.reshard(trainer.model)
+        if shards.holds_shards(trainer.model) and not shards.holds_shards(self.ema_model):
+            self._cut(trainer)
         ours, theirs = self.ema_model, trainer.unwrapped_model
         yield from zip(ours.parameters(), theirs.parameters(), strict=True)
         yield from zip(ours.buffers(), theirs.buffers(), strict=True)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _REFUSED = re.compile(r"[^\w\-. /:]", re.ASCII)  # in the name of a metric or parameter
-_MOST = 100  # in one request: MLflow takes so many parameters, and more metrics
 
 
 class MLflowHook(Tracker):
@@ -70,9 +69,7 @@ class MLflowHook(Tracker):
         found = client.get_experiment_by_name(self.experiment_name)
         experiment = client.create_experiment(self.experiment_name) if found is None else found.experiment_id
         self.run_id = client.create_run(experiment, run_name=self.run_name, tags=self.tags).info.run_id
-        params = [Param(_name(name), str(value)) for name, value in flat(self.config)]
-        for first in range(0, len(params), _MOST):
-            client.log_batch(self.run_id, params=params[first : first + _MOST])
+        client.log_batch(self.run_id, params=[Param(_name(n), str(value)) for n, value in flat(self.config)])
 
     def _known(self) -> bool:
         from mlflow.exceptions import MlflowException
@@ -90,8 +87,7 @@ class MLflowHook(Tracker):
 
         now = time.time_ns() // 1_000_000
         metrics = [Metric(_name(name), value, now, step) for name, value in records.items()]
-        for first in range(0, len(metrics), _MOST):
-            self._client.log_batch(self.run_id, metrics=metrics[first : first + _MOST])
+        self._client.log_batch(self.run_id, metrics=metrics)
 
     def write_images(self, images: dict[str, Any], step: int) -> None:
         pictures = {name: as_picture(name, image) for name, image in images.items()}

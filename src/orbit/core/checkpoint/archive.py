@@ -25,8 +25,7 @@ MOST_RECORDS = 50_000  # PyTorch itself takes 6 seconds to read as many
 LARGEST_PICKLE = 32 << 20  # bytes
 _LARGEST_NOTE = 1024  # bytes of byteorder, version, …
 _NAME = re.compile(
-    r"(?P<top>[^/\\]+)/(?:(?P<own>data\.pkl|data/[0-9]{1,9})|byteorder|version|\.format_version"
-    r"|\.storage_alignment|\.data/serialization_id)"
+    r"(?P<top>[^/\\]+)/(?:(?P<own>data\.pkl|data/[0-9]{1,9})|[a-z_]{1,40}|\.[a-z_]{1,40}(?:/[a-z_]{1,40})?)"
 )
 _END, _END64, _LOCATOR = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _STREAMED, _UTF8 = 0x0008, 0x0800  # sizes stand behind the bytes; the name is UTF-8

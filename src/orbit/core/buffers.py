@@ -1,0 +1,85 @@
+"""What a forward changes by itself, as it was before: the running statistics of batch norm, and their like.
+
+A window that is dropped must leave no trace, but its forwards have already moved the buffers: one NaN in a batch makes
+a running mean NaN for good, and every later evaluation and checkpoint with it. So floating buffers (and single numbers,
+the counts that go with them) are kept as they were when the window began, and put back if it is dropped.
+
+Only those are copied that move: whose values the first window changed, or whose version counter says so later, with
+the others of their module. (torch's batch norm writes its running mean without counting a version.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Buffers:
+    """The buffers of `model` that forwards may change.
+
+    Masks and packed weights (integers of some size) are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = [
+            (module._buffers, name)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and (buffer.is_floating_point() or buffer.ndim == 0)
+        ]
+        self._kept: list[Tensor] = []
+        self._seen: list[tuple[int, int]] = []  # (id, version) of each when it was kept
+        self._moving: set[int] | None = None  # None until a whole window has been seen
+        self._dropped = False
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember how they are now."""
+        if not self._places:
+            return
+        now = self._now()
+        if [buffer.shape for buffer in now] != [kept.shape for kept in self._kept]:
+            self._kept, self._moving = [buffer.clone() for buffer in now], None
+        else:
+            if self._moving is not None:
+                self._moving = self._touched(now)
+            elif not self._dropped:
+                pairs = zip(self._kept, now, strict=True)
+                self._moving = self._of_modules({i for i, pair in enumerate(pairs) if not torch.equal(*pair)})
+            chosen = range(len(now)) if self._moving is None else sorted(self._moving)
+            if chosen:
+                torch._foreach_copy_([self._kept[i] for i in chosen], [now[i] for i in chosen])
+        self._dropped, self._seen = False, _versions(now)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make them what they were at the last `keep()`, if there was one."""
+        if not self._seen:
+            return
+        now = self._now()
+        for i in range(len(now)) if self._moving is None else self._touched(now):
+            if now[i].shape == self._kept[i].shape:
+                now[i].copy_(self._kept[i])
+            else:  # another tensor has taken its place
+                place, name = self._places[i]
+                place[name] = self._kept[i].clone()
+        self._dropped = True
+
+    def _now(self) -> list[Tensor]:
+        nothing = torch.empty(0)
+        return [nothing if place[name] is None else place[name] for place, name in self._places]  # type: ignore[misc]
+
+    def _touched(self, now: list[Tensor]) -> set[int]:
+        """Those that are known to move, and those that have by their versions."""
+        assert self._moving is not None
+        pairs = zip(_versions(now), self._seen, strict=True)
+        return self._moving | self._of_modules({i for i, (new, old) in enumerate(pairs) if new != old})
+
+    def _of_modules(self, some: set[int]) -> set[int]:
+        """With the other buffers of their modules."""
+        modules = {id(self._places[i][0]) for i in some}
+        return {i for i, (place, _) in enumerate(self._places) if id(place) in modules} if some else some
+
+
+def _versions(buffers: list[Tensor]) -> list[tuple[int, int]]:
+    return [(id(buffer), buffer._version) for buffer in buffers]
