@@ -46,7 +46,6 @@ def run(
         Warmup(5),
         LoggingHook(2),
         EarlyStopping("train_loss"),
-        Mentor(),
         watch,
     ]
     if folder is not None:
