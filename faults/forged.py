@@ -137,6 +137,16 @@ def deep_nesting(folder: Path) -> Path:
     return _pickled(folder, _holding(b"]" * 100_000 + b"a" * 99_999))
 
 
+def deep_key(folder: Path) -> Path:
+    """A tuple in a tuple in a tuple …, as a key: to hash it takes more stack than there is."""
+    return _pickled(folder, b"\x80\x02}N" + b"\x85" * 900_000 + b"Ns.")
+
+
+def deep_call(folder: Path) -> Path:
+    call = b"\x85R"
+    return _pickled(folder, b"\x80\x02}" + b"c_codecs\nencode\n" * 40_000 + b"N" + call * 40_000 + b"Ns.")
+
+
 def itself(folder: Path) -> Path:
     return _pickled(folder, b"\x80\x02}q\x00" + _text("w") + b"h\x00s.")
 
@@ -249,6 +259,8 @@ CHECKPOINTS: dict[Callable[[Path], Path], str] = {
     beyond_its_storage: "ends at byte 20 of a storage of 16",
     exchanged_storages: "says that storage '0' has 16 bytes, and the file has 64",
     deep_nesting: "nested over 64 deep",
+    deep_key: "nested over 64 deep",
+    deep_call: "nested over 64 deep",
     itself: "nested over 64 deep",
     billion_laughs: "parts",
     memo_bomb: "stores in place 2147483648 when 0 are taken",

@@ -14,6 +14,7 @@ from orbit.engine import Engine
 from orbit.plugin import Plugin
 from tests import tiny
 from tests.laws.plugins import PACKAGES, PLUGINS, ROWS
+from tests.ranks import on_ranks
 
 LAW = pytest.mark.parametrize("name", PLUGINS)
 FACES = pytest.mark.parametrize("face", ["engine", "trainer"])
@@ -117,3 +118,14 @@ def test_a_run_can_be_left_and_begun_again(name: str, tmp_path: Path) -> None:
     for _ in engine.train(tiny.loader()):
         engine.auto_update()
     assert engine.global_step >= 4
+
+
+@FACES
+def test_on_two_ranks(face: str, tmp_path: Path) -> None:
+    """All plugins at once under DDP: any order, resumed like uninterrupted, and the ranks stay one model."""
+    one, other = on_ranks("tests.laws.ranks_cases:laws", 2, face, str(tmp_path), seconds=120.0)
+    for way in ("first", "last", "resumed"):
+        for key, value in one["first"].items():
+            assert torch.equal(one[way][key], value), (way, key)
+            if "running" not in key and "num_batches" not in key:  # batch norm's are each rank's own
+                assert torch.equal(other[way][key], value), (way, key)

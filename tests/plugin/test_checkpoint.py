@@ -115,6 +115,16 @@ def test_a_best_state_is_the_run_as_it_was_when_measured(tmp_path: Path) -> None
     assert tiny.same(resumed.model, run.model)
 
 
+def test_at_an_epochs_end_the_epoch_is_complete_in_the_file(tmp_path: Path) -> None:
+    """The evaluation belongs to the last step, and the state to the epoch's end: one file, with all metrics."""
+    run = engine(Checkpoint("val_loss", save_top_k=-1, path=tmp_path))
+    run.run(tiny.loader(16), tiny.loader(20), num_epochs=2)
+    assert files(tmp_path) == [2, 4]
+    state = load_checkpoint(tmp_path / "checkpoint_step_2.pt")["state"]
+    assert state["epoch_done"]
+    assert set(state["metrics"]) == {"train_loss", "val_loss", "val_acc"}
+
+
 def test_every_n_steps_by_what_the_steps_report(tmp_path: Path) -> None:
     """Under BaseTrainer, which has no evaluation of its own: the mean of a record since the last look."""
 

@@ -89,6 +89,17 @@ def test_every_evaluation_begins_anew_and_an_abandoned_one_leaves_nothing() -> N
     assert plugin.confusion.sum() == 10
 
 
+def test_an_evaluation_inside_another_keeps_them_apart() -> None:
+    plugin = ClassificationReport(4, verbose=False, image=False)
+    engine = Engine(Echo(), criterion=nn.CrossEntropyLoss(), plugins=[plugin], device="cpu")
+    for _ in engine.eval(batches()):
+        engine.auto_update()
+        for _ in engine.eval(batches(TARGET)):
+            engine.auto_update()
+        assert engine.metrics["val_f1_macro"] == 1.0
+    assert plugin.scores["f1"].tolist() == pytest.approx(by_hand(GUESS, TARGET)["f1"])
+
+
 @pytest.mark.parametrize("given", [None, 3])
 def test_ignored_targets_do_not_count(given: int | None) -> None:
     """By the criterion's ignore_index, or by the plugin's own; a class that does not occur is not in the mean."""

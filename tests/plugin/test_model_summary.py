@@ -89,6 +89,21 @@ def test_shapes_are_those_of_the_first_batch_and_no_forward_is_added() -> None:
     assert all(not module._forward_hooks for module in list(model.modules())[1:])
 
 
+def test_a_module_that_is_called_twice_shows_its_first_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x)[:, None])[:, 0, :3]
+
+    plugin = ModelSummary()
+    run(Twice(), plugin)
+    assert plugin.summary is not None
+    assert [row.input for row in plugin.summary.rows] == ["8×8", "8×8"]
+
+
 def test_keyword_arguments_and_model_outputs() -> None:
     tokens = torch.arange(10).reshape(2, 5) % 7
     batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -296,10 +296,8 @@ class Core(Base):
         """In a fast_dev_run, so many times `each` batches, of which the last ends the epoch."""
         most = int(self.options.fast_dev_run) * each
         if not most:
-            yield from batches
-            return
-        for number, (batch, last) in enumerate(islice(batches, most), 1):
-            yield batch, last or number == most
+            return batches
+        return ((batch, last or n == most) for n, (batch, last) in enumerate(islice(batches, most), 1))
 
     def _sanity_eval(self, loader: Iterable[Any], batches: int, body: Callable[[], Any]) -> None:
         """Evaluate a few batches to see that it works; the bracket is left before it would report anything."""

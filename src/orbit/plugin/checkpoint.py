@@ -161,7 +161,7 @@ class Checkpoint(Plugin):
     def on_after_train(self, trainer: Core) -> None:
         if self._looked != trainer.step:
             self._look(trainer)
-        if self.monitor is not None and not self._seen and trainer.step:
+        if self.monitor is not None and not self._seen and trainer.step_info:
             raise metric.unknown("Checkpoint", self.monitor, self._names(trainer))
 
     def on_close(self, trainer: Core) -> None:
@@ -243,7 +243,8 @@ class Checkpoint(Plugin):
             self.monitor.startswith("val") and not self._ever_evaluated
         )  # there may be evaluations later on
         ended = self._ever_evaluated or trainer.state.epoch_done
-        if not self._seen and ended and not waits:
+        stepped = bool(trainer.step_info)  # a run that was resumed may end its epoch before its first step
+        if not self._seen and ended and stepped and not waits:
             raise metric.unknown("Checkpoint", self.monitor, self._names(trainer))
 
     def _names(self, trainer: Core) -> list[str]:

@@ -34,11 +34,15 @@ _MOST_OPCODES = 1_500_000  # 50,000 tensors have as many
 _MOST_PARTS = 500_000  # keys and values, a tensor counting as one
 _DEEPEST = 64
 _MOST_EXPANDED = 64 << 20  # bytes that tensors may have beyond their storages (stride 0), all together
-_OPCODES = (
-    "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE "
-    "TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET "
-    "LONG_BINGET GLOBAL REDUCE BUILD BINPERSID"
-)
+_LEAVES = {
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
+    *("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT"),
+}
+_NESTING = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE")
+_TAKEN: dict[str, int | None] = {  # values that an opcode takes off the stack; None is all since the mark
+    **{"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BINPERSID": 1, "BUILD": 1},
+    **{"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None},
+}
 _NAMES = {
     ("collections", "OrderedDict"),
     ("collections", "Counter"),
@@ -68,6 +72,11 @@ _STORAGES = {
     "ComplexDoubleStorage": "complex128",
     "ComplexFloatStorage": "complex64",
 }
+# What a pickle that is no pickle makes the reader raise; Malformed is a ValueError.
+_ERRORS = (
+    *(pickle.UnpicklingError, ValueError, TypeError, AttributeError, LookupError, EOFError, OverflowError),
+    RecursionError,
+)
 
 
 def screen(path: Path) -> None:
@@ -79,15 +88,7 @@ def screen(path: Path) -> None:
             text = content[at.start : at.start + at.size]
         _check_opcodes(text)
         _check_tree(_DryRun(text, found).load())
-    except (
-        Malformed,
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        LookupError,
-        EOFError,
-        OverflowError,
-    ) as error:
+    except _ERRORS as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: {error}. Nothing of it was loaded; take a checkpoint that this "
             "library or torch.save wrote"
@@ -95,16 +96,42 @@ def screen(path: Path) -> None:
 
 
 def _check_opcodes(text: bytes) -> None:
-    stored, known = 0, set(_OPCODES.split())
+    """Only those of `torch.save`, not too many, and no tuple nested too deeply: to hash one takes the C stack.
+
+    `depths` is the reader's stack, holding of every value how deeply tuples and calls are nested in it.
+    """
+    depths: list[int] = []
+    marks: list[int] = []
+    memo: list[int] = []
     for number, (opcode, argument, _) in enumerate(pickletools.genops(text)):
-        if opcode.name not in known:
-            raise Malformed(f"its pickle has an opcode {opcode.name}, which torch.save does not write")
-        if opcode.name == "GLOBAL":
-            _check_name(*str(argument).split(" ", 1))
-        elif opcode.name in ("BINPUT", "LONG_BINPUT"):
-            if int(str(argument)) > stored:  # the reader makes room for as many
-                raise Malformed(f"its pickle stores in place {argument} when {stored} are taken")
-            stored += 1
+        name: str = opcode.name
+        at: Any = argument
+        if name in _LEAVES:
+            depths.append(0)
+        elif name == "BINPUT" or name == "LONG_BINPUT":
+            if at > len(memo):  # the reader makes room for as many
+                raise Malformed(f"its pickle stores in place {at} when {len(memo)} are taken")
+            memo[at : at + 1] = depths[-1:]
+        elif name == "BINGET" or name == "LONG_BINGET":
+            depths.append(memo[at])
+        elif name == "GLOBAL":
+            _check_name(*at.split(" ", 1))
+            depths.append(0)
+        elif name == "MARK":
+            marks.append(len(depths))
+        elif name in _TAKEN:
+            count = _TAKEN[name]
+            first = marks.pop() if count is None else len(depths) - count
+            taken = depths[first:]
+            del depths[first:]
+            if name in _NESTING:
+                depths.append(1 + max(taken, default=0))
+                if depths[-1] > _DEEPEST:
+                    raise Malformed(f"it is nested over {_DEEPEST} deep")
+            elif name == "BINPERSID":
+                depths.append(0)
+        elif name not in ("PROTO", "STOP"):
+            raise Malformed(f"its pickle has an opcode {name}, which torch.save does not write")
         if number > _MOST_OPCODES:
             raise Malformed(f"its pickle has over {_MOST_OPCODES:,} opcodes")
 
