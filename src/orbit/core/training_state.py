@@ -98,6 +98,7 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
         _apply(trainer, kept, kept["own"])
         trainer._position, trainer._rng = place
         raise
+    trainer._calls_to_pass = 0
 
 
 def _keep(trainer: Base) -> dict[str, Any]:
@@ -126,7 +127,6 @@ def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:
         trainer._updater.load_state_dict(state["updater"])
         trainer._updater.reset()
     trainer.state.load_state_dict(state["state"])
-    trainer._calls_to_pass = 0
     trainer._epoch_losses.load_state_dict(own["epoch_losses"])
     trainer._position, trainer._rng = own["feed"], own["rng"]
     trainer.emit("load_state_dict", state)
