@@ -121,11 +121,12 @@ def test_ranks_agree() -> None:
     assert "have 3, 4 batches" in one["unequal"]
     assert one["unequal"] == other["unequal"]
     assert one["unsized"] == other["unsized"] == (3, 1)
-    for kind in ("drop", "drop16"):
+    for kind in ("drop", "drop16", "drop_fsdp", "drop16_fsdp"):
         assert one[kind] == other[kind]
         assert one[kind]["dropped"][0] == 2
         assert set(one[kind]["same"]) == {True}
         assert one[kind]["step"] == 6
+        assert one[kind]["weights"] == pytest.approx(one[kind.removesuffix("_fsdp")]["weights"], abs=1e-4)
     assert one["drop"]["dropped"] == [2]
     assert one["drop16"]["scale"] == 2.0 ** (16 - len(one["drop16"]["dropped"])), "halved on both ranks"
     assert one["skips"] == other["skips"]
