@@ -121,7 +121,7 @@ class Engine(Core):
             raise TypeError(
                 f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
             )
-        check_parallel(parallel)
+        check_parallel(parallel, mesh)
         if options.get("deterministic"):
             deterministic.prepare()  # before processes start CUDA
         if parallel is not None:

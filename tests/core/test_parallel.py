@@ -174,6 +174,8 @@ def test_a_frozen_base_is_not_exchanged() -> None:
 def test_without_torchrun_it_says_how_to_start() -> None:
     with pytest.raises(RuntimeError, match="torchrun --nproc-per-node N"):
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="ddp", device="cpu")
+    with pytest.raises(ValueError, match=r"mesh=\(2, 2\) means nothing to parallel='ddp'"):
+        Engine(torch.nn.Linear(2, 1), plugins=[], parallel="ddp", mesh=(2, 2), device="cpu")
     with pytest.raises(ValueError, match="parallel='dpp' is unknown"):
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="dpp", device="cpu")
 
