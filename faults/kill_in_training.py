@@ -12,6 +12,7 @@ import random
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,18 @@ def run(short: bool, seed: int) -> Result:
     )
 
 
+def _silently(work: Callable[[], None]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    work()
+
+
 def _end(here: Path, face: str, workers: int, kill_after: float | None = None) -> bool:
     """One process, to its end or to its death; whether it was killed."""
     here.mkdir(exist_ok=True)
-    child = fork(keep_final(here / "final.pt", face, here / "checkpoints", workers=workers))
+    work = keep_final(here / "final.pt", face, here / "checkpoints", workers=workers)
+    child = fork(
+        work if kill_after is None else lambda: _silently(work)
+    )  # workers say that their parent is gone
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """A NaN loss, an infinite gradient, a NaN among the inputs: in single windows, and from some window on without end.
 
 A window that is dropped must change nothing but the place in the data, dropout's generator, the count of failures and,
-with fp16, the loss scale. What does not end must stop the run, and the newest checkpoint must be finite, load, and go on.
+with fp16, the loss scale. What does not end must stop the run, and its newest checkpoint must be finite and go on.
 With two ranks, one of which alone is hit, both must drop the same windows and hold the same weights.
 """
 

@@ -105,9 +105,9 @@ def run(short: bool, seed: int) -> Result:
         folder = Path(name)
         wholes = {face: _whole(folder / f"whole-{face}", face) for face in FACES}
         for count, (point, face) in enumerate(kinds):
-            for numbers in [(TERM,), (INT,)] if not short else [chance.choice([(TERM,), (INT,)])]:
-                here = folder / f"{count}-{numbers[0]}"
-                wrong += _once(here, point, face, numbers, wholes[face])
+            for number in [TERM, INT] if not short else [chance.choice([TERM, INT])]:
+                here = folder / f"{count}-{number}"
+                wrong += _once(here, point, face, (number,), wholes[face])
             pairs = [(TERM, TERM), (INT, INT), (TERM, INT), (INT, TERM)]
             for numbers in [pairs[count % 4]] if not short or count % 4 == 1 else []:
                 took, found = _twice(folder / f"{count}-twice", point, face, numbers, wholes[face])

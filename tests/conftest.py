@@ -16,9 +16,9 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["WANDB_ERROR_REPORTING"] = (
-    "false"  # trackers report to nobody, and keep what they write in temporary folders
-)
+# Trackers reach nobody, and keep what they write in temporary folders.
+os.environ["WANDB_MODE"] = "offline"  # read once in a process
+os.environ["WANDB_ERROR_REPORTING"] = "false"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a database of its own takes MLflow 13 s to make
 os.environ["TRACKIO_TELEMETRY"] = "0"

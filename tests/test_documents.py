@@ -353,13 +353,11 @@ def test_003_hooks_take_the_documents_arguments(
     assert trainer.step == 2
 
 
-def test_003_wandb_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_003_wandb_hook(tmp_path: Path) -> None:
     """What it says is read back in tests/plugin/test_wandb.py."""
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
     from orbit.trainer import WandbHook
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.chdir(tmp_path)
     hook = run(f"hook = {snippet('003', 11).strip()}", WandbHook=WandbHook)["hook"]
     quick_tour: Any = quick_tour_trainer()
 
@@ -372,7 +370,7 @@ def test_003_wandb_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             self.log_images({"digit": input[0][0].reshape(28, 28)})
             return super().forward(input)
 
-    Trainer(max_steps=2, device="cpu").train()
+    Trainer(max_steps=2, device="cpu", workspace=tmp_path).train()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert folder.name.endswith(hook.run_id)
     assert len(list(folder.glob("files/media/images/digit_*.png"))) == 2

@@ -121,7 +121,7 @@ class Engine(Core):
             raise TypeError(
                 f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
             )
-        check_parallel(parallel)
+        check_parallel(parallel, mesh)
         if options.get("deterministic"):
             deterministic.prepare()  # before processes start CUDA
         if parallel is not None:
@@ -172,7 +172,9 @@ class Engine(Core):
 
         After `load()` the interrupted call goes on where it stood. A second call trains `num_epochs` more.
 
-        Raises (when iterated): FeedError for an empty or unusable loader, and whatever the loader or a plugin raises.
+        Raises (when iterated): FeedError for an empty or unusable loader, WorkerError for a worker of it that raises,
+        dies, or hangs for longer than the loader's `timeout=` (0, torch's default, waits forever), and whatever else
+        the loader or a plugin raises.
         """
         for name, number in (("num_epochs", num_epochs), ("max_steps", max_steps)):
             if number is not None:
@@ -291,7 +293,9 @@ class Engine(Core):
         Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
         """
         path = Path(path)
-        found = latest_checkpoint(path) if path.is_dir() and not (path / MANIFEST).exists() else path
+        found: Path | None = path
+        if path.is_dir() and not (path / MANIFEST).exists():
+            found = on_main(lambda: latest_checkpoint(path))
         self.build()
         self.load_state_dict(self.read_checkpoint(path / "checkpoint_step_*.pt" if found is None else found))
         return self

@@ -13,7 +13,7 @@ from torch import nn
 from faults.non_finite import Still
 from orbit.core import NonFiniteGradientError, Plugin
 from orbit.engine import Engine
-from orbit.plugin import EMA, CheckpointingHook, EarlyStopping, LoggingHook, Mentor, Warmup
+from orbit.plugin import EMA, CheckpointingHook, EarlyStopping, LoggingHook, Warmup
 from tests import tiny
 
 
@@ -46,7 +46,6 @@ def run(
         Warmup(5),
         LoggingHook(2),
         EarlyStopping("train_loss"),
-        Mentor(),
         watch,
     ]
     if folder is not None:

@@ -121,11 +121,12 @@ def test_ranks_agree() -> None:
     assert "have 3, 4 batches" in one["unequal"]
     assert one["unequal"] == other["unequal"]
     assert one["unsized"] == other["unsized"] == (3, 1)
-    for kind in ("drop", "drop16"):
+    for kind in ("drop", "drop16", "drop_fsdp", "drop16_fsdp"):
         assert one[kind] == other[kind]
         assert one[kind]["dropped"][0] == 2
         assert set(one[kind]["same"]) == {True}
         assert one[kind]["step"] == 6
+        assert one[kind]["weights"] == pytest.approx(one[kind.removesuffix("_fsdp")]["weights"], abs=1e-4)
     assert one["drop"]["dropped"] == [2]
     assert one["drop16"]["scale"] == 2.0 ** (16 - len(one["drop16"]["dropped"])), "halved on both ranks"
     assert one["skips"] == other["skips"]
@@ -173,6 +174,8 @@ def test_a_frozen_base_is_not_exchanged() -> None:
 def test_without_torchrun_it_says_how_to_start() -> None:
     with pytest.raises(RuntimeError, match="torchrun --nproc-per-node N"):
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="ddp", device="cpu")
+    with pytest.raises(ValueError, match=r"mesh=\(2, 2\) means nothing to parallel='ddp'"):
+        Engine(torch.nn.Linear(2, 1), plugins=[], parallel="ddp", mesh=(2, 2), device="cpu")
     with pytest.raises(ValueError, match="parallel='dpp' is unknown"):
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="dpp", device="cpu")
 

@@ -165,6 +165,25 @@ def test_errors_of_the_loop_s_own_process_stay_as_they_are() -> None:
         list(Feed(loader("fine", batch_size=1, batch_sampler=Sampler([1, 2]))).epoch(0))
 
 
+@pytest.mark.parametrize("lost", [EOFError(), ConnectionResetError("by peer")])
+def test_a_batch_that_went_with_its_worker_is_told_as_the_death(lost: Exception) -> None:
+    """torch reads a batch's memory through its worker; what it meets there comes before it knows of the death."""
+    feed = Feed(loader("fine", timeout=5))
+    batches = feed.epoch(0)
+    next(batches)
+    watch = feed._watch
+    assert watch is not None
+
+    def meet() -> None:
+        watch._processes[1].kill()
+        raise lost
+
+    with pytest.raises(WorkerError, match="worker 1 of 2 .* was killed by signal 9") as caught:
+        watch._fetch(meet)
+    assert caught.value.__cause__ is lost
+    batches.close()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_worker_that_dies_while_the_loop_is_busy_is_told_of_at_the_next_fetch(persistent: bool) -> None:
     """torch alone raises at whatever line is running: in a backward, an optimizer step, a save."""

@@ -69,6 +69,7 @@ def test_each_disease_is_seen(noise: float) -> None:
 def test_one_bad_batch_or_a_lucky_first_one_is_no_divergence() -> None:
     draw = random.Random(0)
     calm = [1.0 + 0.1 * draw.gauss(0, 1) for _ in range(49)]
+    assert diverged([Point(2.3), Point(0.001), Point(0.005)], 2.0) is None  # noise near 0
     assert diverged([summary(calm), summary([*calm, 1e6])], 2.0) is None
     assert diverged([summary(calm), summary([3 * loss for loss in calm])], 2.0) is not None
     losses = [[draw.expovariate(1.0) for _ in range(50)] for _ in range(300)]  # of one sample each

@@ -67,7 +67,6 @@ def test_a_run_that_ends_inside_a_cycle_writes_what_it_saw(tmp_path: Path) -> No
 
 
 def test_a_trace_that_cannot_be_written_is_that_error(tmp_path: Path) -> None:
-    """And not a crash of the interpreter, which stopping a profile twice is."""
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
         train(Profiler(tmp_path / "file", wait=0, warmup=1, active=1, rows=0), 3)

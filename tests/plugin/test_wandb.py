@@ -21,9 +21,7 @@ from tests import tiny, tracked
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.chdir(tmp_path)
+def only_its_own_run() -> Iterator[None]:
     yield
     import wandb
 

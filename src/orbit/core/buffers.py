@@ -28,7 +28,7 @@ class Buffers:
             if buffer is not None and (buffer.is_floating_point() or buffer.ndim == 0)
         ]
         self._kept: list[Tensor] = []
-        self._seen: list[tuple[int, int]] = []  # (id, version) of each when it was kept
+        self._seen: list[tuple[Tensor, int]] = []  # each when it was kept, and its version then
         self._moving: set[int] | None = None  # None until a whole window has been seen
         self._dropped = False
 
@@ -38,7 +38,7 @@ class Buffers:
         if not self._places:
             return
         now = self._now()
-        if [buffer.shape for buffer in now] != [kept.shape for kept in self._kept]:
+        if not self._seen or self._reshaped(now):
             self._kept, self._moving = [buffer.clone() for buffer in now], None
         else:
             if self._moving is not None:
@@ -49,7 +49,7 @@ class Buffers:
             chosen = range(len(now)) if self._moving is None else sorted(self._moving)
             if chosen:
                 torch._foreach_copy_([self._kept[i] for i in chosen], [now[i] for i in chosen])
-        self._dropped, self._seen = False, _versions(now)
+        self._dropped, self._seen = False, [(buffer, buffer._version) for buffer in now]
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -69,17 +69,22 @@ class Buffers:
         nothing = torch.empty(0)
         return [nothing if place[name] is None else place[name] for place, name in self._places]  # type: ignore[misc]
 
+    def _reshaped(self, now: list[Tensor]) -> bool:
+        """Another tensor has taken the place of one, and has another shape."""
+        pairs = zip(now, self._seen, self._kept, strict=True)
+        return any(new is not old and new.shape != kept.shape for new, (old, _), kept in pairs)
+
     def _touched(self, now: list[Tensor]) -> set[int]:
         """Those that are known to move, and those that have by their versions."""
         assert self._moving is not None
-        pairs = zip(_versions(now), self._seen, strict=True)
-        return self._moving | self._of_modules({i for i, (new, old) in enumerate(pairs) if new != old})
+        if len(self._moving) == len(self._places):
+            return self._moving
+        pairs = enumerate(zip(now, self._seen, strict=True))
+        return self._moving | self._of_modules(
+            {i for i, (new, (old, version)) in pairs if new is not old or new._version != version}
+        )
 
     def _of_modules(self, some: set[int]) -> set[int]:
         """With the other buffers of their modules."""
         modules = {id(self._places[i][0]) for i in some}
         return {i for i, (place, _) in enumerate(self._places) if id(place) in modules} if some else some
-
-
-def _versions(buffers: list[Tensor]) -> list[tuple[int, int]]:
-    return [(id(buffer), buffer._version) for buffer in buffers]

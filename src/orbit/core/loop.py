@@ -34,12 +34,8 @@ class Core(Base):
     """What Engine and BaseTrainer do alike. Not for direct use: it does not know where a loss comes from."""
 
     closes_windows_at_epoch_end: bool
-    _bracketed: tuple[str, ...] = (
-        "batch",
-        "batch_idx",
-        "is_last_batch",
-        "is_padding",
-    )  # what eval() puts back
+    # what eval() puts back
+    _bracketed: tuple[str, ...] = ("batch", "batch_idx", "is_last_batch", "is_padding")
 
     def microbatches(
         self, loader: Iterable[Any] | None, *, epochs: int | None = None, steps: int | None = None
@@ -296,10 +292,8 @@ class Core(Base):
         """In a fast_dev_run, so many times `each` batches, of which the last ends the epoch."""
         most = int(self.options.fast_dev_run) * each
         if not most:
-            yield from batches
-            return
-        for number, (batch, last) in enumerate(islice(batches, most), 1):
-            yield batch, last or number == most
+            return batches
+        return ((batch, last or n == most) for n, (batch, last) in enumerate(islice(batches, most), 1))
 
     def _sanity_eval(self, loader: Iterable[Any], batches: int, body: Callable[[], Any]) -> None:
         """Evaluate a few batches to see that it works; the bracket is left before it would report anything."""
@@ -340,6 +334,7 @@ class Core(Base):
     def _begin(self, feed: Feed, epochs: int | None, steps: int | None) -> None:
         state = self.state
         state.stop, state.phase = None, "train"
+        self._wish, self._signal, self._heard_signal = None, 0, 0
         if self._rng is None:  # not resumed: this call counts its own epochs
             if state.micro_step:
                 state.epoch += 1

@@ -81,9 +81,13 @@ class Saved(saved_tensors_hooks):
 
     def __init__(self, besides: Iterable[Tensor] = ()) -> None:
         super().__init__(self._pack, self._unpack)
-        self.bytes = self.largest = 0
+        self.sizes: list[int] = []  # of the storages, in the order they were saved
         self._seen = {_place(tensor) for tensor in besides if _counts(tensor)}
         self._over = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes)
 
     def __enter__(self) -> Saved:  # type: ignore[override]
         super().__enter__()
@@ -95,8 +99,7 @@ class Saved(saved_tensors_hooks):
             place = _place(tensor)
             if place not in self._seen:
                 self._seen.add(place)
-                size = local(tensor).untyped_storage().nbytes()
-                self.bytes, self.largest = self.bytes + size, max(self.largest, size)
+                self.sizes.append(local(tensor).untyped_storage().nbytes())
         return tensor
 
     def _pack(self, tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64
 from multiprocessing import RawArray
+from multiprocessing.connection import wait
 from typing import Any
 from weakref import WeakSet
 
@@ -229,9 +230,13 @@ class Watch:
                 int(raised[2]), self._awaited, f"raised {raised[1]}",
                 "look at that sample; the worker's traceback is above",
             ) from error  # fmt: skip
-        if not isinstance(error, RuntimeError):
-            return
-        if dead := self._dead(error):
+        dead: list[int] = []
+        if isinstance(error, RuntimeError):
+            dead = self._dead(error)
+        elif isinstance(error, OSError | EOFError):  # a batch whose memory went with its worker
+            wait([process.sentinel for process in self._processes], timeout=0.5)
+            dead = [i for i, process in enumerate(self._processes) if process.exitcode]
+        if dead:
             process = self._processes[dead[0]]
             process.join(1)
             code = process.exitcode
@@ -244,7 +249,7 @@ class Watch:
                 "a process that takes too much memory is killed so: try fewer workers, a smaller prefetch_factor or "
                 "smaller samples; num_workers=0 shows an error that kills the worker",
             ) from error  # fmt: skip
-        if _HUNG.match(text):
+        if isinstance(error, RuntimeError) and _HUNG.match(text):
             self._kill()
             task = self._awaited
             raise self._error(

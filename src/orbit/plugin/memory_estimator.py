@@ -7,6 +7,8 @@ reports what it saves: no forward is added, no batch or random number drawn, and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +64,7 @@ class MemoryEstimator(Plugin):
         self._trainer: Core | None = None
         self._batch: Any = None  # the first micro-batch: suggest_batch measures with a part of it
         self._saved: Saved | None = None
+        self._sizes: list[int] = []  # what it saved
         self._steps = 0  # of this call of train()
         self._reported = False
 
@@ -85,8 +88,8 @@ class MemoryEstimator(Plugin):
         if self._saved is not None:
             for tensor in tensors_in(getattr(trainer, "output", None)):
                 self._saved.add(tensor)
-            saved = self._end()
-            self.memory = _memory(trainer, self._batch, saved.bytes, 2 * saved.largest)
+            self._sizes = self._end().sizes
+            self.memory = _memory(trainer, self._batch, self._sizes)
 
     def on_after_step(self, trainer: Core) -> None:
         self._steps += 1
@@ -146,9 +149,9 @@ class MemoryEstimator(Plugin):
     def suggest_batch(self, limit: int | None = None, batch: Any = None, headroom: float = 0.1) -> int:
         """The largest micro-batch that fits, in samples; 0 if the model alone does not.
 
-        Activations are taken to grow evenly with the batch: measured for the run's first micro-batch and for half of it
-        (a forward of its own that leaves no trace). Where no half can be computed (one sample, two or three with batch
-        normalisation, several ranks) all of them count as growing, which suggests too little rather than too much.
+        Each tensor that is kept grows evenly with the batch, or not at all: measured for the run's first micro-batch
+        and for half of it (a forward of its own that leaves no trace). Where no half can be computed (one sample, two
+        or three with batch normalisation, several ranks) all count as growing, which rather suggests too little.
 
         Args:
             limit: bytes; None is what the trainer's device has for this process, less `headroom`.
@@ -179,24 +182,22 @@ class MemoryEstimator(Plugin):
             kind = type(trainer.updater.optimizer).__name__
             raise ValueError(f"the state of {kind} cannot be told before its first step: train one, then ask")
         if batch is None:
-            batch, memory = self._batch, self.memory
-            assert memory is not None
-            memory = _memory(trainer, batch, memory.activations, memory.backward)
+            batch, sizes = self._batch, self._sizes
         else:
-            memory = _memory(trainer, batch, *_activations(trainer, batch))
-        room = math.floor(memory_limit(trainer.device) * (1 - headroom)) if limit is None else limit
-        if memory.fixed + memory.gradients + memory.working > room:
-            return 0
+            sizes = _saved_sizes(trainer, batch)
+        memory = _memory(trainer, batch, sizes)
         number, half = memory.samples, memory.samples // 2
-        whole = memory.activations + memory.backward
-        each, common = whole / number, 0.0
-        if half >= _fewest(trainer):
-            less = sum(_activations(trainer, _first_rows(batch, number, half)))
-            each = max(0.0, (whole - less) / (number - half))
-            common = max(0.0, whole - each * number)
-        each += memory.batch / number
-        room -= memory.fixed + (memory.gradients if memory.accumulates else 0)
-        return max(0, math.floor((room - common) / each)) if each else number
+        less = _saved_sizes(trainer, _first_rows(batch, number, half)) if half >= _fewest(trainer) else []
+        if len(less) != len(sizes):
+            half, less = 0, [0] * len(sizes)
+        each = [max(0.0, (size - part) / (number - half)) for size, part in zip(sizes, less, strict=True)]
+
+        def peak(samples: int) -> int:
+            grown = [round(size + s * (samples - number)) for size, s in zip(sizes, each, strict=True)]
+            return replace(_with(memory, grown), batch=round(memory.batch * samples / number)).peak
+
+        room = math.floor(memory_limit(trainer.device) * (1 - headroom)) if limit is None else limit
+        return _largest(peak, room)
 
     # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -208,7 +209,7 @@ class MemoryEstimator(Plugin):
 
     def _look(self, trainer: Core) -> None:
         if self.memory is not None:
-            self.memory = _memory(trainer, self._batch, self.memory.activations, self.memory.backward)
+            self.memory = _memory(trainer, self._batch, self._sizes)
         if trainer.device.type == "cuda":
             self.measured_peak = torch.cuda.max_memory_allocated(trainer.device)
 
@@ -221,29 +222,43 @@ class MemoryEstimator(Plugin):
             console.print(self.report)
 
 
-def _memory(trainer: Core, batch: Any, activations: int, backward: int) -> Memory:
+def _memory(trainer: Core, batch: Any, sizes: list[int]) -> Memory:
     optimizer = trainer.updater.optimizer
     own = list(trainer.model.parameters())
-    return Memory(
+    fixed = Memory(
         parameters=size_of(own),
         buffers=size_of(trainer.model.buffers()),
         gradients=size_of([p for p in own if p.requires_grad]),
         optimizer=optimizer_size(optimizer) or 0,
-        activations=activations,
-        backward=backward,
+        activations=0,
+        backward=0,
         batch=size_of(tensors_in(batch)),
         working=working_size(optimizer),
         samples=count_samples(batch),
         accumulates=trainer.gradient_accumulation_steps > 1,
     )
+    return _with(fixed, sizes)
 
 
-def _activations(trainer: Core, batch: Any) -> tuple[int, int]:
-    """Bytes that the forward of a batch keeps, and that its backward needs for itself."""
+def _with(memory: Memory, sizes: list[int]) -> Memory:
+    return replace(memory, activations=sum(sizes), backward=2 * max(sizes, default=0))
+
+
+def _largest(peak: Callable[[int], int], room: int) -> int:
+    """The largest number of samples, up to 2**30, whose peak has room."""
+    fits, beyond = 0, 2**30 + 1
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        fits, beyond = (middle, beyond) if peak(middle) <= room else (fits, middle)
+    return fits
+
+
+def _saved_sizes(trainer: Core, batch: Any) -> list[int]:
+    """Bytes of every tensor that the forward of a batch keeps."""
     with Saved([*trainer.model.buffers(), *tensors_in(batch)]) as saved, rehearsal(trainer, batch):
         for tensor in tensors_in(getattr(trainer, "output", None)):
             saved.add(tensor)
-    return saved.bytes, 2 * saved.largest
+    return saved.sizes
 
 
 def _fewest(trainer: Core) -> int | float:

@@ -108,7 +108,7 @@ class Profiler(Plugin):
         if profile is None:
             return
         written = len(self.traces)
-        profile.step()  # one that raises, on a full disk, must not be stopped again: PyTorch crashes there
+        profile.step()  # PyTorch crashes if one is stopped that raised while it began to record
         self._profile = profile
         if len(self.traces) > written:
             self._cycles += 1
