@@ -82,8 +82,8 @@ def save_sharded(state: dict[str, Any], path: Path, group: Any = None) -> Path:
             raise
         except (Exception, CheckpointException) as error:
             raise CheckpointError(
-                f"{path} cannot be written: {_of_all_ranks(error)}; {free_bytes(path)} bytes are free there. What was there before is "
-                "as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
+                f"{path} cannot be written: {_of_all_ranks(error)}; {free_bytes(path)} bytes are free there. "
+                "What was there before is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
             ) from error
     return path
 
