@@ -83,7 +83,7 @@ def save_sharded(state: dict[str, Any], path: Path, group: Any = None) -> Path:
         except (Exception, CheckpointException) as error:
             raise CheckpointError(
                 f"{path} cannot be written: {_of_all_ranks(error)}; {free_bytes(path)} bytes are free there. "
-                "What was there before is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
+                "What was there is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
             ) from error
     return path
 
