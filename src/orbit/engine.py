@@ -121,7 +121,7 @@ class Engine(Core):
             raise TypeError(
                 f"scheduler is {scheduler!r}: pass a torch.optim.lr_scheduler made from the optimizer"
             )
-        check_parallel(parallel)
+        check_parallel(parallel, mesh)
         if options.get("deterministic"):
             deterministic.prepare()  # before processes start CUDA
         if parallel is not None:
@@ -293,7 +293,9 @@ class Engine(Core):
         Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
         """
         path = Path(path)
-        found = latest_checkpoint(path) if path.is_dir() and not (path / MANIFEST).exists() else path
+        found: Path | None = path
+        if path.is_dir() and not (path / MANIFEST).exists():
+            found = on_main(lambda: latest_checkpoint(path))
         self.build()
         self.load_state_dict(self.read_checkpoint(path / "checkpoint_step_*.pt" if found is None else found))
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 from copy import deepcopy
 from pathlib import Path
@@ -236,14 +237,14 @@ def leaves_together(folder: str) -> tuple[int, Any]:
     return run.step, None
 
 
-def drops_together(scaler: bool) -> dict[str, Any]:
+def drops_together(scaler: bool, way: str = "ddp") -> dict[str, Any]:
     """A NaN loss on rank 1 alone in the third window: what a window that was dropped has changed, by rank."""
-    model = Net()
-    run = engine("ddp", [], model, max_non_finite_grad_retries=2, mixed_precision="fp16" if scaler else None)
+    run = engine(way, [], max_non_finite_grad_retries=2, mixed_precision="fp16" if scaler else None)
     dropped, same = list[int](), list[bool]()
     run.attach(_Dropped(dropped))
+    torch.manual_seed(7)
     for _ in run.train(loader(), max_steps=6):
-        before = [p.detach().clone() for p in run.model.parameters()]
+        before = [shards.local(p.detach()).clone() for p in run.model.parameters()]
         moments = run.optimizer.state_dict()["state"] if run.optimizer is not None else {}
         steps = {number: float(entry["step"]) for number, entry in moments.items()}
         bad = runtime.rank() == 1 and run.epoch == 0 and run.batch_idx == 2
@@ -252,11 +253,13 @@ def drops_together(scaler: bool) -> dict[str, Any]:
         run.update(loss * float("nan") if bad else loss)
         if run.step == known:
             after = run.optimizer.state_dict()["state"] if run.optimizer is not None else {}
-            same.append(all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True)))
+            now = [shards.local(p.detach()) for p in run.model.parameters()]
+            same.append(all(torch.equal(a, b) for a, b in zip(before, now, strict=True)))
             same.append({number: float(entry["step"]) for number, entry in after.items()} == steps)
     assert run.grad_scaler is not None or not scaler
     scale = run.grad_scaler.get_scale() if run.grad_scaler is not None else 1.0
-    total = math.fsum(p.detach().double().sum().item() for p in run.model.parameters())
+    state = run.state_dict()["model"]
+    total = math.fsum(value.double().sum().item() for value in state.values())
     return {"dropped": dropped, "same": same, "step": run.step, "scale": scale, "weights": total}
 
 
@@ -306,6 +309,8 @@ def agree() -> dict[str, Any]:
         "unsized": unsized_loaders(),
         "drop": drops_together(False),
         "drop16": drops_together(True),
+        "drop_fsdp": drops_together(False, "fsdp"),
+        "drop16_fsdp": drops_together(True, "fsdp"),
         "skips": skips_the_last_update(),
     }
 
@@ -406,3 +411,22 @@ def averaged(way: str, folder: str | None, steps: int) -> dict[str, Any]:
     for _ in run.eval(loader()):
         run.auto_update()
     return {"ema": run.state_dict()["EMA"], "val_loss": run.metrics["val_loss"]}
+
+
+def refused_shards(folder: str) -> str:
+    """Rank 1 may write no file beyond 100 bytes: the error of this rank."""
+    from orbit.core.checkpoint import CheckpointError
+
+    run = engine("fsdp", [CheckpointingHook(interval=1, path=Path(folder), exit_signals=[])])
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if runtime.rank() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        for _ in run.train(loader(), max_steps=2):
+            run.auto_update()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    return ""

@@ -121,11 +121,12 @@ def test_ranks_agree() -> None:
     assert "have 3, 4 batches" in one["unequal"]
     assert one["unequal"] == other["unequal"]
     assert one["unsized"] == other["unsized"] == (3, 1)
-    for kind in ("drop", "drop16"):
+    for kind in ("drop", "drop16", "drop_fsdp", "drop16_fsdp"):
         assert one[kind] == other[kind]
         assert one[kind]["dropped"][0] == 2
         assert set(one[kind]["same"]) == {True}
         assert one[kind]["step"] == 6
+        assert one[kind]["weights"] == pytest.approx(one[kind.removesuffix("_fsdp")]["weights"], abs=1e-4)
     assert one["drop"]["dropped"] == [2]
     assert one["drop16"]["scale"] == 2.0 ** (16 - len(one["drop16"]["dropped"])), "halved on both ranks"
     assert one["skips"] == other["skips"]
@@ -160,6 +161,14 @@ def test_fsdp1_is_refused_with_the_way_to_fsdp2() -> None:
         own.train()
 
 
+def test_shards_that_cannot_be_written_are_an_error_on_all_ranks(tmp_path: Path) -> None:
+    one, other = on_ranks("tests.core.parallel_cases:refused_shards", 2, str(tmp_path))
+    for error in (one, other):
+        assert "rank 1: [Errno 27] File too large" in error
+        assert "bytes are free there" in error
+    assert not list(tmp_path.rglob("*step*"))
+
+
 def test_replicas_of_shards() -> None:
     alone = on_ranks("tests.core.parallel_cases:train", 2, "ddp", None, 6)[0]["model"]
     for rank in on_ranks("tests.core.parallel_cases:hybrid", 4):
@@ -173,6 +182,8 @@ def test_a_frozen_base_is_not_exchanged() -> None:
 def test_without_torchrun_it_says_how_to_start() -> None:
     with pytest.raises(RuntimeError, match="torchrun --nproc-per-node N"):
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="ddp", device="cpu")
+    with pytest.raises(ValueError, match=r"mesh=\(2, 2\) means nothing to parallel='ddp'"):
+        Engine(torch.nn.Linear(2, 1), plugins=[], parallel="ddp", mesh=(2, 2), device="cpu")
     with pytest.raises(ValueError, match="parallel='dpp' is unknown"):
         Engine(torch.nn.Linear(2, 1), plugins=[], parallel="dpp", device="cpu")
 

@@ -34,12 +34,8 @@ class Core(Base):
     """What Engine and BaseTrainer do alike. Not for direct use: it does not know where a loss comes from."""
 
     closes_windows_at_epoch_end: bool
-    _bracketed: tuple[str, ...] = (
-        "batch",
-        "batch_idx",
-        "is_last_batch",
-        "is_padding",
-    )  # what eval() puts back
+    # what eval() puts back
+    _bracketed: tuple[str, ...] = ("batch", "batch_idx", "is_last_batch", "is_padding")
 
     def microbatches(
         self, loader: Iterable[Any] | None, *, epochs: int | None = None, steps: int | None = None
@@ -338,6 +334,7 @@ class Core(Base):
     def _begin(self, feed: Feed, epochs: int | None, steps: int | None) -> None:
         state = self.state
         state.stop, state.phase = None, "train"
+        self._wish, self._signal, self._heard_signal = None, 0, 0
         if self._rng is None:  # not resumed: this call counts its own epochs
             if state.micro_step:
                 state.epoch += 1

@@ -33,11 +33,15 @@ Parallel: TypeAlias = "str | Callable[[nn.Module, Any], nn.Module]"
 TIMEOUT = timedelta(minutes=10)  # for a rank that does not answer: a hang is an error
 
 
-def check(parallel: Any) -> None:
-    """ValueError unless it names a way, or is a function or None."""
+def check(parallel: Any, mesh: Any) -> None:
+    """ValueError unless it names a way, or is a function or None; or for a mesh that nobody would use."""
     if not (parallel is None or parallel in ("ddp", "fsdp") or callable(parallel)):
         raise ValueError(
             f'parallel={parallel!r} is unknown: give "ddp", "fsdp", a function (model, mesh) -> model, or None'
+        )
+    if mesh is not None and parallel in (None, "ddp"):
+        raise ValueError(
+            f'mesh={mesh!r} means nothing to parallel={parallel!r}: give it with "fsdp" or a function'
         )
 
 

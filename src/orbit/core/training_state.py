@@ -102,7 +102,8 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
 
 
 def _keep(trainer: Base) -> dict[str, Any]:
-    """What `_apply` changes, as it is now. The model is copied; a loading optimizer leaves its old tensors alone."""
+    """What `_apply` changes, as it is now. Model and plugins' states are copied; a loading optimizer leaves its old
+    tensors alone."""
     scheduler, scaler, updater = trainer.lr_scheduler, trainer.grad_scaler, trainer._updater
     kept: dict[str, Any] = {
         "state": trainer.state.state_dict(),
@@ -113,8 +114,9 @@ def _keep(trainer: Base) -> dict[str, Any]:
         "updater": None if updater is None else updater.state_dict(),
         "own": {"feed": None, "rng": None, "epoch_losses": trainer._epoch_losses.state_dict()},
     }
+    own = {*kept}
     trainer.emit("state_dict", kept)
-    return kept
+    return {key: value if key in own else deepcopy(value) for key, value in kept.items()}
 
 
 def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:

@@ -126,7 +126,6 @@ class CheckpointingHook(Plugin):
     def on_before_train(self, trainer: Core) -> None:
         on_main(lambda: self._take(trainer))
         self._owed = self._failing = False
-        trainer.interrupt(0)
         if not self.exit_signals:
             return
         if threading.current_thread() is not threading.main_thread():

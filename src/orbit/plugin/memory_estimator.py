@@ -150,8 +150,8 @@ class MemoryEstimator(Plugin):
         """The largest micro-batch that fits, in samples; 0 if the model alone does not.
 
         Each tensor that is kept grows evenly with the batch, or not at all: measured for the run's first micro-batch
-        and for half of it (a forward of its own that leaves no trace). Where no half can be computed (one sample, few
-        with batch normalisation, several ranks) all count as growing, which rather suggests too little.
+        and for half of it (a forward of its own that leaves no trace). Where no half can be computed (one sample, two
+        or three with batch normalisation, several ranks) all count as growing, which rather suggests too little.
 
         Args:
             limit: bytes; None is what the trainer's device has for this process, less `headroom`.
