@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from faults.processes import fork, wait
-from orbit.core.feed import Feed
+from orbit.core.feeding.feed import Feed
 from orbit.core.signals import Listener, heard
 from tests import tiny
 

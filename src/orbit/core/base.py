@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from orbit.core import blocks, deterministic, parallel, param_groups, runtime, shards, split, training_state
-from orbit.core.checkpoint import load_checkpoint, load_sharded
+from orbit.core import blocks, deterministic, param_groups, runtime, split
+from orbit.core.checkpoint import load_checkpoint, load_sharded, training_state
 from orbit.core.events import Dispatcher, Plugin, announced
-from orbit.core.feed import Feed
+from orbit.core.feeding.feed import Feed
 from orbit.core.meters import Averages
 from orbit.core.options import Options, RunOptions, run_options
-from orbit.core.parallel import Parallel
-from orbit.core.ranks import Team
+from orbit.core.ranks import Team, parallel, shards
+from orbit.core.ranks.parallel import Parallel
 from orbit.core.state import TrainState
 from orbit.core.update import Updater
 

@@ -22,8 +22,8 @@ import torch
 
 from orbit.core import deterministic, rng, runtime, split
 from orbit.core.base import Base
-from orbit.core.feed import Feed, FeedError
-from orbit.core.lr_find import LRFind, lr_find
+from orbit.core.feeding.feed import Feed, FeedError
+from orbit.core.measuring.lr_find import LRFind, lr_find
 from orbit.core.meters import Averages
 from orbit.core.nested import count_samples
 from orbit.core.outcome import Outcome

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orbit.core import shards
 from orbit.core.events import Plugin
+from orbit.core.ranks import shards
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:

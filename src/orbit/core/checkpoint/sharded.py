@@ -27,12 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.checkpoint.errors import CheckpointError
 from orbit.core.checkpoint.manifest import is_valid, write_folder_manifest
 from orbit.core.checkpoint.single import check_step, free_bytes, load_checkpoint, save_checkpoint
 from orbit.core.files import aside, sync_folder
-from orbit.core.ranks import on_main
+from orbit.core.ranks import on_main, shards
 
 STATE = "state.pt"
 _METADATA = ".metadata"

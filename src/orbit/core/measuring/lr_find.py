@@ -24,7 +24,7 @@ from torch import nn
 from orbit.core import rng
 from orbit.core.events import Dispatcher, Plugin
 from orbit.core.extras import need
-from orbit.core.feed import Feed, FeedError
+from orbit.core.feeding.feed import Feed, FeedError
 from orbit.core.meters import Averages
 from orbit.core.update import NonFiniteGradientError
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orbit.core import rng, runtime, shards, state_checks
+from orbit.core import rng, runtime
+from orbit.core.checkpoint import state_checks
 from orbit.core.nested import map_nested_tensor
-from orbit.core.ranks import everyones
+from orbit.core.ranks import everyones, shards
 
 if TYPE_CHECKING:
     from orbit.core.base import Base
