@@ -65,8 +65,9 @@ class Engine(Core):
             the first.
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a window.
         parallel: several processes, started by torchrun (`core/ranks/parallel.py`): "ddp", "fsdp" (FSDP2, a block at a
-            time), or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
-            ranks (`core/feeding/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
+            time), or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out
+            to the ranks (`core/feeding/share.py`), so batch_size is each rank's; any other iterable is this rank's own
+            part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
         **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
             fast_dev_run, split_on_oom.
