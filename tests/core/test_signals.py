@@ -19,7 +19,7 @@ from orbit.core.signals import Listener, heard
 from tests import tiny
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-APART = 0.15  # seconds: further apart than an echo
+APART = 0.4  # seconds: further apart than an echo, also for a process that is just forking
 
 
 class Run:
