@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orbit.core import rng
+from orbit.core import rng, shards
 from orbit.core.events import Dispatcher, Plugin
 from orbit.core.extras import need
 from orbit.core.feed import Feed, FeedError
@@ -171,6 +171,7 @@ class _Ramp(Plugin):
 @contextmanager
 def _as_before(trainer: Core, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> Iterator[None]:
     """Whatever happens inside leaves the trainer, its parts and the generators bit for bit as they were."""
+    shards.reshard(trainer.model)  # after an evaluation its parameters() are others
     attributes = dict(vars(trainer))
     criterion = getattr(trainer, "criterion", None)
     modules = [part for part in (trainer.model, criterion) if isinstance(part, nn.Module)]
@@ -192,6 +193,7 @@ def _as_before(trainer: Core, optimizer: torch.optim.Optimizer, loader: Iterable
     finally:
         vars(trainer).clear()
         vars(trainer).update(attributes)
+        shards.reshard(trainer.model)
         for holder, name, tensor in held:
             holder[name] = tensor
         with torch.no_grad():

@@ -52,6 +52,7 @@ def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any
     )
     if position is None and feed is not None and not trainer.state.epoch_done:
         position = feed.position(trainer._unused)
+    trainer._share_buffers()
     model, optimizer = trainer._model_state(), trainer._optimizer_state()
     if gather is not None:
         model, optimizer = gather(model), gather(optimizer)

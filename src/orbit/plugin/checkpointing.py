@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.core import checkpoint, runtime, shards
+from orbit.core import checkpoint, runtime
 from orbit.core.checkpoint.background import Background, Staging
 from orbit.core.events import Plugin
 from orbit.core.lock import FolderLock
@@ -172,7 +172,7 @@ class CheckpointingHook(Plugin):
 
         An asynchronous save has then begun: see `acknowledged`.
         """
-        sharded = shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
+        sharded = trainer.saves_pieces if self.sharded is None else self.sharded
         state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
         path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
