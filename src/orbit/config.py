@@ -196,10 +196,10 @@ def _yaml_kinds() -> tuple[Any, Any, Any]:
     need("llm", "yaml")
     import yaml  # type: ignore[import-untyped]
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         pass
 
-    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    class Dumper(yaml.SafeDumper):
         pass
 
     for kind in (Loader, Dumper):
