@@ -209,4 +209,5 @@ def test_a_language_model_is_judged_by_the_next_token() -> None:
     for target, prediction in zip(wanted.tolist(), guess.tolist(), strict=True):
         if target >= 0:
             expected[target, prediction] += 1
-    assert plugin.confusion is not None and plugin.confusion.tolist() == expected.tolist()
+    assert plugin.confusion is not None
+    assert plugin.confusion.tolist() == expected.tolist()

@@ -210,12 +210,15 @@ class ClassificationReport(Plugin):
 
 def _output_and_target(trainer: Any) -> tuple[Tensor, Tensor]:
     output, target = getattr(trainer, "output", None), getattr(trainer, "target", None)
-    output = getattr(output, "logits", output)
+    logits = getattr(output, "logits", None)
     if target is None and isinstance(trainer.batch, Mapping):
         target = trainer.batch.get("labels")
-        if isinstance(output, Tensor) and isinstance(target, Tensor) and target.ndim == 2:
+    if isinstance(logits, Tensor):
+        output = logits
+        if isinstance(target, Tensor) and (logits.ndim, target.ndim) == (3, 2):  # tokens: classes are last
             if _predicts_the_next(trainer.unwrapped_model):
                 output, target = output[:, :-1], target[:, 1:]
+            output = output.movedim(-1, 1)
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         what = "output" if not isinstance(output, Tensor) else "target"
         raise ValueError(
