@@ -98,10 +98,12 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
         _apply(trainer, kept, kept["own"])
         trainer._position, trainer._rng = place
         raise
+    trainer._calls_to_pass = 0
 
 
 def _keep(trainer: Base) -> dict[str, Any]:
-    """What `_apply` changes, as it is now. The model is copied; a loading optimizer leaves its old tensors alone."""
+    """What `_apply` changes, as it is now. Model and plugins' states are copied; a loading optimizer leaves its old
+    tensors alone."""
     scheduler, scaler, updater = trainer.lr_scheduler, trainer.grad_scaler, trainer._updater
     kept: dict[str, Any] = {
         "state": trainer.state.state_dict(),
@@ -112,8 +114,9 @@ def _keep(trainer: Base) -> dict[str, Any]:
         "updater": None if updater is None else updater.state_dict(),
         "own": {"feed": None, "rng": None, "epoch_losses": trainer._epoch_losses.state_dict()},
     }
+    own = {*kept}
     trainer.emit("state_dict", kept)
-    return kept
+    return {key: value if key in own else deepcopy(value) for key, value in kept.items()}
 
 
 def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:
@@ -126,7 +129,6 @@ def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:
         trainer._updater.load_state_dict(state["updater"])
         trainer._updater.reset()
     trainer.state.load_state_dict(state["state"])
-    trainer._calls_to_pass = 0
     trainer._epoch_losses.load_state_dict(own["epoch_losses"])
     trainer._position, trainer._rng = own["feed"], own["rng"]
     trainer.emit("load_state_dict", state)
