@@ -289,7 +289,8 @@ class Engine(Core):
         return on_main(lambda: save_checkpoint(state, path))
 
     def load(self, path: str | Path) -> Engine:
-        """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there.
+        """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there. An engine
+        without an optimizer takes what evaluation needs.
 
         Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
         """

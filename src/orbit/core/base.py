@@ -304,6 +304,11 @@ class Base:
         if spread and runtime.world_size() > 1:
             self.team = Team(self.device)
 
+    def _share_buffers(self) -> None:
+        """Evaluate, and save, the same model on all ranks: rank 0's running means."""
+        if self.team is not None:
+            parallel.share(parallel.shared_buffers(self.model))
+
     def _after_optimizer_step(self) -> None:
         raise NotImplementedError
 
@@ -386,6 +391,11 @@ class Base:
         """`state_dict()` for a checkpoint: sharded tensors stay so, or are whole on rank 0 and empty elsewhere."""
         self.build()
         return training_state.collect(self, None if sharded else partial(shards.whole, everywhere=False))
+
+    @property
+    def saves_pieces(self) -> bool:
+        """`state_to_write(sharded=True)` holds tensors in pieces."""
+        return shards.holds_shards(self.model)
 
     def read_checkpoint(self, path: Path) -> dict[str, Any]:
         """The state in a checkpoint file or folder, for `load_state_dict`. With several ranks all must call it.

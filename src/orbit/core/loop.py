@@ -187,6 +187,7 @@ class Core(Base):
         """
         self.build()
         feed = self._make_feed(loader)
+        self._share_buffers()
         kept = {name: getattr(self, name) for name in self._bracketed}
         modes = [(module, module.training) for module in self.model.modules()]
         phase, losses = self.state.phase, self._eval_losses

@@ -14,7 +14,7 @@ from orbit.core import checkpoint, runtime
 from orbit.core.checkpoint.background import Background, Staging
 from orbit.core.checkpoint.lock import FolderLock
 from orbit.core.events import Plugin
-from orbit.core.ranks import on_all, on_main, shards
+from orbit.core.ranks import on_all, on_main
 from orbit.core.signals import Listener
 from orbit.plugin.logs import check_interval
 
@@ -172,7 +172,7 @@ class CheckpointingHook(Plugin):
 
         An asynchronous save has then begun: see `acknowledged`.
         """
-        sharded = shards.holds_shards(trainer.model) if self.sharded is None else self.sharded
+        sharded = trainer.saves_pieces if self.sharded is None else self.sharded
         state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
         path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)

@@ -167,13 +167,19 @@ def _apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _together(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    moments = (rest["optimizer"] or {}).get("state", {})
+    keys = {str(key): key for key in moments}  # numbers, or parameters' names (`state_dict_options`)
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         if part == "model":
             rest["model"][name] = tensor
-        else:
-            number, _, name = name.partition(".")
-            rest["optimizer"]["state"].setdefault(int(number), {})[name] = tensor
+            continue
+        owner, _, entry = name.partition(".")
+        if owner not in keys:
+            owner, _, entry = name.rpartition(".")
+        if owner not in keys:
+            raise CheckpointError(f"its metadata has a tensor {key!r}, which is no parameter's moment")
+        moments[keys[owner]][entry] = tensor
     return rest
 
 

@@ -53,6 +53,7 @@ def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any
     )
     if position is None and feed is not None and not trainer.state.epoch_done:
         position = feed.position(trainer._unused)
+    trainer._share_buffers()
     model, optimizer = trainer._model_state(), trainer._optimizer_state()
     if gather is not None:
         model, optimizer = gather(model), gather(optimizer)
@@ -85,10 +86,10 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
     What can be seen beforehand is checked beforehand; whatever else fails, the trainer is put back as it was.
     """
     parts = {name: getattr(trainer, name) for name in ("optimizer", "lr_scheduler", "grad_scaler")}
-    for name, part in parts.items():
+    for name, part in parts.items() if trainer.optimizer is not None else ():  # else it only evaluates
         if (part is None) != (state[name] is None):
             raise ValueError(
-                f"the checkpoint has {'no' if state[name] is None else 'a'} {name} and this run has "
+                f"the checkpoint has {'no' if state[name] is None else 'the state of its'} {name} and this run has "
                 f"{'none' if part is None else 'one'}: build the run as the checkpoint's was"
             )
     state_checks.check(state, trainer.unwrapped_model)
@@ -122,9 +123,9 @@ def _keep(trainer: Base) -> dict[str, Any]:
 
 def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:
     trainer._load_parts(state)
-    if trainer.lr_scheduler is not None:
+    if trainer.lr_scheduler is not None and state["lr_scheduler"] is not None:
         trainer.lr_scheduler.load_state_dict(deepcopy(state["lr_scheduler"]))
-    if trainer.grad_scaler is not None:
+    if trainer.grad_scaler is not None and state["grad_scaler"] is not None:
         trainer.grad_scaler.load_state_dict(state["grad_scaler"])
     if trainer._updater is not None:
         trainer._updater.load_state_dict(state["updater"])
