@@ -31,13 +31,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from orbit.core import rng
-from orbit.core.share import Share, is_shared
+from orbit.core.share import FeedError, Share, is_shared
 from orbit.core.signals import heard
 from orbit.core.workers import Watch
-
-
-class FeedError(ValueError):
-    """A loader that cannot feed the loop; the message says why and what to pass instead."""
 
 
 class _Skipper:
