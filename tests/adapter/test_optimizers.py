@@ -201,8 +201,10 @@ def test_a_loop_of_ones_own(model: nn.Module) -> None:
 
 
 def snap(optimizer: TaskOptimizers, task: str) -> list[Any]:
-    state = copy.deepcopy(optimizer.state_dict()["tasks"][task])
     part = optimizer._optimizers[task]
+    state = copy.deepcopy(
+        {**part.state_dict(), "schedule": optimizer.state_dict()["tasks"][task]["schedule"]}
+    )
     return [state, [p.detach().clone() for group in part.param_groups for p in group["params"]]]
 
 
@@ -277,7 +279,7 @@ def test_states_of_another_run_are_refused(model: nn.Module) -> None:
         elif change == "schedule":
             other["tasks"]["a"]["schedule"] = None
         else:
-            other["tasks"]["c"]["optimizer"]["param_groups"][0]["params"].pop()
+            other["param_groups"][-1]["params"].pop()
         broken.append(other)
     for other, message in zip(broken, ["of tasks", "has a schedule", "other parameters"], strict=True):
         with pytest.raises(ValueError, match=message):

@@ -213,6 +213,63 @@ def own_averages() -> dict[str, Tensor]:
     return dict(run.state_dict()["EMA"])
 
 
+def tasks(way: str, folder: str, count: int) -> dict[str, Tensor]:
+    """Two tasks with an optimizer each; a rank's rows are of one of them."""
+    from orbit.adapter import AdapterConfig, TaskOptimizers, adapter_parameters, inject
+
+    torch.manual_seed(0)
+    model = Net()
+    for task in "ab":
+        inject(model, AdapterConfig(r=2, targets=("up", "down")), task)
+    optimizer = TaskOptimizers(
+        {task: torch.optim.AdamW(adapter_parameters(model, task).values(), lr=1e-2) for task in "ab"},
+        clip=0.5,
+    )
+    hook = CheckpointingHook(interval=3, path=Path(folder), exit_signals=[])
+    ranks = runtime.world_size()
+    run = Engine(
+        model,
+        optimizer,
+        plugins=[hook],
+        parallel=way if ranks > 1 else None,
+        device="cpu",
+        gradient_accumulation_steps=2,
+    )
+    x, y = data(48).tensors
+    rows = torch.utils.data.TensorDataset(x, y, torch.arange(48) % 2)
+    for _ in run.train(DataLoader(rows, batch_size=4 // ranks), max_steps=count):
+        x, y, which = run.batch
+        names = ["ab"[number] for number in which.tolist()]
+        losses = nn.functional.cross_entropy(run.model(x, task=names), y, reduction="none")
+        run.step_on(optimizer.outcome(losses, names))
+    return weights(run)
+
+
+def without_length() -> str:
+    """A sampler that nobody can deal out."""
+
+    class Endless(torch.utils.data.Sampler[int]):
+        def __iter__(self) -> Any:
+            return iter(range(50))
+
+    try:
+        for _ in engine("ddp", []).train(DataLoader(data(), sampler=Endless())):
+            pass
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def unequal_evaluation() -> list[str]:
+    """Generators of 2 and of 4 batches: what each rank is told."""
+    run, told = engine("ddp", []), list[str]()
+    run.logger.addFilter(lambda record: bool(told.append(record.getMessage())))
+    batch = (torch.zeros(2, 8), torch.zeros(2, dtype=torch.long))
+    for _ in run.eval(batch for _ in range(2 + 2 * runtime.rank())):
+        run.auto_update()
+    return told
+
+
 def all_of(folder: str) -> dict[str, Any]:
     ways = ("ddp", "fsdp")
     return {
@@ -221,5 +278,8 @@ def all_of(folder: str) -> dict[str, Any]:
         **{f"without weight {way}": without_weight(way) for way in ways},
         **{f"finds {way}": finds_after_evaluation(way) for way in ways},
         "averages": own_averages(),
+        **{f"tasks {n}": tasks("fsdp", str(Path(folder) / "tasks"), n) for n in (5, 8)},
         "own state": own_state(folder),
+        "without length": without_length(),
+        "unequal": unequal_evaluation(),
     }

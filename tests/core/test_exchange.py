@@ -69,8 +69,21 @@ def test_state_dict_options_of_a_sharded_model(seen: list[dict[str, Any]]) -> No
     assert [rank["own state"] for rank in seen] == [{"pieces": True, "whole": True}] * 2
 
 
+def test_tasks_with_an_optimizer_each_go_on_in_shards(seen: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert same(seen, "tasks 8", cases.tasks("alone", str(tmp_path), 8))  # it was resumed at 5
+
+
 def test_averages_of_a_model_that_the_user_sharded(seen: list[dict[str, Any]]) -> None:
     assert same(seen, "averages", cases.own_averages())
+
+
+def test_a_sampler_without_length_says_what_to_do(seen: list[dict[str, Any]]) -> None:
+    assert all("Endless has no len()" in rank["without length"] for rank in seen)
+
+
+def test_a_rank_whose_batches_are_left_over_is_told(seen: list[dict[str, Any]]) -> None:
+    assert seen[0]["unequal"] == []
+    assert "ended after 2 batches" in seen[1]["unequal"][0]
 
 
 def test_a_counter_stays_what_it_counted() -> None:

@@ -50,6 +50,7 @@ from torch.optim import Optimizer
 from orbit.adapter.errors import ConfigError, TaskError
 from orbit.adapter.routes.plan import PerRow
 from orbit.core.outcome import Outcome
+from orbit.core.ranks import shards
 from orbit.core.runtime import world_size
 
 Rows = Sequence["str | None"] | PerRow
@@ -231,16 +232,23 @@ class TaskOptimizers(Optimizer):
     # -- saved with the run ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every task's optimizer and schedule, as plain values and tensors."""
-        return {
-            "tasks": {
-                task: {
-                    "optimizer": part.state_dict(),
-                    "schedule": self._schedules[task].state_dict() if task in self._schedules else None,
-                }
-                for task, part in self._optimizers.items()
+        """The state of every task's optimizer and schedule, as plain values and tensors.
+
+        Its `state` and `param_groups` are one optimizer's, task after task, to be saved and cut up like any.
+        """
+        states: dict[int, Any] = {}
+        groups, tasks, first = [], dict[str, Any](), 0
+        for task, part in self._optimizers.items():
+            own = part.state_dict()
+            states |= {first + number: entries for number, entries in own["state"].items()}
+            for group in own["param_groups"]:
+                groups.append({**group, "params": [first + number for number in group["params"]]})
+            first += len(_parameters(part))
+            tasks[task] = {
+                "groups": len(own["param_groups"]),
+                "schedule": self._schedules[task].state_dict() if task in self._schedules else None,
             }
-        }
+        return {"state": states, "param_groups": groups, "tasks": tasks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a `state_dict()`.
@@ -254,14 +262,15 @@ class TaskOptimizers(Optimizer):
             raise ValueError(
                 f"the state is of tasks {have}, and this optimizer has {sorted(self._optimizers)}"
             )
+        parts = _by_task(state_dict)
         for task, part in self._optimizers.items():
             if (saved[task]["schedule"] is None) != (task not in self._schedules):
                 raise ValueError(f"task {task!r} has a schedule in the state or here, and not in both")
-            here, there = part.param_groups, saved[task]["optimizer"]["param_groups"]
+            here, there = part.param_groups, parts[task]["param_groups"]
             if [len(group["params"]) for group in here] != [len(group["params"]) for group in there]:
                 raise ValueError(f"the state of task {task!r} is of other parameters than its optimizer here")
         for task, part in self._optimizers.items():
-            part.load_state_dict(saved[task]["optimizer"])
+            part.load_state_dict(shards.cut_optimizer_state(part, parts[task]))
             if task in self._schedules:
                 self._schedules[task].load_state_dict(saved[task]["schedule"])
         self.param_groups = [group for part in self._optimizers.values() for group in part.param_groups]
@@ -319,6 +328,20 @@ def _rows_of(names: Sequence[str | None]) -> dict[str, list[int]]:
 
 def _parameters(part: Optimizer) -> list[Tensor]:
     return [parameter for group in part.param_groups for parameter in group["params"]]
+
+
+def _by_task(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each task's own `state_dict()` in that of all."""
+    parts, groups, first = {}, iter(state["param_groups"]), 0
+    for task, entry in state["tasks"].items():
+        own = [next(groups) for _ in range(entry["groups"])]
+        numbers = [number for group in own for number in group["params"]]
+        parts[task] = {
+            "state": {n - first: state["state"][n] for n in numbers if n in state["state"]},
+            "param_groups": [{**group, "params": [n - first for n in group["params"]]} for group in own],
+        }
+        first += len(numbers)
+    return parts
 
 
 class _States(MutableMapping[Any, Any]):

@@ -287,6 +287,12 @@ class Core(Base):
             ended = self.team.any(last)
             yield batch, ended
             if ended:
+                if not last:
+                    self.logger.warning(
+                        "another rank's loader has ended after %d batches: what this one has left is not used, since "
+                        "ranks go on together; give them equally many",
+                        feed.cursor,
+                    )
                 return
 
     def _few(self, batches: Iterator[tuple[Any, bool]], each: int = 1) -> Iterator[tuple[Any, bool]]:

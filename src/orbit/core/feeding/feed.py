@@ -31,13 +31,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from orbit.core import rng
-from orbit.core.feeding.share import Share, is_shared
+from orbit.core.feeding.share import FeedError, Share, is_shared
 from orbit.core.feeding.workers import Watch
 from orbit.core.signals import heard
-
-
-class FeedError(ValueError):
-    """A loader that cannot feed the loop; the message says why and what to pass instead."""
 
 
 class _Skipper:

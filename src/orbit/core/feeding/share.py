@@ -20,6 +20,10 @@ from torch.utils.data import BatchSampler, DataLoader
 from orbit.core import rng, runtime
 
 
+class FeedError(ValueError):
+    """A loader that cannot feed the loop; the message says why and what to pass instead."""
+
+
 class Share:
     """Batches of indices of this rank, in place of a loader's own batch sampler.
 
@@ -48,7 +52,13 @@ class Share:
         self.padding = False
 
     def __len__(self) -> int:
-        items, together = len(self.sampler), self.ranks * self.batch_size
+        try:
+            items, together = len(self.sampler), self.ranks * self.batch_size
+        except TypeError as error:
+            raise FeedError(
+                f"{type(self.sampler).__name__} has no len(), and is to be dealt out to {self.ranks} ranks: give it "
+                "one, or a sampler that deals itself out (with an attribute num_replicas, as DistributedSampler)"
+            ) from error
         return items // together if self.drop_last else -(-items // together)
 
     def __iter__(self) -> Iterator[Any]:

@@ -5,10 +5,13 @@
     "ddp"     every rank holds the model; gradients are averaged over ranks (DistributedDataParallel)
     "fsdp"    every rank holds a piece of each parameter (FSDP2, `fully_shard` per block); on a mesh of two dimensions
               pieces are held by each row of it (HSDP: replicate × shard)
-    callable  `parallel(model, mesh) -> model`: your own way; the mesh spans all ranks
+    callable  `parallel(model, mesh) -> model`: your own way; the mesh spans all ranks. Where a step may leave some
+              parameters unused, as rows of several tasks do, DDP must be told:
+              `lambda model, mesh: DistributedDataParallel(model, find_unused_parameters=True)`
 
 It comes after adapters and freezing and before the first step; the optimizer that was made from the model's parameters
-is given the new ones. Gradients are averaged by torch in all three, so a window's gradient Σ wᵢ·∇lossᵢ / Σ wᵢ needs
+is given the new ones. Gradients are averaged by torch, and here those that it leaves alone (of a criterion, of what
+your function does not wrap), so a window's gradient Σ wᵢ·∇lossᵢ / Σ wᵢ needs
 one factor, ranks / Σ wᵢ over all ranks (`core/update.py`).
 """
 
