@@ -423,3 +423,13 @@ def test_a_run_that_trains_nothing_says_so(caplog: pytest.LogCaptureFixture) -> 
     stranger = tiny.optimizer(tiny.model(2))
     Engine(tiny.model(), stranger, nn.CrossEntropyLoss(), plugins=[], device="cpu").run(tiny.loader())
     assert "parameters that AdamW holds is the model's, which will not train" in caplog.text
+
+
+def test_a_loss_of_torch_gets_a_tensor_or_says_how() -> None:
+    engine = make(OwnLoss())
+    with pytest.raises(
+        TypeError, match=r"criterion=lambda output, target: nn.CrossEntropyLoss\(\)\(output.logits"
+    ):
+        first(engine, (X, Y))
+    loss = nn.CrossEntropyLoss()
+    assert first(make(OwnLoss(), criterion=lambda output, y: loss(output.logits, y)), (X, Y)).global_step == 1
