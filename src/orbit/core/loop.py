@@ -134,10 +134,10 @@ class Core(Base):
                 if not self.is_last_batch:
                     return
                 break
-        if handed_out and not self._updates:
+        if handed_out and not self._updates and self._updater is not None:
             self.logger.warning(
                 "no batch of this epoch was trained on: call auto_update() or update(loss) in the loop's body, where "
-                "loss.backward() and optimizer.step() would stand"
+                "loss.backward() and optimizer.step() would stand; or step yourself, and give no optimizer here"
             )
         losses = self._means(self._epoch_losses)
         if losses:

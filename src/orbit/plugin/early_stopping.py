@@ -22,8 +22,8 @@ class EarlyStopping(Plugin):
         mode: "min" or "max"; None or "auto" infers "max" for accuracy-like names (acc, f1, auc, ...), else "min".
         patience: epochs (or evaluations) without improvement after which to stop, >= 1.
         min_delta: an improvement must be larger than this, >= 0.
-        evaluations: judge after every evaluation inside the loop, and count these instead of epochs: for epochs that are
-            long or have no end.
+        evaluations: judge after every evaluation inside the loop, and count these instead of epochs, which may be long
+            or without end.
 
     Attributes:
         best: the best value so far, or None.
