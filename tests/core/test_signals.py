@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from faults.processes import fork, wait
-from orbit.core.feed import Feed
+from orbit.core.feeding.feed import Feed
 from orbit.core.signals import Listener, heard
 from tests import tiny
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-APART = 0.15  # seconds: further apart than an echo
+APART = 0.4  # seconds: further apart than an echo, also for a process that is just forking
 
 
 class Run:

@@ -10,7 +10,7 @@ from torch import nn
 
 from orbit.core import Plugin
 from orbit.core.checkpoint import list_checkpoints, load_checkpoint
-from orbit.core.lock import FolderLock, WorkspaceLockedError
+from orbit.core.checkpoint.lock import FolderLock, WorkspaceLockedError
 from orbit.engine import Engine
 from orbit.plugin import EMA, Checkpoint, CheckpointingHook, MetricError
 from tests import tiny

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from orbit.core import blocks, deterministic, parallel, param_groups, runtime, shards, split, training_state
-from orbit.core.checkpoint import load_checkpoint, load_sharded
+from orbit.core import blocks, deterministic, param_groups, runtime, split
+from orbit.core.checkpoint import load_checkpoint, load_sharded, training_state
 from orbit.core.events import Dispatcher, Plugin, announced
-from orbit.core.feed import Feed
+from orbit.core.feeding.feed import Feed
 from orbit.core.meters import Averages
 from orbit.core.options import Options, RunOptions, run_options
-from orbit.core.parallel import Parallel
-from orbit.core.ranks import Team
+from orbit.core.ranks import Team, parallel, shards
+from orbit.core.ranks.parallel import Parallel
 from orbit.core.state import TrainState
 from orbit.core.update import Updater
 
@@ -305,6 +305,11 @@ class Base:
         if spread and runtime.world_size() > 1:
             self.team = Team(self.device)
 
+    def _share_buffers(self) -> None:
+        """Evaluate, and save, the same model on all ranks: rank 0's running means."""
+        if self.team is not None:
+            parallel.share(parallel.shared_buffers(self.model))
+
     def _after_optimizer_step(self) -> None:
         raise NotImplementedError
 
@@ -387,6 +392,11 @@ class Base:
         """`state_dict()` for a checkpoint: sharded tensors stay so, or are whole on rank 0 and empty elsewhere."""
         self.build()
         return training_state.collect(self, None if sharded else partial(shards.whole, everywhere=False))
+
+    @property
+    def saves_pieces(self) -> bool:
+        """`state_to_write(sharded=True)` holds tensors in pieces."""
+        return shards.holds_shards(self.model)
 
     def read_checkpoint(self, path: Path) -> dict[str, Any]:
         """The state in a checkpoint file or folder, for `load_state_dict`. With several ranks all must call it.

@@ -22,8 +22,8 @@ import torch
 
 from orbit.core import deterministic, rng, runtime, split
 from orbit.core.base import Base
-from orbit.core.feed import Feed, FeedError
-from orbit.core.lr_find import LRFind, lr_find
+from orbit.core.feeding.feed import Feed, FeedError
+from orbit.core.measuring.lr_find import LRFind, lr_find
 from orbit.core.meters import Averages
 from orbit.core.nested import count_samples
 from orbit.core.outcome import Outcome
@@ -195,6 +195,7 @@ class Core(Base):
         """
         self.build()
         feed = self._make_feed(loader)
+        self._share_buffers()
         kept = {name: getattr(self, name) for name in self._bracketed}
         modes = [(module, module.training) for module in self.model.modules()]
         phase, losses = self.state.phase, self._eval_losses

@@ -10,7 +10,7 @@ of two near the first weight of the run, so that it changes no bit of the result
 the weight cancels and the loss is back-propagated as it is: bit for bit a bare loop.
 
 On several ranks both sums go over all of them. torch averages gradients over the R ranks, so the factor is
-R·c/Σ wᵢ; Σ wᵢ comes with the one exchange that ends a window (`core/ranks.py`), and c is the same on all ranks.
+R·c/Σ wᵢ; Σ wᵢ comes with the one exchange that ends a window (`core/ranks/team.py`), and c is the same on all ranks.
 
 Whether the gradient is finite is read off its norm, which clipping needs anyway: one number a step comes to the host.
 """
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.buffers import Buffers
 from orbit.core.outcome import Outcome
-from orbit.core.ranks import Team
+from orbit.core.ranks import Team, parallel, shards
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -115,16 +115,26 @@ class Updater:
         """
         self._collect()
         self._buffers = Buffers(self.model)
+        self._shared = [] if self.team is None else parallel.shared_buffers(self.model)
+        for parameter in self._apart:
+            dist.broadcast(parameter.detach(), src=0)
 
     def _collect(self) -> None:
+        shards.reshard(self.model)  # after an evaluation its parameters() are others
         held = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
         self._held = list(held)
         ordered = [p for p in self.model.parameters() if held.pop(id(p), None) is not None]
         self.outside: list[nn.Parameter] = list(held.values())  # not in the model: a criterion's own, say
         self.parameters: list[nn.Parameter] = [*ordered, *self.outside]
+        exchanged = parallel.exchanged(self.model) if self.team is not None else set()
+        self._apart = (  # those whose gradients torch does not average over ranks
+            [] if self.team is None else [p for p in self.parameters if id(p) not in exchanged]
+        )
 
     def begin(self) -> None:
         """A window is about to begin: its first forward has not run."""
+        if self.team is not None:
+            parallel.share(self._shared)
         self._buffers.keep()
 
     def add(self, outcome: Outcome, *, last: bool) -> bool:
@@ -170,7 +180,7 @@ class Updater:
                     if torch.is_autocast_enabled(loss.device.type)
                     else _NO_CONTEXT
                 ),
-                _without_gradient(self.parameters) if muted else _NO_CONTEXT,
+                _without_gradient(loss, self.parameters) if muted else _NO_CONTEXT,
             ):
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             if not muted:
@@ -186,7 +196,7 @@ class Updater:
         """Step with what the open window holds. Returns and raises as `add`."""
         total, ranks, told = self._total, 1, None
         if self.team is not None:
-            self._average(self.outside if self._exchanged else self.parameters)
+            self._average(self._apart if self._exchanged else self.parameters)
             told = self.team.gather([total, *self.wishes()])
             total, ranks = told[:, 0].sum(), self.team.size
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -204,7 +214,10 @@ class Updater:
             self._drop(norm)
             return False
         if self.grad_clip is not None:
-            clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+            cut = [p for p in self.parameters if shards.is_sharded(p)]
+            whole = [p for p in self.parameters if not shards.is_sharded(p)]
+            for parameters in filter(None, (cut, whole)):  # one operation takes no mixture of them
+                clip_grads_with_norm_(parameters, self.grad_clip, norm)
         self.before_step()
         if scaler is not None:
             scaler.step(self.optimizer)
@@ -254,19 +267,22 @@ class Updater:
         return value
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
-        """Average what torch does not: parameters outside the model; and all, where the body left out the micro-batch
-        that would have closed the window."""
+        """Average what torch does not: parameters outside of the wrapped model; and all, where the body left out the
+        micro-batch that would have closed the window. One that no rank used keeps no gradient."""
         if any(shards.is_sharded(p) for p in parameters):
             raise RuntimeError(
                 "the epoch's last micro-batch had no update(), and the gradients of this window have not been reduced "
                 "over the shards: update on every batch, or pass no_sync_accumulate=False"
             )
         assert self.team is not None
-        for p in parameters:
-            if p.requires_grad:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-                p.grad /= self.team.size
+        trained = [p for p in parameters if p.requires_grad]
+        if not trained:
+            return
+        used = self.team.gather([float(p.grad is not None) for p in trained]).amax(0).tolist()
+        for p in (p for p, somewhere in zip(trained, used, strict=True) if somewhere):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+            p.grad /= self.team.size
 
     def _share(self, weight: float | Tensor, *, alone: bool) -> float | Tensor:
         """wᵢ/c; exactly 1 for a micro-batch that is its whole window. A host number stays a host number."""
@@ -352,14 +368,30 @@ def _norm(gradients: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _without_gradient(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """A backward that adds exactly 0 to every gradient, where its own would be NaN too, and tells torch of each."""
-    handles = [p.register_hook(torch.zeros_like) for p in parameters if p.requires_grad]
+def _without_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """A backward that adds exactly 0 to every gradient, where its own would be NaN too, and tells torch of each.
+
+    A sharded model computes with other tensors than its parameters: the graph knows them.
+    """
+    leaves = {id(leaf): leaf for leaf in (*parameters, *_leaves(loss)) if leaf.requires_grad}
+    handles = [leaf.register_hook(torch.zeros_like) for leaf in leaves.values()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """What a backward of `loss` would add gradients to."""
+    seen, left = set[Any](), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                yield node.variable
 
 
 def _require_plain_step(part: Any, argument: str, way_out: str) -> None:

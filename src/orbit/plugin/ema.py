@@ -9,14 +9,13 @@ Source: Polyak & Juditsky 1992; the exponential form as in `torch.optim.swa_util
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from orbit.core import shards
 from orbit.core.events import Plugin
+from orbit.core.ranks import shards
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class EMA(Plugin):
         self._swapped = 0  # how many brackets of eval() are open
 
     def on_build_model(self, trainer: Core) -> None:
-        self.ema_model = deepcopy(trainer.unwrapped_model).requires_grad_(False).eval()
+        self.ema_model = shards.unwrapped_copy(trainer.unwrapped_model).requires_grad_(False).eval()
         if self.device is not None:
             self.ema_model.to(self.device)
 

@@ -234,6 +234,11 @@ class BaseTrainer(Core):
 
     # ── state of sharded models ───────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def saves_pieces(self) -> bool:
+        options = self.state_dict_options
+        return super().saves_pieces and not (options is not None and options.full_state_dict)
+
     def _model_state(self) -> dict[str, Any]:
         if self.state_dict_options is None:
             return super()._model_state()

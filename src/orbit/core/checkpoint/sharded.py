@@ -27,12 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.checkpoint.errors import CheckpointError
 from orbit.core.checkpoint.manifest import is_valid, write_folder_manifest
 from orbit.core.checkpoint.single import check_step, free_bytes, load_checkpoint, save_checkpoint
 from orbit.core.files import aside, sync_folder
-from orbit.core.ranks import on_main
+from orbit.core.ranks import on_main, shards
 
 STATE = "state.pt"
 _METADATA = ".metadata"
@@ -167,13 +167,19 @@ def _apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _together(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    moments = (rest["optimizer"] or {}).get("state", {})
+    keys = {str(key): key for key in moments}  # numbers, or parameters' names (`state_dict_options`)
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         if part == "model":
             rest["model"][name] = tensor
-        else:
-            number, _, name = name.partition(".")
-            rest["optimizer"]["state"].setdefault(int(number), {})[name] = tensor
+            continue
+        owner, _, entry = name.partition(".")
+        if owner not in keys:
+            owner, _, entry = name.rpartition(".")
+        if owner not in keys:
+            raise CheckpointError(f"its metadata has a tensor {key!r}, which is no parameter's moment")
+        moments[keys[owner]][entry] = tensor
     return rest
 
 

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from orbit.core import runtime
 from orbit.core.blocks import BlocksError, find_blocks
+from orbit.core.ranks import shards
 
 Parallel: TypeAlias = "str | Callable[[nn.Module, Any], nn.Module]"
 TIMEOUT = timedelta(minutes=10)  # for a rank that does not answer: a hang is an error
@@ -179,6 +180,38 @@ def is_spread(model: nn.Module) -> bool:
         if kind is not None
     )
     return any(isinstance(module, kinds) for module in model.modules())
+
+
+def exchanged(model: nn.Module) -> set[int]:
+    """The parameters, by `id`, whose gradients torch averages over ranks: those in pieces, and those inside of DDP."""
+    parallel = sys.modules.get("torch.nn.parallel")
+    kind = getattr(parallel, "DistributedDataParallel", ())
+    found = {id(p) for p in model.parameters() if shards.is_sharded(p)}
+    for module in model.modules():
+        if isinstance(module, kind):
+            found |= {id(p) for p in module.parameters()}
+    return found
+
+
+def shared_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the buffers are that a checkpoint holds and DDP does not send round: running means under FSDP2."""
+    parallel = sys.modules.get("torch.nn.parallel")
+    kind = getattr(parallel, "DistributedDataParallel", ())
+    inside = {id(part) for module in model.modules() if isinstance(module, kind) for part in module.modules()}
+    return [
+        (module._buffers, name)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if id(module) not in inside and buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def share(places: Sequence[tuple[dict[str, Any], str]]) -> None:
+    """Give all ranks rank 0's buffers, as DDP does before a forward. All ranks call it."""
+    buffers = [holder[name] for holder, name in places]
+    kept = [b for b in buffers if b is not None and not shards.is_sharded(b)]
+    for exchange in [dist.broadcast(buffer.detach(), src=0, async_op=True) for buffer in kept]:
+        exchange.wait()
 
 
 def _refuse_fsdp1(model: nn.Module) -> None:

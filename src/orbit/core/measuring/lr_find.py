@@ -24,8 +24,9 @@ from torch import nn
 from orbit.core import rng
 from orbit.core.events import Dispatcher, Plugin
 from orbit.core.extras import need
-from orbit.core.feed import Feed, FeedError
+from orbit.core.feeding.feed import Feed, FeedError
 from orbit.core.meters import Averages
+from orbit.core.ranks import shards
 from orbit.core.update import NonFiniteGradientError
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class _Ramp(Plugin):
 @contextmanager
 def _as_before(trainer: Core, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> Iterator[None]:
     """Whatever happens inside leaves the trainer, its parts and the generators bit for bit as they were."""
+    shards.reshard(trainer.model)  # after an evaluation its parameters() are others
     attributes = dict(vars(trainer))
     criterion = getattr(trainer, "criterion", None)
     modules = [part for part in (trainer.model, criterion) if isinstance(part, nn.Module)]
@@ -192,6 +194,7 @@ def _as_before(trainer: Core, optimizer: torch.optim.Optimizer, loader: Iterable
     finally:
         vars(trainer).clear()
         vars(trainer).update(attributes)
+        shards.reshard(trainer.model)
         for holder, name, tensor in held:
             holder[name] = tensor
         with torch.no_grad():

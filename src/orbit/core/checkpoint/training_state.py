@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orbit.core import rng, runtime, shards, state_checks
+from orbit.core import rng, runtime
+from orbit.core.checkpoint import state_checks
 from orbit.core.nested import map_nested_tensor
-from orbit.core.ranks import everyones
+from orbit.core.ranks import everyones, shards
 
 if TYPE_CHECKING:
     from orbit.core.base import Base
@@ -52,6 +53,7 @@ def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any
     )
     if position is None and feed is not None and not trainer.state.epoch_done:
         position = feed.position(trainer._unused)
+    trainer._share_buffers()
     model, optimizer = trainer._model_state(), trainer._optimizer_state()
     if gather is not None:
         model, optimizer = gather(model), gather(optimizer)

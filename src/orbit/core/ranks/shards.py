@@ -7,6 +7,8 @@ tensors under the names that an unsharded run gives them, so that it loads on an
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -26,6 +28,42 @@ def holds_shards(model: nn.Module) -> bool:
     return any(is_sharded(p) for p in model.parameters())
 
 
+def unwrapped_copy(model: nn.Module) -> nn.Module:
+    """A deep copy that lies in the same pieces, without what `fully_shard` has made of the modules: it cannot be
+    called, and holds tensors alone."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    wrapped = [m for m in model.modules() if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
+    if not wrapped:
+        return deepcopy(model)
+    reshard(model)
+    memo: dict[int, Any] = {id(p): _copied(p) for p in model.parameters() if is_sharded(p)}
+    states = {id(state := module._get_fsdp_state()): state for module in wrapped}
+    memo |= {number: _Gone() for number in states}
+    kinds = [(module, type(module)) for module in wrapped]
+    try:
+        for module, kind in kinds:
+            module.__class__ = kind.__mro__[2]  # fully_shard makes a class (FSDPModule, the module's own)
+        copied = deepcopy(model, memo)
+    finally:
+        for module, kind in kinds:
+            module.__class__ = kind
+    for module in copied.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [
+                n for n, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Gone)
+            ]:
+                del hooks[number]
+    return copied
+
+
+class _Gone:
+    """Where a copied module's hooks had the state of `fully_shard`."""
+
+
+def _copied(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of whole parameters that a forward gathered and kept for a backward: `parameters()` are pieces then."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
@@ -43,6 +81,8 @@ def whole(state: Any, everywhere: bool) -> Any:
     if is_sharded(state):
         full = state.detach().full_tensor()
         return full.cpu() if everywhere or runtime.is_main_process() else torch.empty(0, dtype=full.dtype)
+    if isinstance(state, Counter):  # of numbers alone, and made of pairs it would count them
+        return state
     if isinstance(state, dict):
         return type(state)((key, whole(value, everywhere)) for key, value in state.items())
     if isinstance(state, list | tuple):

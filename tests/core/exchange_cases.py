@@ -1,0 +1,225 @@
+"""What the tests of `test_exchange.py` run on every rank (and, with one, alone)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from orbit.core import runtime
+from orbit.core.ranks import shards
+from orbit.engine import Engine
+from orbit.plugin import EMA, CheckpointingHook
+from orbit.trainer import BaseTrainer
+from tests.core.parallel_cases import TOGETHER, Net, data, engine, loader
+
+
+def weights(run: Any) -> dict[str, Tensor]:
+    return dict(run.state_dict()["model"])
+
+
+def steps(run: Engine, count: int = 4) -> dict[str, Tensor]:
+    torch.manual_seed(7)
+    for _ in run.train(loader(), max_steps=count):
+        run.auto_update()
+    return weights(run)
+
+
+def half_wrapped() -> dict[str, dict[str, Tensor]]:
+    """A function that wraps some of the model, or nothing of it."""
+
+    def wrap(kind: str) -> Any:
+        def spread(model: Any, mesh: Any) -> nn.Module:
+            from torch.distributed.fsdp import fully_shard
+
+            if kind == "blocks":
+                for layer in model.layers:
+                    fully_shard(layer, mesh=mesh)
+            elif kind == "head":
+                model.head = nn.parallel.DistributedDataParallel(model.head)
+            return model
+
+        return spread
+
+    return {
+        kind: {
+            key.replace("head.module.", "head."): value
+            for key, value in steps(engine(wrap(kind), [])).items()
+        }
+        for kind in ("blocks", "head", "nothing")
+    }
+
+
+class Scaled(nn.Module):
+    """A criterion that learns too; `unused` takes no part in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.unused = nn.Parameter(torch.rand(3)), nn.Parameter(torch.ones(2))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output * self.scale, target)
+
+
+def criterion(way: str) -> dict[str, Tensor]:
+    """Every rank makes the criterion from other random numbers: rank 0's count."""
+    torch.manual_seed(0)
+    model = Net()
+    torch.manual_seed(100 + runtime.rank())
+    scaled = Scaled()
+    run = Engine(
+        model,
+        torch.optim.AdamW([*model.parameters(), *scaled.parameters()], lr=1e-2),
+        scaled,
+        plugins=[],
+        parallel=way if runtime.world_size() > 1 else None,
+        grad_clip_norm=0.5,
+        device="cpu",
+    )
+    return {**steps(run, 6), **{name: p.detach().clone() for name, p in scaled.named_parameters()}}
+
+
+def without_weight(way: str) -> dict[str, Tensor]:
+    """On the last rank the first window, and half of the second, is a mean over nothing: 0/0."""
+    run = engine(way, [], gradient_accumulation_steps=2, grad_clip_norm=None)
+    x, y = data(16).tensors
+    for _ in run.train([(x[i : i + 4], y[i : i + 4]) for i in range(0, 16, 4)]):
+        mask = torch.full((4,), float(runtime.rank() == 0 or run.batch_idx > 2))
+        losses = nn.functional.cross_entropy(run.model(run.data), run.target, reduction="none")
+        run.update((losses * mask).sum() / mask.sum(), weight=mask.sum())
+    assert run.step == 2
+    return weights(run)
+
+
+def finds_after_evaluation(way: str) -> dict[str, Any]:
+    run = engine(way, [])
+    for _ in run.eval(loader()):
+        run.auto_update()
+    torch.manual_seed(7)
+    found = run.lr_find(loader(), steps=6, max_lr=1e-1)
+    return {"losses": found.losses, **steps(run)}
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def normed(way: str, folder: str, count: int) -> dict[str, Any]:
+    """A run with batch norm, evaluated at its end."""
+    torch.manual_seed(0)
+    hook = CheckpointingHook(interval=3, path=Path(folder), exit_signals=[])
+    run = engine(way, [hook], Normed())
+    batches = DataLoader(data(48), batch_size=TOGETHER // runtime.world_size(), shuffle=True)
+    torch.manual_seed(7)
+    for _ in run.train(batches, max_steps=count):
+        run.auto_update()
+    for _ in run.eval(batches):
+        run.auto_update()
+    buffers = {name: buffer.clone() for name, buffer in run.unwrapped_model.named_buffers()}
+    return {"val_loss": run.metrics["val_loss"], **buffers}
+
+
+def normed_all(folder: str) -> dict[str, list[dict[str, Any]]]:
+    """Uninterrupted, begun, and resumed."""
+    return {
+        way: [normed(way, str(Path(folder) / f"{way} {name}"), count) for name, count in PLANS]
+        for way in ("ddp", "fsdp")
+    }
+
+
+PLANS = (("whole", 7), ("cut", 5), ("cut", 7))
+
+
+class Own(BaseTrainer):
+    """Document 003's way: sharded in build_model."""
+
+    def __init__(self, folder: str | None, max_steps: int, hooks: Any = (), **options: Any) -> None:
+        super().__init__(max_steps, device="cpu", grad_clip=1.0, gradient_accumulation_steps=2, **options)
+        self.folder, self.more = folder, list(hooks)
+
+    def build_data_loader(self) -> Any:
+        if runtime.world_size() == 1:
+            return DataLoader(data(48), batch_size=12)
+        return DataLoader(data(48), batch_size=6, sampler=DistributedSampler(data(48), shuffle=False))
+
+    def build_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = Net()
+        if runtime.world_size() > 1:
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        return model
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        assert isinstance(self.model, Net)
+        layers, head = list(self.model.layers.parameters()), list(self.model.head.parameters())
+        return torch.optim.AdamW([{"params": head, "lr": 2e-2}, {"params": layers}], lr=1e-2)
+
+    def build_lr_scheduler(self) -> Any:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 20)
+
+    def build_hooks(self) -> Any:
+        if self.folder is None:
+            return self.more
+        return [*self.more, CheckpointingHook(interval=3, path=Path(self.folder), exit_signals=[])]
+
+    def forward(self, input: Any) -> Any:
+        x, y = input
+        return nn.functional.cross_entropy(self.model(x), y), {}
+
+
+def own_state(folder: str) -> dict[str, bool]:
+    """Resumed runs with each kind of `state_dict_options`: are they the uninterrupted one?"""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    kinds = {
+        "pieces": StateDictOptions(),
+        "whole": StateDictOptions(full_state_dict=True, cpu_offload=True),
+    }
+    same = {}
+    for name, options in kinds.items():
+        place = str(Path(folder) / name)
+        whole, begun, resumed = (
+            Own(where, steps, state_dict_options=options)
+            for where, steps in ((None, 8), (place, 5), (place, 8))
+        )
+        whole.train()
+        begun.train()
+        resumed.train()
+        pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+        same[name] = resumed.step == 8 and all(
+            torch.equal(shards.local(a.detach()), shards.local(b.detach())) for a, b in pairs
+        )
+    return same
+
+
+def own_averages() -> dict[str, Tensor]:
+    run = Own(None, 6, [EMA(0.8)])
+    run.train()
+    return dict(run.state_dict()["EMA"])
+
+
+def all_of(folder: str) -> dict[str, Any]:
+    ways = ("ddp", "fsdp")
+    return {
+        **{f"half {kind}": state for kind, state in half_wrapped().items()},
+        **{f"criterion {way}": criterion(way) for way in ways},
+        **{f"without weight {way}": without_weight(way) for way in ways},
+        **{f"finds {way}": finds_after_evaluation(way) for way in ways},
+        "averages": own_averages(),
+        "own state": own_state(folder),
+    }
