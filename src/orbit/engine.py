@@ -217,7 +217,7 @@ class Engine(Core):
         gave none, which skips the backward).
 
         Raises:
-            TypeError: the model returned None.
+            TypeError: the model returned None, or no tensor to a loss of torch.
             ValueError: there is neither a criterion with a target nor a loss of the model's own.
         """
         self._require_batch("auto_update()")
@@ -335,6 +335,12 @@ class Engine(Core):
         if isinstance(self.data, Mapping) and own is not None:
             return Outcome(own, self._units())
         if self.criterion is not None and self.target is not None:
+            if isinstance(self.criterion, nn.modules.loss._Loss) and not isinstance(output, Tensor):
+                kind, part = type(self.criterion).__name__, "logits" if hasattr(output, "logits") else "…"
+                raise TypeError(
+                    f"{kind} takes a tensor and {type(self.unwrapped_model).__name__} gives a {type(output).__name__}: "
+                    f"choose from it, criterion=lambda output, target: nn.{kind}()(output.{part}, target)"
+                )
             return Outcome(self.criterion(output, self.target), self._units())
         if own is not None:
             return Outcome(own, self._units())

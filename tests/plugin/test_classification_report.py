@@ -211,3 +211,15 @@ def test_a_language_model_is_judged_by_the_next_token() -> None:
             expected[target, prediction] += 1
     assert plugin.confusion is not None
     assert plugin.confusion.tolist() == expected.tolist()
+
+
+def test_logits_in_a_dict_of_the_models_own() -> None:
+    class Judge(Echo):
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:  # type: ignore[override]
+            return {"loss": F.cross_entropy(x * self.weight, labels), "logits": x}
+
+    plugin = ClassificationReport(4, image=False, verbose=False)
+    engine = Engine(Judge(), plugins=[plugin], device="cpu")
+    for _ in engine.eval([{"x": x, "labels": y} for x, y in batches()]):
+        engine.auto_update()
+    assert plugin.scores["f1"].tolist() == pytest.approx(by_hand(GUESS, TARGET)["f1"])

@@ -103,6 +103,7 @@ class Base:
         self._updater: Updater | None = None
         self._feed: Feed | None = None
         self._unused = 0  # batches handed out since the last step boundary
+        self._updates = 0  # micro-batches that this call was given a loss of
         self._position: dict[str, Any] | None = None  # a restored place in the data, until it is used
         self._calls_to_pass = 0  # train() calls that a resumed script makes again although they are over
         self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch

@@ -83,7 +83,7 @@ class Checkpoint(Plugin):
                 "Checkpoint(save_top_k=0, save_last=False) would save nothing: choose one of them"
             )
         if every_n_train_steps is not None:
-            check_interval("Checkpoint", every_n_train_steps)
+            check_interval("Checkpoint", every_n_train_steps, "every_n_train_steps")
         self.mode = metric.direction("Checkpoint", monitor or "", mode) if monitor is not None else "max"
         self.monitor, self.save_top_k, self.save_last = monitor, save_top_k, save_last
         self.every_n_train_steps, self.path, self.verbose = every_n_train_steps, Path(path), verbose

@@ -37,7 +37,7 @@ class ClassificationReport(Plugin):
         labels: the classes' names, in the order of their numbers.
         ignore_index: a target that does not count; None takes the criterion's, else -100.
         collect: `collect(trainer) -> (predictions, targets)` after the loop's body is done with a batch. By default
-            `trainer.output` (or its `.logits`) and `trainer.target` (or the batch's "labels", one ahead of the scores
+            `trainer.output` (or its logits) and `trainer.target` (or the batch's "labels", one ahead of the scores
             for a causal language model of transformers). `Engine` has them; under `BaseTrainer`, set `self.output` and
             `self.target` in `forward`, or give this.
         image: draw the confusions for `trainer.log_images`, as "confusion_matrix".
@@ -210,7 +210,7 @@ class ClassificationReport(Plugin):
 
 def _output_and_target(trainer: Any) -> tuple[Tensor, Tensor]:
     output, target = getattr(trainer, "output", None), getattr(trainer, "target", None)
-    logits = getattr(output, "logits", None)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if target is None and isinstance(trainer.batch, Mapping):
         target = trainer.batch.get("labels")
     if isinstance(logits, Tensor):
