@@ -55,7 +55,8 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn
         return list({id(block): block for block in found}.values())
     raise BlocksError(
         f"{type(model).__name__} has no list of equal blocks (two or more modules of one class that are made of "
-        f"further modules); looked at {_looked_at(model)}. Name the blocks: full names, or globs such as 'layers.*'"
+        f"further modules); looked at {_looked_at(model)}. Name the blocks, in full or by globs: "
+        "activation_checkpointing=['layers.*'], compile={'blocks': ['layers.*']}"
     )
 
 
