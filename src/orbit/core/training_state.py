@@ -3,7 +3,7 @@
 format · step · state                  counters and metrics
 model · optimizer · lr_scheduler · grad_scaler · updater
 ranks                                  one dict a rank: feed (its place in the data), rng (every random generator),
-                                       epoch_losses (the epoch's running mean)
+                                       epoch_losses (the epoch's running mean), samples (rows that it was handed)
 and whatever plugins add in on_state_dict
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from orbit.core import rng, runtime, shards, state_checks
 from orbit.core.nested import map_nested_tensor
-from orbit.core.ranks import everyones
+from orbit.core.ranks import everyones, on_all
 
 if TYPE_CHECKING:
     from orbit.core.base import Base
@@ -60,6 +60,7 @@ def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any
         "feed": position,
         "rng": trainer._rng or rng.capture(feed.generators if feed is not None else ()),
         "epoch_losses": trainer._epoch_losses.state_dict(),
+        "samples": trainer.state.samples,
     }
     state: dict[str, Any] = {
         "format": _FORMAT,
@@ -91,7 +92,11 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
                 f"the checkpoint has {'no' if state[name] is None else 'a'} {name} and this run has "
                 f"{'none' if part is None else 'one'}: build the run as the checkpoint's was"
             )
-    state_checks.check(state, trainer.unwrapped_model)
+    check = partial(state_checks.check, state, trainer.unwrapped_model)
+    if trainer.team is None:
+        check()
+    else:
+        on_all(check)  # each sees its own pieces
     kept, place = _keep(trainer), (trainer._position, trainer._rng)
     try:
         _apply(trainer, state, _of_this_rank(state["ranks"]))
@@ -102,7 +107,7 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
 
 
 def _keep(trainer: Base) -> dict[str, Any]:
-    """What `_apply` changes, as it is now. The model is copied; a loading optimizer leaves its old tensors alone."""
+    """What `_apply` changes, as it is now. All but the optimizer is copied: loading leaves its old tensors alone."""
     scheduler, scaler, updater = trainer.lr_scheduler, trainer.grad_scaler, trainer._updater
     kept: dict[str, Any] = {
         "state": trainer.state.state_dict(),
@@ -110,10 +115,13 @@ def _keep(trainer: Base) -> dict[str, Any]:
         "optimizer": trainer._optimizer_state(),
         "lr_scheduler": None if scheduler is None else deepcopy(scheduler.state_dict()),
         "grad_scaler": None if scaler is None else scaler.state_dict(),
-        "updater": None if updater is None else updater.state_dict(),
+        "updater": None if updater is None else map_nested_tensor(Tensor.clone, updater.state_dict()),
         "own": {"feed": None, "rng": None, "epoch_losses": trainer._epoch_losses.state_dict()},
     }
+    core = set(kept)
     trainer.emit("state_dict", kept)
+    for key in kept.keys() - core:  # averages of weights are the plugin's own tensors
+        kept[key] = map_nested_tensor(lambda tensor: tensor.detach().clone(), kept[key])
     return kept
 
 
@@ -127,6 +135,7 @@ def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:
         trainer._updater.load_state_dict(state["updater"])
         trainer._updater.reset()
     trainer.state.load_state_dict(state["state"])
+    trainer.state.samples = own.get("samples", trainer.state.samples)
     trainer._calls_to_pass = 0
     trainer._epoch_losses.load_state_dict(own["epoch_losses"])
     trainer._position, trainer._rng = own["feed"], own["rng"]
@@ -145,6 +154,7 @@ def _of_this_rank(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         merged.setdefault(tuple(name), []).extend(column)
     return {
         **ranks[rank % len(ranks)],
+        "samples": sum(part.get("samples", 0) for part in ranks) // runtime.world_size(),
         "epoch_losses": [[list(name), column] for name, column in merged.items()],
     }
 
