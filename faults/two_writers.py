@@ -19,7 +19,7 @@ from faults.processes import fork, in_child, wait
 from faults.result import Result
 from faults.saving import Saving, lines
 from orbit.core import Plugin, checkpoint
-from orbit.core.lock import WorkspaceLockedError
+from orbit.core.checkpoint.lock import WorkspaceLockedError
 
 
 def run(short: bool, seed: int) -> Result:

@@ -126,6 +126,8 @@ def test_what_a_constructor_raises_says_where(registry: Registry):
         "torch.serialization.load",
         "torch.functional.torch.load",
         "torch.utils.cpp_extension.load",
+        "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler",
+        "orbit.config.load_config",
         "torch.utils.collect_env.run",
         "torch.utils.data.dataloader.os.system",
         "torch.nn.modules.module.functools.partial",

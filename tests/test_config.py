@@ -47,6 +47,13 @@ def test_yaml_and_json_are_merged_with_python():
     assert load_config("c.py") == {"lr": 0.1, "net": {"depth": 3, "width": 4}}
 
 
+def test_yaml_knows_a_number_with_an_exponent():
+    write("a.yaml", "numbers: [1e-3, 5E5, -1.5e3, 2.e+1, .5e1]\nwords: ['1e-3', e3, 1e, 1e3x]")
+    found = load_config("a.yaml")
+    assert found == {"numbers": [1e-3, 5e5, -1.5e3, 20.0, 5.0], "words": ["1e-3", "e3", "1e", "1e3x"]}
+    assert all(type(value) is float for value in found["numbers"])
+
+
 def test_delete_and_replace_in_a_file():
     write("a.py", "config = {'optimizer': {'type': 'sgd', 'lr': 1, 'momentum': .9}, 'old': 1}")
     write(
@@ -162,6 +169,9 @@ CONFIG = {
         ("new=false", ["new"], False),
         ("new=null", ["new"], None),
         ("new=", ["new"], ""),
+        ("new=[true, null, -1]", ["new"], [True, None, -1]),
+        ("new={'k': false}", ["new"], {"k": False}),
+        ("new=[wandb, log]", ["new"], ["wandb", "log"]),
         ("new=[1, (2, 'x')]", ["new"], [1, (2, "x")]),
         ("new={'k': 1.5}", ["new"], {"k": 1.5}),
         ("new=a=b", ["new"], "a=b"),
@@ -203,6 +213,7 @@ def test_deleting_a_key():
     [
         ("lr", "write path=value"),
         ("=1", "write path=value"),
+        ("--lr=1", "no dashes in front; write 'lr=1'"),
         ("a.c.d=1", "a has no key 'c'"),
         ("hoks+=x", "the config has no key 'hoks'; did you mean 'hooks'"),
         ("a.b[7]=1", r"a\.b is a list of 3, without \[7\]"),
@@ -239,6 +250,7 @@ def test_a_saved_config_loads_equal(suffix: str):
         "text": "größe\n'quoted' \"twice\" : #",
         "none": None,
         "yes": True,
+        "words": ["1e-3", "5E5", "true", "1.0"],
         "nested": {"list": [1, [2.5, {"deep": []}], "x"], "empty": {}},
     }
     assert load_config(save_config(cfg, f"runs/1/config{suffix}")) == cfg
@@ -254,6 +266,14 @@ def test_python_holds_what_the_others_cannot():
         with pytest.raises(ConfigError, match="by_number = .* cannot be written"):
             save_config({"by_number": {1: "a"}}, name)
         assert not Path(name).exists()
+
+
+def test_a_key_that_would_name_other_files_is_refused():
+    cfg = {"parents": "Ada"}
+    assert load_config(save_config(cfg, "a.py")) == cfg
+    for name in ("a.json", "a.yaml"):
+        with pytest.raises(ConfigError, match="its key 'parents' would name other files"):
+            save_config(cfg, name)
 
 
 def test_a_value_that_no_file_holds_is_named_and_nothing_is_written():

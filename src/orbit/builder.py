@@ -25,7 +25,7 @@ from orbit.core.names import did_you_mean
 _T = TypeVar("_T", bound=Callable[..., Any])
 
 _ALLOWED = frozenset({"torch", "orbit", "transformers"})
-# Of torch and transformers: the modules whose functions may be called, and what runs or unpickles what it is given.
+# Of torch and transformers: the modules whose functions may be called. Of all: what runs or unpickles what it is given.
 _FUNCTIONS = (
     "torch",
     "torch.nn.functional",
@@ -34,8 +34,18 @@ _FUNCTIONS = (
     "transformers.optimization",
 )
 _REFUSED = (
+    "orbit.builder",
+    "orbit.cli",
+    "orbit.config",
+    "torch.distributed.elastic",
+    "torch.distributed.launcher",
+    "torch.export",
+    "torch.fx",
     "torch.jit",
+    "torch.multiprocessing",
     "torch.package",
+    "torch.testing",
+    "torch.utils.cpp_extension",
     "torch.load",
     "torch.save",
     "torch.compile",
@@ -218,6 +228,10 @@ def _imported(path: str, allowed: set[str]) -> Callable[..., Any]:
             )
     if isinstance(found, ModuleType) or not callable(found):
         raise BuildError(f"type {path!r} is a {type(found).__name__}, which cannot be called")
+    if any((name + ".").startswith(f"{refused}.") for refused in _REFUSED for name in (path, _place(found))):
+        raise BuildError(
+            f"type {path!r} runs what it is given, so a config may not name it; register what you need"
+        )
     if parts[0] in ("torch", "transformers") and not _may_call(path, found):
         raise BuildError(
             f"type {path!r}: of {parts[0]}, a config may name classes and the functions of {', '.join(_FUNCTIONS)}; "
@@ -240,8 +254,6 @@ def _submodule(name: str, path: str) -> ModuleType:
 
 def _may_call(path: str, found: Any) -> bool:
     """May a config call this, of torch or transformers?"""
-    if any((name + ".").startswith(f"{refused}.") for refused in _REFUSED for name in (path, _place(found))):
-        return False
     if isinstance(found, type):
         return True
     owner = getattr(found, "__self__", None)  # a classmethod: AutoModel.from_pretrained
@@ -249,4 +261,4 @@ def _may_call(path: str, found: Any) -> bool:
 
 
 def _place(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"
+    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

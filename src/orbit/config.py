@@ -118,6 +118,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 # -- files -------------------------------------------------------------------------------------------------------
 
 
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
 class _Part(NamedTuple):
     """One file's own config."""
 
@@ -181,13 +184,27 @@ def _from_text(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
+    yaml, loader, _ = _yaml_kinds()
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def _yaml_kinds() -> tuple[Any, Any, Any]:
+    """PyYAML, and a safe loader and dumper of it that take 1e-3 for a number, as YAML 1.2 does and PyYAML does not."""
     need("llm", "yaml")
     import yaml  # type: ignore[import-untyped]
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+    class Loader(yaml.SafeLoader):
+        pass
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    for kind in (Loader, Dumper):
+        kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    return yaml, Loader, Dumper
 
 
 def _arguments(path: Path, config: Any) -> dict[str, Any]:
@@ -214,17 +231,24 @@ def apply_overrides(cfg: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
         hooks+=wandb  append to a list       hooks-=wandb  take the first equal item out of it
         x!=           delete a key or an item
 
-    Values are Python literals, or true, false, null; anything else is a string. A key with dots is written a["b.c"].
+    Values are Python literals, or true, false, null, also inside of lists and dicts; any other word is a string. A key
+    with dots is written a["b.c"].
 
     Raises:
         ConfigError: naming the override and the part of its path that does not fit; `cfg` is unchanged.
 
     >>> apply_overrides({"lr": 1, "hooks": ["log"]}, ["lr=1e-3", "hooks+=wandb"])
     {'lr': 0.001, 'hooks': ['log', 'wandb']}
+    >>> apply_overrides({}, ["tasks=[math, chat]", "flags={'fast': true}"])
+    {'tasks': ['math', 'chat'], 'flags': {'fast': True}}
     """
     changed = copy.deepcopy(cfg)
     for override in overrides:
         match = _OVERRIDE.fullmatch(override)
+        if match is not None and match["path"].strip().startswith("-"):
+            raise ConfigError(
+                f"override {override!r}: a path has no dashes in front; write {override.lstrip(' -')!r}"
+            )
         if match is None or not match["path"].strip():
             raise ConfigError(f"override {override!r}: write path=value, path+=item, path-=item or path!=")
         _apply(changed, override, _steps(override, match["path"].strip()), match["operation"], match["value"])
@@ -298,7 +322,10 @@ def _literal(text: str) -> Any:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
-        return ast.literal_eval(text)
+        tree = ast.parse(text, mode="eval")
+        if isinstance(tree.body, (ast.List, ast.Tuple, ast.Dict, ast.Set)):
+            tree = _Words().visit(tree)
+        return ast.literal_eval(tree)
     except (
         ValueError,
         SyntaxError,
@@ -306,6 +333,13 @@ def _literal(text: str) -> Any:
         RecursionError,
     ):  # no literal, or one too deep to be meant as one
         return text
+
+
+class _Words(ast.NodeTransformer):
+    """Bare words in a list or dict are what they would be alone."""
+
+    def visit_Name(self, node: ast.Name) -> ast.Constant:
+        return ast.Constant(_WORDS.get(node.id.lower(), node.id))
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -323,16 +357,16 @@ def save_config(cfg: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     suffix = path.suffix
     if suffix not in (".py", ".yaml", ".yml", ".json"):
         raise ConfigError(f"{path}: a config file ends in .py, .yaml, .yml or .json")
+    if suffix != ".py" and "parents" in cfg:
+        raise ConfigError(f"{path}: its key 'parents' would name other files there; write a .py instead")
     plain = _plain(dict(cfg), (), python=suffix == ".py")
     if suffix == ".py":
         text = f"config = {pprint.pformat(plain, width=100, sort_dicts=False)}\n"
     elif suffix == ".json":
         text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
     else:
-        need("llm", "yaml")
-        import yaml
-
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        yaml, _, dumper = _yaml_kinds()
+        text = yaml.dump(plain, Dumper=dumper, sort_keys=False, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_synced(path, text.encode("utf-8"))
     return path

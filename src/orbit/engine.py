@@ -32,10 +32,10 @@ from orbit.core.loop import Core
 from orbit.core.nested import count_samples, map_nested_tensor
 from orbit.core.options import Options
 from orbit.core.outcome import Outcome
-from orbit.core.parallel import Parallel
-from orbit.core.parallel import check as check_parallel
-from orbit.core.parallel import start as start_processes
 from orbit.core.ranks import on_main
+from orbit.core.ranks.parallel import Parallel
+from orbit.core.ranks.parallel import check as check_parallel
+from orbit.core.ranks.parallel import start as start_processes
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.mentor import Mentor
 
@@ -64,9 +64,10 @@ class Engine(Core):
         max_non_finite_grad_retries: windows in a row that may be dropped for a NaN or infinite gradient; None raises at
             the first.
         no_sync_accumulate: exchange gradients between ranks only in the micro-batch that closes a window.
-        parallel: several processes, started by torchrun (`core/parallel.py`): "ddp", "fsdp" (FSDP2, a block at a time),
-            or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out to the
-            ranks (`core/share.py`), so batch_size is each rank's; any other iterable is this rank's own part.
+        parallel: several processes, started by torchrun (`core/ranks/parallel.py`): "ddp", "fsdp" (FSDP2, a block at a
+            time), or a function (model, mesh) -> model of your own. A DataLoader over a map-style dataset is dealt out
+            to the ranks (`core/feeding/share.py`), so batch_size is each rank's; any other iterable is this rank's own
+            part.
         mesh: the ranks as a `DeviceMesh` or its sizes; two of them, (replicate, shard), make "fsdp" HSDP.
         **options: see `orbit.core.options.RunOptions`: activation_checkpointing, compile, deterministic,
             fast_dev_run, split_on_oom.
@@ -216,7 +217,7 @@ class Engine(Core):
         gave none, which skips the backward).
 
         Raises:
-            TypeError: the model returned None.
+            TypeError: the model returned None, or no tensor to a loss of torch.
             ValueError: there is neither a criterion with a target nor a loss of the model's own.
         """
         self._require_batch("auto_update()")
@@ -288,7 +289,8 @@ class Engine(Core):
         return on_main(lambda: save_checkpoint(state, path))
 
     def load(self, path: str | Path) -> Engine:
-        """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there.
+        """Load a checkpoint file, or the newest valid one of a folder; the next `train()` goes on from there. An engine
+        without an optimizer takes what evaluation needs.
 
         Raises CheckpointError where there is none or it is damaged, ValueError where it is of another model.
         """
@@ -333,6 +335,12 @@ class Engine(Core):
         if isinstance(self.data, Mapping) and own is not None:
             return Outcome(own, self._units())
         if self.criterion is not None and self.target is not None:
+            if isinstance(self.criterion, nn.modules.loss._Loss) and not isinstance(output, Tensor):
+                kind, part = type(self.criterion).__name__, "logits" if hasattr(output, "logits") else "…"
+                raise TypeError(
+                    f"{kind} takes a tensor and {type(self.unwrapped_model).__name__} gives a {type(output).__name__}: "
+                    f"choose from it, criterion=lambda output, target: nn.{kind}()(output.{part}, target)"
+                )
             return Outcome(self.criterion(output, self.target), self._units())
         if own is not None:
             return Outcome(own, self._units())

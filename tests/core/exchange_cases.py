@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.events import Plugin
+from orbit.core.ranks import shards
 from orbit.engine import Engine
 from orbit.plugin import EMA, CheckpointingHook
 from orbit.trainer import BaseTrainer

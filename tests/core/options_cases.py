@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
+from orbit.core.ranks import shards
 from orbit.engine import Engine
 from orbit.plugin import GarbageCollection, GradientStats, Plugin, Throughput
 from tests.core.parallel_cases import Net, data

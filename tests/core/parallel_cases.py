@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 from copy import deepcopy
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.events import Plugin
+from orbit.core.ranks import shards
 from orbit.engine import Engine
 from orbit.plugin import CheckpointingHook
 from orbit.trainer import BaseTrainer
@@ -410,3 +412,22 @@ def averaged(way: str, folder: str | None, steps: int) -> dict[str, Any]:
     for _ in run.eval(loader()):
         run.auto_update()
     return {"ema": run.state_dict()["EMA"], "val_loss": run.metrics["val_loss"]}
+
+
+def refused_shards(folder: str) -> str:
+    """Rank 1 may write no file beyond 100 bytes: the error of this rank."""
+    from orbit.core.checkpoint import CheckpointError
+
+    run = engine("fsdp", [CheckpointingHook(interval=1, path=Path(folder), exit_signals=[])])
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if runtime.rank() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        for _ in run.train(loader(), max_steps=2):
+            run.auto_update()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    return ""

@@ -199,6 +199,24 @@ def test_transformers_layers_checkpoint_themselves_and_leave_the_cache_out() -> 
     assert same(step(True), step(False))
 
 
+def test_a_cache_that_is_handed_to_layers_in_its_place_is_left_out_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=11, n_embd=8, n_head=2, n_layer=3, n_positions=8)
+
+    def step(checkpointed: bool | list[str]) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        model = transformers.GPT2LMHeadModel(config).train()
+        prepare(model, checkpointed, False)
+        ids = torch.arange(8).reshape(2, 4)
+        model(ids, labels=ids, attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    plain = step(False)
+    for checkpointed in (True, ["h.[02]"]):
+        found = step(checkpointed)
+        assert all(torch.allclose(found[n], g, rtol=1e-4, atol=1e-7) for n, g in plain.items())
+
+
 @tracing
 @pytest.mark.parametrize("kind", [Residual, torch_layer])
 @pytest.mark.parametrize("checkpointed", [False, True])

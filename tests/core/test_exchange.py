@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from orbit.core import shards
+from orbit.core.ranks import shards
 from tests.core import exchange_cases as cases
 from tests.core.parallel_cases import engine
 from tests.ranks import on_ranks

@@ -386,3 +386,50 @@ def test_an_optimizer_that_holds_nothing_trainable_is_refused() -> None:
 def test_checkpoint_dir_and_a_hook_are_one_too_many(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoint_dir= is short for a CheckpointingHook"):
         make(plugins=[CheckpointingHook(path=tmp_path)], checkpoint_dir=tmp_path)
+
+
+def test_an_engine_without_an_optimizer_loads_what_evaluation_needs(tmp_path: Path) -> None:
+    module = tiny.model()
+    optimizer = tiny.optimizer(module)
+    engine = Engine(
+        module, optimizer, nn.CrossEntropyLoss(), tiny.scheduler(optimizer), plugins=[], device="cpu"
+    )
+    engine.run(tiny.loader(), tiny.loader(), num_epochs=2)
+    path = engine.save(tmp_path / "trained.pt")
+    for precision in (None, "fp16"):
+        judge = Engine(
+            tiny.model(2),
+            criterion=nn.CrossEntropyLoss(),
+            plugins=[],
+            mixed_precision=precision,
+            device="cpu",
+        ).load(path)
+        assert tiny.same(judge.model, module)
+        for _ in judge.eval(tiny.loader()):
+            judge.auto_update()
+        assert judge.metrics["val_loss"] == pytest.approx(engine.metrics["val_loss"], rel=1e-2)
+    with pytest.raises(ValueError, match="the state of its lr_scheduler and this run has none"):
+        Engine(tiny.model(2), tiny.optimizer(tiny.model(2)), plugins=[], device="cpu").load(path)
+
+
+def test_a_run_that_trains_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make()
+    for _ in engine.train(tiny.loader()):
+        pass
+    assert "no batch of this epoch was trained on: call auto_update()" in caplog.text
+    caplog.clear()
+    engine.run(tiny.loader())
+    assert not caplog.records
+    stranger = tiny.optimizer(tiny.model(2))
+    Engine(tiny.model(), stranger, nn.CrossEntropyLoss(), plugins=[], device="cpu").run(tiny.loader())
+    assert "parameters that AdamW holds is the model's, which will not train" in caplog.text
+
+
+def test_a_loss_of_torch_gets_a_tensor_or_says_how() -> None:
+    engine = make(OwnLoss())
+    with pytest.raises(
+        TypeError, match=r"criterion=lambda output, target: nn.CrossEntropyLoss\(\)\(output.logits"
+    ):
+        first(engine, (X, Y))
+    loss = nn.CrossEntropyLoss()
+    assert first(make(OwnLoss(), criterion=lambda output, y: loss(output.logits, y)), (X, Y)).global_step == 1

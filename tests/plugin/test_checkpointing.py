@@ -14,7 +14,7 @@ import torch
 
 from orbit.core import CheckpointError, load_checkpoint
 from orbit.core.checkpoint import is_valid, list_checkpoints, step_of
-from orbit.core.lock import WorkspaceLockedError
+from orbit.core.checkpoint.lock import WorkspaceLockedError
 from orbit.plugin import CheckpointingHook, Plugin
 from tests import tiny
 

@@ -190,3 +190,36 @@ def test_the_picture_goes_to_the_image_loggers(tmp_path: Path) -> None:
 def test_bad_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="ClassificationReport"):
         ClassificationReport(**options)
+
+
+def test_a_language_model_is_judged_by_the_next_token() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=4, **small))
+    ids = torch.randint(0, 4, (6, 5), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(ids == 3, -100)
+    plugin = ClassificationReport(4, image=False, verbose=False)
+    engine = Engine(model, plugins=[plugin], device="cpu")
+    for _ in engine.eval([transformers.BatchEncoding({"input_ids": ids, "labels": labels})]):
+        engine.auto_update()
+    with torch.no_grad():
+        guess = model.eval()(ids).logits.argmax(-1)[:, :-1].flatten()
+    wanted = labels[:, 1:].flatten()
+    expected = torch.zeros(4, 4, dtype=torch.long)
+    for target, prediction in zip(wanted.tolist(), guess.tolist(), strict=True):
+        if target >= 0:
+            expected[target, prediction] += 1
+    assert plugin.confusion is not None
+    assert plugin.confusion.tolist() == expected.tolist()
+
+
+def test_logits_in_a_dict_of_the_models_own() -> None:
+    class Judge(Echo):
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:  # type: ignore[override]
+            return {"loss": F.cross_entropy(x * self.weight, labels), "logits": x}
+
+    plugin = ClassificationReport(4, image=False, verbose=False)
+    engine = Engine(Judge(), plugins=[plugin], device="cpu")
+    for _ in engine.eval([{"x": x, "labels": y} for x, y in batches()]):
+        engine.auto_update()
+    assert plugin.scores["f1"].tolist() == pytest.approx(by_hand(GUESS, TARGET)["f1"])

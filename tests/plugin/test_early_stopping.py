@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from orbit.engine import Engine
@@ -102,3 +103,30 @@ def test_a_stopped_run_that_is_resumed_stays_stopped(tmp_path: Path) -> None:
     assert bodies == [3, 0]
     assert engine.state.stop is not None
     assert engine.state.stop[0] == "EarlyStopping"
+
+
+def test_a_run_without_an_epochs_end_is_judged_by_its_evaluations(caplog: pytest.LogCaptureFixture) -> None:
+    class Endless:
+        def __iter__(self) -> Any:
+            while True:
+                yield from tiny.loader()
+
+    class Still(tiny.Trainer):
+        def build_optimizer(self) -> Any:
+            return torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+        def build_lr_scheduler(self) -> None:
+            return None
+
+        def build_val_loader(self) -> Any:
+            return tiny.loader()
+
+    stopping = EarlyStopping(patience=2, evaluations=True)
+    trainer = Still(40, [stopping], Endless(), eval_interval=3)
+    trainer.train()
+    assert trainer.step == 9, "the first evaluation is the best, and two more are endured"
+    assert "evaluations" in str(trainer.state.stop)
+    trainer = Still(12, [EarlyStopping(patience=2)], Endless(), eval_interval=3)
+    trainer.train()
+    assert trainer.step == 12
+    assert "EarlyStopping(evaluations=True)" in caplog.text

@@ -210,3 +210,16 @@ def test_a_task_that_no_call_used_is_said_aloud(caplog: pytest.LogCaptureFixture
     for _ in engine.train(data(), num_epochs=2):
         engine.update((model(engine.data, task=["first", "second"] * 3) - engine.target).square().mean())
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("heads", [None, ["classifier"]])
+def test_a_classifiers_head_that_stays_frozen_is_named(
+    heads: list[str] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=8, **small))
+    plugin = LoRA(r=2, unlock_head_keywords=heads)
+    Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), plugins=[plugin], device="cpu").build()
+    assert model.classifier.weight.requires_grad is (heads is not None)
+    assert ("unlock_head_keywords=['classifier']" in caplog.text) is (heads is None)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from orbit.core.memory import Saved, optimizer_size
+from orbit.core.measuring.memory import Saved, optimizer_size
 from orbit.core.nested import map_nested_tensor
 from orbit.engine import Engine
 from orbit.plugin import LoRA, MemoryEstimator, Plugin

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from orbit.core.peak import peak_of
+from orbit.core.measuring.peak import peak_of
 from orbit.engine import Engine
 from orbit.plugin import Throughput
 from tests import tiny

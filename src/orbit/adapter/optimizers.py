@@ -49,8 +49,8 @@ from torch.optim import Optimizer
 
 from orbit.adapter.errors import ConfigError, TaskError
 from orbit.adapter.routes.plan import PerRow
-from orbit.core import shards
 from orbit.core.outcome import Outcome
+from orbit.core.ranks import shards
 from orbit.core.runtime import world_size
 
 Rows = Sequence["str | None"] | PerRow

@@ -3,9 +3,10 @@
 from orbit.core.blocks import BlocksError, find_blocks
 from orbit.core.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from orbit.core.events import EVENTS, BaseHook, Plugin
-from orbit.core.feed import Feed, FeedError
+from orbit.core.feeding.feed import Feed, FeedError
+from orbit.core.feeding.workers import WorkerError
 from orbit.core.loop import Core
-from orbit.core.lr_find import LRFind
+from orbit.core.measuring.lr_find import LRFind
 from orbit.core.meters import Averages
 from orbit.core.nested import key_average, map_nested_tensor
 from orbit.core.options import RunOptions
@@ -14,7 +15,6 @@ from orbit.core.rng import seed_everything
 from orbit.core.runtime import resolve_device, unwrap
 from orbit.core.state import TrainState
 from orbit.core.update import NonFiniteGradientError, Updater
-from orbit.core.workers import WorkerError
 
 __all__ = [
     "EVENTS",

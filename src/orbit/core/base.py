@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from orbit.core import blocks, deterministic, parallel, param_groups, runtime, shards, split, training_state
-from orbit.core.checkpoint import load_checkpoint, load_sharded
+from orbit.core import blocks, deterministic, param_groups, runtime, split
+from orbit.core.checkpoint import load_checkpoint, load_sharded, training_state
 from orbit.core.events import Dispatcher, Plugin, announced
-from orbit.core.feed import Feed
+from orbit.core.feeding.feed import Feed
 from orbit.core.meters import Averages
 from orbit.core.options import Options, RunOptions, run_options
-from orbit.core.parallel import Parallel
-from orbit.core.ranks import Team
+from orbit.core.ranks import Team, parallel, shards
+from orbit.core.ranks.parallel import Parallel
 from orbit.core.state import TrainState
 from orbit.core.update import Updater
 
@@ -103,6 +103,7 @@ class Base:
         self._updater: Updater | None = None
         self._feed: Feed | None = None
         self._unused = 0  # batches handed out since the last step boundary
+        self._updates = 0  # micro-batches that this call was given a loss of
         self._position: dict[str, Any] | None = None  # a restored place in the data, until it is used
         self._calls_to_pass = 0  # train() calls that a resumed script makes again although they are over
         self._rng: dict[str, Any] | None = None  # restored generators, put back just before the next batch

@@ -59,11 +59,13 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn
     )
 
 
-def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
+def checkpoint_activations(blocks: Sequence[nn.Module], model: nn.Module | None = None) -> None:
     """Let each block keep its inputs alone, and compute the rest a second time in the backward pass.
 
-    Random numbers (dropout) are those of the first time, so gradients are bit for bit the same. A layer of
-    transformers is asked to do it itself: it knows what to do with a cache of keys and values.
+    Random numbers (dropout) are those of the first time, so gradients are the same: bit for bit, or to the last bits
+    where parts that flow back to one input are added in another order (GPT-2, T5). A layer of
+    transformers is asked to do it itself: it knows what to do with a cache of keys and values. Where the cache is
+    handed to it in its place (GPT-2), the module around it must know too: that is looked for in `model`.
     """
     for block in blocks:
         if hasattr(block, "gradient_checkpointing"):
@@ -71,6 +73,11 @@ def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
         elif not isinstance(vars(block).get("forward"), _Checkpointed):
             block.forward = _Checkpointed(block)
+    asked = {id(block) for block in blocks if hasattr(block, "gradient_checkpointing")}
+    for module in () if model is None else model.modules():
+        flagged = "gradient_checkpointing" in vars(module)  # a layer has the flag from its class
+        if flagged and id(module) not in asked and any(id(inner) in asked for inner in module.modules()):
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 class _Forward:
@@ -121,7 +128,7 @@ def prepare(
     )
     whole = compile == "model"
     compiled = [model] if whole else [] if compile is False else find_blocks(model, compiled_names)
-    checkpoint_activations(checkpointed)
+    checkpoint_activations(checkpointed, model)
     compile_blocks(compiled, **arguments)
 
 

@@ -22,8 +22,8 @@ import torch
 
 from orbit.core import deterministic, rng, runtime, split
 from orbit.core.base import Base
-from orbit.core.feed import Feed, FeedError
-from orbit.core.lr_find import LRFind, lr_find
+from orbit.core.feeding.feed import Feed, FeedError
+from orbit.core.measuring.lr_find import LRFind, lr_find
 from orbit.core.meters import Averages
 from orbit.core.nested import count_samples
 from orbit.core.outcome import Outcome
@@ -102,8 +102,10 @@ class Core(Base):
         state, emit = self.state, self.emit
         batches = self._few(self._together(feed, self._open_epoch(feed)), self.gradient_accumulation_steps)
         self.model.train()
+        handed_out = False
         while (item := self._next(batches)) is not None:
             batch, self.is_last_batch = item
+            handed_out = True
             self.batch_idx += 1
             self._unused += 1
             state.micro_step += 1
@@ -132,6 +134,11 @@ class Core(Base):
                 if not self.is_last_batch:
                     return
                 break
+        if handed_out and not self._updates and self._updater is not None:
+            self.logger.warning(
+                "no batch of this epoch was trained on: call auto_update() or update(loss) in the loop's body, where "
+                "loss.backward() and optimizer.step() would stand; or step yourself, and give no optimizer here"
+            )
         losses = self._means(self._epoch_losses)
         if losses:
             state.metrics["train_loss"] = losses["loss"]
@@ -173,6 +180,7 @@ class Core(Base):
 
     def _note(self, outcome: Outcome) -> None:
         """Remember what a micro-batch of the open window came to."""
+        self._updates += 1
         if outcome.loss is not None:
             loss = outcome.loss.detach() if isinstance(outcome.loss, torch.Tensor) else outcome.loss
             self._micro_losses.append((loss, outcome.weight))
@@ -357,6 +365,14 @@ class Core(Base):
         if self._updater is not None:
             self._updater.reset()
         self._unused, self._data_time, self._step_began = 0, 0.0, perf_counter()
+        self._updates = 0
+        if self._updater is not None and len(self._updater.outside) == len(self._updater.parameters):
+            self.logger.warning(
+                "none of the %d parameters that %s holds is the model's, which will not train: make the optimizer "
+                "from model.parameters() of the model that is trained",
+                len(self._updater.parameters),
+                type(self._updater.optimizer).__name__,
+            )
 
     def _pass_over(self) -> None:
         last, left = self.state.call, self._calls_to_pass

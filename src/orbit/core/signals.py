@@ -11,7 +11,7 @@ within half a second. The same signal within a tenth of a second is the same one
 to a process and then to its group.
 
 Forked processes get the old handlers back. A loader's workers, to whom a terminal and torchrun send the same signals,
-ignore them (`core/workers.py`): they are needed until the run has come to its end.
+ignore them (`core/feeding/workers.py`): they are needed until the run has come to its end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orbit.core.workers import end_all
+from orbit.core.feeding.workers import end_all
 
 _ECHO, _GRACE = 0.1, 0.5  # seconds
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.nested import count_samples, first_tensor
 from orbit.core.outcome import Outcome
+from orbit.core.ranks import shards
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core

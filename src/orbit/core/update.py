@@ -10,7 +10,7 @@ of two near the first weight of the run, so that it changes no bit of the result
 the weight cancels and the loss is back-propagated as it is: bit for bit a bare loop.
 
 On several ranks both sums go over all of them. torch averages gradients over the R ranks, so the factor is
-R·c/Σ wᵢ; Σ wᵢ comes with the one exchange that ends a window (`core/ranks.py`), and c is the same on all ranks.
+R·c/Σ wᵢ; Σ wᵢ comes with the one exchange that ends a window (`core/ranks/team.py`), and c is the same on all ranks.
 
 Whether the gradient is finite is read off its norm, which clipping needs anyway: one number a step comes to the host.
 """
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from orbit.core import parallel, runtime, shards
+from orbit.core import runtime
 from orbit.core.buffers import Buffers
 from orbit.core.outcome import Outcome
-from orbit.core.ranks import Team
+from orbit.core.ranks import Team, parallel, shards
 
 
 class NonFiniteGradientError(RuntimeError):

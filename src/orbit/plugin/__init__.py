@@ -1,7 +1,6 @@
 """Plugins, one a file. `Plugin` is the base class; `BaseHook` is its other documented name."""
 
 from orbit.core.events import BaseHook, Plugin
-from orbit.plugin.board import Board
 from orbit.plugin.checkpoint import Checkpoint
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.classification_report import ClassificationReport
@@ -16,17 +15,18 @@ from orbit.plugin.logs import LoggingHook
 from orbit.plugin.lora import LoRA
 from orbit.plugin.memory_estimator import MemoryEstimator
 from orbit.plugin.mentor import Mentor
-from orbit.plugin.metrics_file import MetricsFile
-from orbit.plugin.mlflow import MLflowHook
 from orbit.plugin.model_summary import ModelSummary
 from orbit.plugin.monitor import MetricError
 from orbit.plugin.overfit import Overfit
 from orbit.plugin.profiler import Profiler
 from orbit.plugin.progress import ProgressHook
 from orbit.plugin.throughput import Throughput
-from orbit.plugin.tracker import Tracker
-from orbit.plugin.trackio import TrackioHook
-from orbit.plugin.wandb import WandbHook
+from orbit.plugin.trackers.board import Board
+from orbit.plugin.trackers.metrics_file import MetricsFile
+from orbit.plugin.trackers.mlflow import MLflowHook
+from orbit.plugin.trackers.tracker import Tracker
+from orbit.plugin.trackers.trackio import TrackioHook
+from orbit.plugin.trackers.wandb import WandbHook
 from orbit.plugin.warmup import Warmup
 
 __all__ = [

@@ -18,16 +18,16 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orbit.core import checkpoint, runtime, shards
+from orbit.core import checkpoint, runtime
+from orbit.core.checkpoint.lock import FolderLock
 from orbit.core.events import Plugin
-from orbit.core.lock import FolderLock
 from orbit.core.meters import Averages
 from orbit.core.nested import as_number
-from orbit.core.ranks import everyones, on_main
+from orbit.core.ranks import everyones, on_main, shards
 from orbit.plugin import monitor as metric
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.logs import check_interval
-from orbit.plugin.tracker import flat
+from orbit.plugin.trackers.tracker import flat
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core
@@ -83,7 +83,7 @@ class Checkpoint(Plugin):
                 "Checkpoint(save_top_k=0, save_last=False) would save nothing: choose one of them"
             )
         if every_n_train_steps is not None:
-            check_interval("Checkpoint", every_n_train_steps)
+            check_interval("Checkpoint", every_n_train_steps, "every_n_train_steps")
         self.mode = metric.direction("Checkpoint", monitor or "", mode) if monitor is not None else "max"
         self.monitor, self.save_top_k, self.save_last = monitor, save_top_k, save_last
         self.every_n_train_steps, self.path, self.verbose = every_n_train_steps, Path(path), verbose

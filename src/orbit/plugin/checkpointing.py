@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from orbit.core import checkpoint, runtime
 from orbit.core.checkpoint.background import Background, Staging
+from orbit.core.checkpoint.lock import FolderLock
 from orbit.core.events import Plugin
-from orbit.core.lock import FolderLock
 from orbit.core.ranks import on_all, on_main
 from orbit.core.signals import Listener
 from orbit.plugin.logs import check_interval
@@ -47,7 +47,7 @@ class CheckpointingHook(Plugin):
             thread writes it. At most one save is under way, and the end of the run, a signal's exit and `on_close` wait
             for it.
 
-    One run at a time may write to a folder: while it trains it holds a lock there (`core/lock.py`).
+    One run at a time may write to a folder: while it trains it holds a lock there (`core/checkpoint/lock.py`).
 
     Attributes:
         acknowledged: the newest step whose checkpoint is on the disk, as far as this hook knows; None if there is none.

@@ -8,7 +8,7 @@ the classes that occur, as target or as prediction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,8 +37,9 @@ class ClassificationReport(Plugin):
         labels: the classes' names, in the order of their numbers.
         ignore_index: a target that does not count; None takes the criterion's, else -100.
         collect: `collect(trainer) -> (predictions, targets)` after the loop's body is done with a batch. By default
-            `trainer.output` (or its `.logits`) and `trainer.target` (or the batch's "labels"). `Engine` has them;
-            under `BaseTrainer`, set `self.output` and `self.target` in `forward`, or give this.
+            `trainer.output` (or its logits) and `trainer.target` (or the batch's "labels", one ahead of the scores
+            for a causal language model of transformers). `Engine` has them; under `BaseTrainer`, set `self.output` and
+            `self.target` in `forward`, or give this.
         image: draw the confusions for `trainer.log_images`, as "confusion_matrix".
         verbose: print the report.
         console: where to print; only rank 0 does.
@@ -209,9 +210,15 @@ class ClassificationReport(Plugin):
 
 def _output_and_target(trainer: Any) -> tuple[Tensor, Tensor]:
     output, target = getattr(trainer, "output", None), getattr(trainer, "target", None)
-    output = getattr(output, "logits", output)
-    if target is None and isinstance(trainer.batch, dict):
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if target is None and isinstance(trainer.batch, Mapping):
         target = trainer.batch.get("labels")
+    if isinstance(logits, Tensor):
+        output = logits
+        if isinstance(target, Tensor) and (logits.ndim, target.ndim) == (3, 2):  # tokens: classes are last
+            if _predicts_the_next(trainer.unwrapped_model):
+                output, target = output[:, :-1], target[:, 1:]
+            output = output.movedim(-1, 1)
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         what = "output" if not isinstance(output, Tensor) else "target"
         raise ValueError(
@@ -219,3 +226,9 @@ def _output_and_target(trainer: Any) -> tuple[Tensor, Tensor]:
             f"trainer.{what} where you compute the loss, or give collect=lambda trainer: (predictions, targets)"
         )
     return output, target
+
+
+def _predicts_the_next(model: Any) -> bool:
+    """A causal language model of transformers: its scores at one place are for the label at the next."""
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not encodes and getattr(model, "loss_type", "none of transformers") in (None, "ForCausalLM")

@@ -20,8 +20,10 @@ class EarlyStopping(Plugin):
     Args:
         monitor: a key of `trainer.metrics`, e.g. "val_loss", "val_acc", "train_loss".
         mode: "min" or "max"; None or "auto" infers "max" for accuracy-like names (acc, f1, auc, ...), else "min".
-        patience: epochs without improvement that are endured, >= 1.
+        patience: epochs (or evaluations) without improvement after which to stop, >= 1.
         min_delta: an improvement must be larger than this, >= 0.
+        evaluations: judge after every evaluation inside the loop, and count these instead of epochs, which may be long
+            or without end.
 
     Attributes:
         best: the best value so far, or None.
@@ -35,6 +37,7 @@ class EarlyStopping(Plugin):
         patience: int = 5,
         min_delta: float = 0.0,
         verbose: bool = True,
+        evaluations: bool = False,
     ) -> None:
         if patience < 1 or min_delta < 0:
             raise ValueError(
@@ -45,14 +48,27 @@ class EarlyStopping(Plugin):
         self.patience, self.min_delta, self.verbose = patience, min_delta, verbose
         self.best: float | None = None
         self.bad_epochs = 0
-        self._resumed = False
+        self.evaluations = evaluations
+        self._resumed = self._evaluated = False
 
     def on_before_train(self, trainer: Core) -> None:
         if self._resumed and self.bad_epochs >= self.patience:
             trainer.stop("EarlyStopping", "the run that this one resumes had stopped")
-        self._resumed = False
+        self._resumed = self._evaluated = False
+
+    def on_after_eval(self, trainer: Core) -> None:
+        self._evaluated = True
+
+    def on_after_step(self, trainer: Core) -> None:
+        if self.evaluations and self._evaluated:
+            self._evaluated = False
+            self._judge(trainer)
 
     def on_after_epoch(self, trainer: Core) -> None:
+        if not self.evaluations:
+            self._judge(trainer)
+
+    def _judge(self, trainer: Core) -> None:
         value = trainer.metrics.get(self.monitor)
         if value is None:
             return
@@ -61,14 +77,23 @@ class EarlyStopping(Plugin):
             return
         self.bad_epochs += 1
         if self.bad_epochs >= self.patience:
+            counted = "evaluations" if self.evaluations else "epochs"
             best = "none" if self.best is None else f"{self.best:.4f}"
-            reason = f"{self.monitor} has not improved for {self.bad_epochs} epochs (best {best})"
+            reason = f"{self.monitor} has not improved for {self.bad_epochs} {counted} (best {best})"
             if self.verbose:
                 trainer.logger.info("EarlyStopping: %s", reason)
             trainer.stop("EarlyStopping", reason)
 
     def on_after_train(self, trainer: Core) -> None:
-        if self.best is None and not self.bad_epochs and trainer.state.epoch_done:
+        if self.best is not None or self.bad_epochs:
+            return
+        if self.monitor in trainer.metrics and not trainer.state.epoch_done:
+            trainer.logger.warning(
+                "EarlyStopping never looked at %s: this run had no epoch's end; EarlyStopping(evaluations=True) looks "
+                "after every evaluation",
+                self.monitor,
+            )
+        elif trainer.state.epoch_done:
             warnings.warn(
                 f"EarlyStopping never saw {self.monitor!r}: metrics are "
                 f"{sorted(trainer.metrics) or 'empty'}; evaluate in the loop, or "

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orbit.core import shards
 from orbit.core.events import Plugin
+from orbit.core.ranks import shards
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class EMA(Plugin):
         if not 0 <= decay < 1:
             raise ValueError(f"EMA(decay={decay!r}): it must be at least 0 and under 1")
         self.decay, self.device, self.swap = decay, device, swap
-        self.update_interval = check_interval("EMA", update_interval)
+        self.update_interval = check_interval("EMA", update_interval, "update_interval")
         self.ema_model: nn.Module | None = None
         self._swapped = 0  # how many brackets of eval() are open
 

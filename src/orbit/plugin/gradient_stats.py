@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.events import Plugin
+from orbit.core.ranks import shards
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from orbit.core import runtime
 from orbit.core.events import Plugin
 from orbit.core.nested import flat
 from orbit.plugin.logs import check_interval
-from orbit.plugin.picture import as_picture
+from orbit.plugin.trackers.picture import as_picture
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core

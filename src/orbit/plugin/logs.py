@@ -94,7 +94,7 @@ class LoggingHook(Plugin):
         return f"LoggingHook({self.interval})"
 
 
-def check_interval(name: str, interval: int) -> int:
+def check_interval(name: str, interval: int, argument: str = "interval") -> int:
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(f"{name}(interval={interval!r}): it must be a whole number of steps >= 1")
+        raise ValueError(f"{name}({argument}={interval!r}): it must be a whole number of steps >= 1")
     return interval

@@ -119,6 +119,13 @@ class LoRA(Plugin):
             self.report = inject(model, self.config, self.name)
             refused = any(why != "the head" for why in self.report.skipped.values())
             _logger.log(logging.WARNING if refused else logging.INFO, "LoRA %s", self.report)
+            left = [name for name, why in self.report.skipped.items() if why == "the head"]
+            if left and not heads and not self.config.save_modules and _judges(model):
+                _logger.warning(
+                    "LoRA: the head %s stays frozen; if it is new, it must train: unlock_head_keywords=[%r]",
+                    ", ".join(left),
+                    left[0].split(".")[0],
+                )
         else:
             self._check_same(model)
             freeze(model)
@@ -171,3 +178,9 @@ class LoRA(Plugin):
 def _model(trainer: Any) -> nn.Module:
     model = getattr(trainer, "unwrapped_model", None)
     return trainer.model if model is None else model
+
+
+def _judges(model: nn.Module) -> bool:
+    """A model of transformers whose head is no output embedding: a classifier's, which is new in most runs."""
+    output = getattr(model, "get_output_embeddings", None)
+    return callable(output) and output() is None

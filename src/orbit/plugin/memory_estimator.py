@@ -1,7 +1,7 @@
 """Where the memory goes: parameters, gradients, optimizer state, activations; and how large a batch would fit.
 
-`core/memory.py` has the equation. Activations are measured in the run's own first micro-batch, through which autograd
-reports what it saves: no forward is added, no batch or random number drawn, and no bit of the result changes.
+`core/measuring/memory.py` has the equation. Activations are measured in the run's own first micro-batch, through which
+autograd reports what it saves: no forward is added, no batch or random number drawn, and no bit of the result changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from orbit.core import runtime
 from orbit.core.events import Plugin
-from orbit.core.memory import (
+from orbit.core.measuring.memory import (
     Memory,
     Saved,
     memory_limit,
@@ -27,8 +27,8 @@ from orbit.core.memory import (
     tensors_in,
     working_size,
 )
+from orbit.core.measuring.rehearsal import rehearsal
 from orbit.core.nested import count_samples, map_nested_tensor
-from orbit.core.rehearsal import rehearsal
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from orbit.core.events import Plugin
+from orbit.core.measuring.peak import peak_flops
 from orbit.core.nested import first_tensor
-from orbit.core.peak import peak_flops
 from orbit.plugin.logs import check_interval
 
 if TYPE_CHECKING:

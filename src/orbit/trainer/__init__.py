@@ -8,7 +8,7 @@ from orbit.plugin.ema import EmaHook
 from orbit.plugin.image_files import ImageFileLoggerHook
 from orbit.plugin.logs import LoggingHook
 from orbit.plugin.progress import ProgressHook
-from orbit.plugin.wandb import WandbHook
+from orbit.plugin.trackers.wandb import WandbHook
 from orbit.trainer.base import BaseTrainer
 
 __all__ = [

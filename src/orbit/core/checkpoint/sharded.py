@@ -27,16 +27,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.checkpoint.errors import CheckpointError
 from orbit.core.checkpoint.manifest import is_valid, write_folder_manifest
-from orbit.core.checkpoint.single import check_step, load_checkpoint, save_checkpoint
+from orbit.core.checkpoint.single import check_step, free_bytes, load_checkpoint, save_checkpoint
 from orbit.core.files import aside, sync_folder
-from orbit.core.ranks import on_main
+from orbit.core.ranks import on_main, shards
 
 STATE = "state.pt"
 _METADATA = ".metadata"
-_LARGEST_METADATA = 1 << 30  # bytes
+_LARGEST_METADATA = 64 << 20  # bytes; 1000 tensors on 8 ranks have 2 MB
 _KNOWN = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -68,21 +68,23 @@ def save_sharded(state: dict[str, Any], path: Path, group: Any = None) -> Path:
         CheckpointError: on every rank, if any of them could not write. Nothing at `path` has changed then.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
     rest, tensors = _apart(state)
+    alone = runtime.world_size() == 1
     with ExitStack() as stack:
-        partial = on_main(lambda: _begin(stack, path), group)
         try:
+            partial = on_main(lambda: _begin(stack, path), group)
             with _alone_without_warning():
-                dcp.save(
-                    tensors,
-                    checkpoint_id=str(partial),
-                    process_group=group,
-                    no_dist=runtime.world_size() == 1,
-                )
-        except Exception as error:
-            raise CheckpointError(f"{path} could not be written: {error}") from error
-        on_main(lambda: _finish(rest, partial, path), group)
+                dcp.save(tensors, checkpoint_id=str(partial), process_group=group, no_dist=alone)
+            on_main(lambda: _finish(rest, partial, path), group)
+        except CheckpointError:
+            raise
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(
+                f"{path} cannot be written: {_of_all_ranks(error)}; {free_bytes(path)} bytes are free there. "
+                "What was there is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
+            ) from error
     return path
 
 
@@ -99,6 +101,7 @@ def load_sharded(
         CheckpointError: the folder is not what was written, or holds what no checkpoint holds.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
     on_main(lambda: _verify(path))
     rest = load_checkpoint(path / STATE)
@@ -117,9 +120,19 @@ def load_sharded(
     try:
         with _alone_without_warning():
             dcp.load(targets, storage_reader=reader, no_dist=runtime.world_size() == 1)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{path} cannot be read: {_of_all_ranks(error)}") from error
     return _together(rest, targets)
+
+
+def _of_all_ranks(error: BaseException) -> str:
+    """What torch gathered from the ranks, without their tracebacks."""
+    failures = getattr(error, "failures", None)
+    return (
+        "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in failures.items())
+        if failures
+        else str(error)
+    )
 
 
 @contextmanager

@@ -58,8 +58,8 @@ def write(state: dict[str, Any], path: Path) -> None:
         if cause is None:
             raise
         raise CheckpointError(
-            f"{path} cannot be written: {cause.strerror or cause}; {_free(path)} bytes are free there. What was there "
-            "before is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
+            f"{path} cannot be written: {cause.strerror or cause}; {free_bytes(path)} bytes are free there. "
+            "What was there before is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
         ) from error
 
 
@@ -146,7 +146,8 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _free(path: Path) -> str:
+def free_bytes(path: Path) -> str:
+    """What the disk under `path` has left, to be shown."""
     try:
         return f"{shutil.disk_usage(path.parent).free:,}"
     except OSError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orbit.core.files import replace_synced
-from orbit.plugin.tracker import Tracker
+from orbit.plugin.trackers.tracker import Tracker
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core

@@ -29,8 +29,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from orbit.core import runtime, shards
+from orbit.core import runtime
 from orbit.core.blocks import BlocksError, find_blocks
+from orbit.core.ranks import shards
 
 Parallel: TypeAlias = "str | Callable[[nn.Module, Any], nn.Module]"
 TIMEOUT = timedelta(minutes=10)  # for a rank that does not answer: a hang is an error

@@ -49,6 +49,21 @@ def test_it_averages_steps_and_keeps_the_epochs_metrics(tmp_path: Path) -> None:
             assert line.keys() == {"step", "epoch/train_loss", "epoch/val_loss", "epoch/val_acc"}
 
 
+def test_no_evaluation_is_lost_within_an_epoch_and_at_the_runs_end(tmp_path: Path) -> None:
+    class Trainer(tiny.Trainer):
+        def build_val_loader(self) -> Any:
+            return tiny.loader()
+
+    Trainer(
+        10, [MetricsFile("m.jsonl", 100)], workspace=tmp_path, eval_interval=4
+    ).train()  # 7 steps an epoch
+    found = {line["step"]: line for line in lines(tmp_path / "m.jsonl")}
+    assert list(found) == [4, 7, 8, 10]
+    assert found[4]["val_loss"] == found[7]["epoch/val_loss"]
+    assert found[4]["val_loss"] > found[8]["val_loss"] > found[10]["val_loss"]
+    assert {"step", "val_loss", "val_accuracy"} == found[10].keys()
+
+
 def test_it_keeps_what_the_user_logs_and_a_logging_hook_gives(tmp_path: Path) -> None:
     class Trainer(tiny.Trainer):
         def forward(self, input: Any) -> Any:

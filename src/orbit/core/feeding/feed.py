@@ -13,7 +13,7 @@ What can be resumed how:
     an iterable with its own state_dict()  by its own state_dict / load_state_dict
     any other iterable                     by replaying the epoch up to the cursor, with one warning
 
-Workers that raise, die or hang are named with their sample: `core/workers.py`.
+Workers that raise, die or hang are named with their sample: `core/feeding/workers.py`.
 
 Augmentation that draws random numbers inside worker processes is repeated exactly only if it is seeded per sample:
 a worker's generator depends on which batches it has already seen.
@@ -31,9 +31,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from orbit.core import rng
-from orbit.core.share import FeedError, Share, is_shared
+from orbit.core.feeding.share import FeedError, Share, is_shared
+from orbit.core.feeding.workers import Watch
 from orbit.core.signals import heard
-from orbit.core.workers import Watch
 
 
 class _Skipper:
@@ -98,7 +98,7 @@ class Feed:
 
     Args:
         loader: any iterable of batches. A one-shot iterator (a generator) serves one epoch.
-        shared: deal the batches of a DataLoader out to the ranks (`core/share.py`), unless its sampler does.
+        shared: deal the batches of a DataLoader out to the ranks (`core/feeding/share.py`), unless its sampler does.
 
     Raises:
         FeedError: `loader` is not iterable.

@@ -6,6 +6,7 @@ A tracker writes four things, all under the number of the optimizer step:
     trainer.log_images(records)     pictures, named likewise
     the means of `interval` steps   unless a LoggingHook is there, which gives them to trainer.log
     trainer.metrics                 at an epoch's end, as epoch/train_loss, epoch/val_loss, ...
+                                    and val_loss, ... after an evaluation within an epoch
 
 Only the main process writes. A new tracker says how to `begin`, `write`, `write_images` and `end`; one whose run lives
 on elsewhere also says what a checkpoint must `remember` of it, so that a resumed run goes on in the same place.
@@ -58,7 +59,7 @@ class Tracker(Plugin):
         self.status = "stopped"
         self._window = Interval(sync=True)
         self._averages = True
-        self._open = False
+        self._open = self._evaluated = False
 
     # -- to implement ----------------------------------------------------------------------------------------
 
@@ -89,12 +90,19 @@ class Tracker(Plugin):
 
     def on_before_train(self, trainer: Core) -> None:
         self._averages = not any(isinstance(hook, LoggingHook) for hook in trainer.hooks)
+        self._evaluated = False
         self.status = "stopped"
         if runtime.is_main_process() and not self._open:
             self.begin(trainer)
             self._open = True
 
+    def on_after_eval(self, trainer: Core) -> None:
+        self._evaluated = True
+
     def on_after_step(self, trainer: Core) -> None:
+        if self._evaluated and not trainer.is_epoch_end:
+            self._evaluated = False
+            self._log(_floats(trainer.metrics, only="val_"), trainer.step)
         if not self._averages:
             return
         self._window.add(trainer)
@@ -102,8 +110,9 @@ class Tracker(Plugin):
             self._log(self._window.flush(trainer), trainer.step)
 
     def on_after_epoch(self, trainer: Core) -> None:
-        metrics = {f"epoch/{name}": value for name, value in trainer.metrics.items()}
-        self._log({name: value for name, value in metrics.items() if isinstance(value, float)}, trainer.step)
+        self._evaluated = False
+        metrics = _floats(trainer.metrics)
+        self._log({f"epoch/{name}": value for name, value in metrics.items()}, trainer.step)
 
     def on_log(self, trainer: Core, records: dict[str, Any], dry_run: bool) -> None:
         if not dry_run:
@@ -152,3 +161,7 @@ class Tracker(Plugin):
         if self.written.step != step:
             self.written = Written(step)
         return self.written
+
+
+def _floats(metrics: Mapping[str, Any], only: str = "") -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if isinstance(v, float) and k.startswith(only)}

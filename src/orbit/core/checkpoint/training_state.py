@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orbit.core import rng, runtime, shards, state_checks
+from orbit.core import rng, runtime
+from orbit.core.checkpoint import state_checks
 from orbit.core.nested import map_nested_tensor
-from orbit.core.ranks import everyones, on_all
+from orbit.core.ranks import everyones, on_all, shards
 
 if TYPE_CHECKING:
     from orbit.core.base import Base
@@ -86,10 +87,10 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
     What can be seen beforehand is checked beforehand; whatever else fails, the trainer is put back as it was.
     """
     parts = {name: getattr(trainer, name) for name in ("optimizer", "lr_scheduler", "grad_scaler")}
-    for name, part in parts.items():
+    for name, part in parts.items() if trainer.optimizer is not None else ():  # else it only evaluates
         if (part is None) != (state[name] is None):
             raise ValueError(
-                f"the checkpoint has {'no' if state[name] is None else 'a'} {name} and this run has "
+                f"the checkpoint has {'no' if state[name] is None else 'the state of its'} {name} and this run has "
                 f"{'none' if part is None else 'one'}: build the run as the checkpoint's was"
             )
     check = partial(state_checks.check, state, trainer.unwrapped_model)
@@ -104,6 +105,7 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
         _apply(trainer, kept, kept["own"])
         trainer._position, trainer._rng = place
         raise
+    trainer._calls_to_pass = 0
 
 
 def _keep(trainer: Base) -> dict[str, Any]:
@@ -118,25 +120,22 @@ def _keep(trainer: Base) -> dict[str, Any]:
         "updater": None if updater is None else map_nested_tensor(Tensor.clone, updater.state_dict()),
         "own": {"feed": None, "rng": None, "epoch_losses": trainer._epoch_losses.state_dict()},
     }
-    core = set(kept)
+    own = {*kept}
     trainer.emit("state_dict", kept)
-    for key in kept.keys() - core:  # averages of weights are the plugin's own tensors
-        kept[key] = map_nested_tensor(lambda tensor: tensor.detach().clone(), kept[key])
-    return kept
+    return {key: value if key in own else deepcopy(value) for key, value in kept.items()}
 
 
 def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:
     trainer._load_parts(state)
-    if trainer.lr_scheduler is not None:
+    if trainer.lr_scheduler is not None and state["lr_scheduler"] is not None:
         trainer.lr_scheduler.load_state_dict(deepcopy(state["lr_scheduler"]))
-    if trainer.grad_scaler is not None:
+    if trainer.grad_scaler is not None and state["grad_scaler"] is not None:
         trainer.grad_scaler.load_state_dict(state["grad_scaler"])
     if trainer._updater is not None:
         trainer._updater.load_state_dict(state["updater"])
         trainer._updater.reset()
     trainer.state.load_state_dict(state["state"])
     trainer.state.samples = own.get("samples", trainer.state.samples)
-    trainer._calls_to_pass = 0
     trainer._epoch_losses.load_state_dict(own["epoch_losses"])
     trainer._position, trainer._rng = own["feed"], own["rng"]
     trainer.emit("load_state_dict", state)

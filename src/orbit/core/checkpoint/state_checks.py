@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orbit.core import rng, shards
+from orbit.core import rng
 from orbit.core.checkpoint.errors import CheckpointError
+from orbit.core.ranks import shards
 from orbit.core.state import TrainState
 
 _KINDS: dict[str, tuple[type, ...]] = {

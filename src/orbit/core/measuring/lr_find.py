@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orbit.core import rng, shards
+from orbit.core import rng
 from orbit.core.events import Dispatcher, Plugin
 from orbit.core.extras import need
-from orbit.core.feed import Feed, FeedError
+from orbit.core.feeding.feed import Feed, FeedError
 from orbit.core.meters import Averages
+from orbit.core.ranks import shards
 from orbit.core.update import NonFiniteGradientError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import numpy as np
 
 from orbit.core.extras import need
 from orbit.core.nested import flat
-from orbit.plugin.picture import as_picture
-from orbit.plugin.tracker import Tracker, Written
+from orbit.plugin.trackers.picture import as_picture
+from orbit.plugin.trackers.tracker import Tracker, Written
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core

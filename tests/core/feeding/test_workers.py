@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from orbit.core import Feed, WorkerError, workers
+from orbit.core import Feed, WorkerError
+from orbit.core.feeding import workers
 
 SAMPLES, BAD = 40, 13
 

@@ -161,6 +161,14 @@ def test_fsdp1_is_refused_with_the_way_to_fsdp2() -> None:
         own.train()
 
 
+def test_shards_that_cannot_be_written_are_an_error_on_all_ranks(tmp_path: Path) -> None:
+    one, other = on_ranks("tests.core.parallel_cases:refused_shards", 2, str(tmp_path))
+    for error in (one, other):
+        assert "rank 1: [Errno 27] File too large" in error
+        assert "bytes are free there" in error
+    assert not list(tmp_path.rglob("*step*"))
+
+
 def test_replicas_of_shards() -> None:
     alone = on_ranks("tests.core.parallel_cases:train", 2, "ddp", None, 6)[0]["model"]
     for rank in on_ranks("tests.core.parallel_cases:hybrid", 4):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from faults.processes import in_child
-from orbit.core.lock import LOCK, FolderLock, WorkspaceLockedError
+from orbit.core.checkpoint.lock import LOCK, FolderLock, WorkspaceLockedError
 
 
 def test_the_second_is_refused_by_name_until_the_first_gives_it_back(tmp_path: Path) -> None:

@@ -197,6 +197,7 @@ class Watch:
                 raise death
             return call()
         except Exception as error:
+            self._fetching = False  # a death that is told from here on is held back
             self._explain(error)
             raise
         finally:
@@ -234,8 +235,9 @@ class Watch:
         if isinstance(error, RuntimeError):
             dead = self._dead(error)
         elif isinstance(error, OSError | EOFError):  # a batch whose memory went with its worker
-            wait([process.sentinel for process in self._processes], timeout=0.5)
-            dead = [i for i, process in enumerate(self._processes) if process.exitcode]
+            for sentinel in wait([process.sentinel for process in self._processes], timeout=0.5):
+                next(process for process in self._processes if process.sentinel == sentinel).join(1)
+            dead = [number for number, process in enumerate(self._processes) if process.exitcode]
         if dead:
             process = self._processes[dead[0]]
             process.join(1)
@@ -267,6 +269,7 @@ class Watch:
         for process in self._processes:
             process.kill()
             process.join(1)  # so that its end is told while this watch knows of it
+        self._death = None
 
     @property
     def _awaited(self) -> int | None:

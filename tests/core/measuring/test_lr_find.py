@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.core import FeedError, Plugin
-from orbit.core.lr_find import LRFind
+from orbit.core.measuring.lr_find import LRFind
 from orbit.engine import Engine
 from orbit.plugin import EMA, CheckpointingHook, GradientAccumulation, LoRA, Mentor, MetricsFile, Warmup
 from tests import tiny

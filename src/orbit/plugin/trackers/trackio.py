@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from orbit.core.extras import need
-from orbit.plugin.picture import as_picture
-from orbit.plugin.tracker import Tracker
+from orbit.plugin.trackers.picture import as_picture
+from orbit.plugin.trackers.tracker import Tracker
 
 if TYPE_CHECKING:
     from orbit.core.loop import Core

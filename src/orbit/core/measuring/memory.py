@@ -28,7 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from orbit.core.nested import map_nested_tensor
-from orbit.core.shards import local
+from orbit.core.ranks.shards import local
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
