@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from orbit.core import runtime
+from orbit.core.events import Plugin
 from orbit.core.ranks import shards
 from orbit.engine import Engine
 from orbit.plugin import EMA, CheckpointingHook
@@ -270,6 +271,40 @@ def unequal_evaluation() -> list[str]:
     return told
 
 
+def rows_seen(folder: str) -> list[int]:
+    """Rows that this rank was handed in 7 steps, in one run and in two; ranks have unequal numbers of rows."""
+
+    def rows(name: str, count: int) -> int:
+        hook = CheckpointingHook(interval=3, path=Path(folder) / name, exit_signals=[])
+        run = engine("ddp", [hook])
+        for _ in run.train(DataLoader(data(49), batch_size=12), max_steps=count):
+            run.auto_update()
+        return run.state.samples
+
+    return [rows("whole", 7), rows("cut", 5), rows("cut", 7)]
+
+
+def lost_piece(folder: str) -> tuple[str, str]:
+    """The last rank's piece of a weight was NaN when it was saved."""
+
+    def hook() -> CheckpointingHook:
+        return CheckpointingHook(path=Path(folder), exit_signals=[])
+
+    class Poison(Plugin):
+        def on_after_step(self, trainer: Any) -> None:
+            if runtime.rank() == runtime.world_size() - 1:
+                with torch.no_grad():
+                    shards.local(next(trainer.model.parameters())).fill_(torch.nan)
+
+    for _ in (run := engine("fsdp", [Poison(), hook()])).train(loader(), max_steps=1):
+        run.auto_update()
+    try:
+        engine("fsdp", [hook()]).build()
+    except RuntimeError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
 def all_of(folder: str) -> dict[str, Any]:
     ways = ("ddp", "fsdp")
     return {
@@ -282,4 +317,6 @@ def all_of(folder: str) -> dict[str, Any]:
         "own state": own_state(folder),
         "without length": without_length(),
         "unequal": unequal_evaluation(),
+        "rows": rows_seen(str(Path(folder) / "rows")),
+        "lost": lost_piece(str(Path(folder) / "lost")),
     }

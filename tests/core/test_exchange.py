@@ -86,5 +86,19 @@ def test_a_rank_whose_batches_are_left_over_is_told(seen: list[dict[str, Any]]) 
     assert "ended after 2 batches" in seen[1]["unequal"][0]
 
 
+def test_each_rank_counts_its_own_rows(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        whole, _, resumed = rank["rows"]
+        assert resumed == whole
+    assert seen[0]["rows"] != seen[1]["rows"]
+
+
+def test_a_piece_that_is_lost_is_the_same_error_everywhere(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        kind, text = rank["lost"]
+        assert kind == "CheckpointError"
+        assert "is not finite" in text
+
+
 def test_a_counter_stays_what_it_counted() -> None:
     assert shards.whole({"milestones": Counter({3: 2})}, everywhere=True) == {"milestones": {3: 2}}

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from orbit.core import CheckpointError
+from orbit.engine import Engine
 from orbit.plugin import EMA, EarlyStopping, Plugin
 from tests import tiny
 
@@ -131,3 +133,33 @@ def test_infinity_is_refused_in_what_trains_and_allowed_in_buffers_and_frozen_we
         trainer.load_state_dict(state)
     trainer.model.get_parameter("4.bias").requires_grad_(False)
     trainer.load_state_dict(state)
+
+
+def test_a_criterion_that_learns_is_put_back_too() -> None:
+    class Failing(Plugin):
+        fails = False
+
+        def on_load_state_dict(self, trainer: Any, state_dict: dict[str, Any]) -> None:
+            if self.fails:
+                self.fails = False
+                raise RuntimeError("not now")
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return ((output * self.scale - target) ** 2).mean()
+
+    model, criterion, failing = nn.Linear(2, 1), Scaled(), Failing()
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
+    engine = Engine(model, optimizer, criterion, plugins=[failing], device="cpu")
+    early = deepcopy(engine.state_dict())
+    for _ in engine.train([(torch.ones(4, 2), torch.zeros(4, 1))] * 2):
+        engine.auto_update()
+    learned, failing.fails = criterion.scale.item(), True
+    assert learned != 1.0
+    with pytest.raises(RuntimeError, match="not now"):
+        engine.load_state_dict(early)
+    assert criterion.scale.item() == learned

@@ -410,7 +410,7 @@ class Base:
         return load_sharded(path, self._model_state(), self.optimizer)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`; before the build it is kept until then.
+        """Go on from a `state_dict()`; before the build it is kept until then. With several ranks all must call it.
 
         Raises:
             ValueError: it is no training state, or of another model or optimizer. Nothing has changed then.

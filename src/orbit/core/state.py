@@ -19,7 +19,7 @@ class TrainState:
         first_epoch: `epoch` when the current `train()` call began; it counts its own epochs from there.
         epoch_done: the current epoch is complete and its `after_epoch` has begun.
         micro_step: micro-batches handed out.
-        samples: rows handed out (first dimension of the batch's first tensor).
+        samples: rows handed out to this rank (first dimension of the batch's first tensor).
         phase: "idle", "train" or "eval".
         metrics: floats of the current epoch: train_loss, val_loss, val_acc and what the user adds.
         stop: (source, reason) once somebody asked to stop.

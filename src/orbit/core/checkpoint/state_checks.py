@@ -68,6 +68,8 @@ def _check_rank(part: Any, place: str) -> None:
         raise _error(place, "lacks feed, rng or epoch_losses")
     if not isinstance(part["epoch_losses"], list):
         raise _error(f"{place}['epoch_losses']", "is no list")
+    if type(part.get("samples", 0)) is not int or not 0 <= part.get("samples", 0) < 10**18:
+        raise _error(f"{place}['samples']", f"is {str(part['samples'])[:40]}")
     _check_generators(part["rng"], f"{place}['rng']")
     feed = part["feed"]
     if feed is None:

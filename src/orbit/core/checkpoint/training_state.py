@@ -3,7 +3,7 @@
 format · step · state                  counters and metrics
 model · optimizer · lr_scheduler · grad_scaler · updater
 ranks                                  one dict a rank: feed (its place in the data), rng (every random generator),
-                                       epoch_losses (the epoch's running mean)
+                                       epoch_losses (the epoch's running mean), samples (rows that it was handed)
 and whatever plugins add in on_state_dict
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from orbit.core import rng, runtime
 from orbit.core.checkpoint import state_checks
 from orbit.core.nested import map_nested_tensor
-from orbit.core.ranks import everyones, shards
+from orbit.core.ranks import everyones, on_all, shards
 
 if TYPE_CHECKING:
     from orbit.core.base import Base
@@ -61,6 +61,7 @@ def collect(trainer: Base, gather: Callable[[Any], Any] | None) -> dict[str, Any
         "feed": position,
         "rng": trainer._rng or rng.capture(feed.generators if feed is not None else ()),
         "epoch_losses": trainer._epoch_losses.state_dict(),
+        "samples": trainer.state.samples,
     }
     state: dict[str, Any] = {
         "format": _FORMAT,
@@ -92,7 +93,11 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
                 f"the checkpoint has {'no' if state[name] is None else 'the state of its'} {name} and this run has "
                 f"{'none' if part is None else 'one'}: build the run as the checkpoint's was"
             )
-    state_checks.check(state, trainer.unwrapped_model)
+    check = partial(state_checks.check, state, trainer.unwrapped_model)
+    if trainer.team is None:
+        check()
+    else:
+        on_all(check)  # each sees its own pieces
     kept, place = _keep(trainer), (trainer._position, trainer._rng)
     try:
         _apply(trainer, state, _of_this_rank(state["ranks"]))
@@ -104,8 +109,7 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
 
 
 def _keep(trainer: Base) -> dict[str, Any]:
-    """What `_apply` changes, as it is now. Model and plugins' states are copied; a loading optimizer leaves its old
-    tensors alone."""
+    """What `_apply` changes, as it is now. All but the optimizer is copied: loading leaves its old tensors alone."""
     scheduler, scaler, updater = trainer.lr_scheduler, trainer.grad_scaler, trainer._updater
     kept: dict[str, Any] = {
         "state": trainer.state.state_dict(),
@@ -113,7 +117,7 @@ def _keep(trainer: Base) -> dict[str, Any]:
         "optimizer": trainer._optimizer_state(),
         "lr_scheduler": None if scheduler is None else deepcopy(scheduler.state_dict()),
         "grad_scaler": None if scaler is None else scaler.state_dict(),
-        "updater": None if updater is None else updater.state_dict(),
+        "updater": None if updater is None else map_nested_tensor(Tensor.clone, updater.state_dict()),
         "own": {"feed": None, "rng": None, "epoch_losses": trainer._epoch_losses.state_dict()},
     }
     own = {*kept}
@@ -131,6 +135,7 @@ def _apply(trainer: Base, state: dict[str, Any], own: dict[str, Any]) -> None:
         trainer._updater.load_state_dict(state["updater"])
         trainer._updater.reset()
     trainer.state.load_state_dict(state["state"])
+    trainer.state.samples = own.get("samples", trainer.state.samples)
     trainer._epoch_losses.load_state_dict(own["epoch_losses"])
     trainer._position, trainer._rng = own["feed"], own["rng"]
     trainer.emit("load_state_dict", state)
@@ -148,6 +153,7 @@ def _of_this_rank(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         merged.setdefault(tuple(name), []).extend(column)
     return {
         **ranks[rank % len(ranks)],
+        "samples": sum(part.get("samples", 0) for part in ranks) // runtime.world_size(),
         "epoch_losses": [[list(name), column] for name, column in merged.items()],
     }
 
