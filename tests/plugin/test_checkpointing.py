@@ -303,3 +303,12 @@ def test_what_a_killed_run_left_is_swept_when_the_next_one_starts(
         tiny.Trainer(max_steps=2, plugins=[CheckpointingHook(2, path=tmp_path)]).train()
     assert not stray.exists()
     assert f"removed what a killed run left: {stray.name}" in caplog.text
+
+
+def test_pieces_of_whole_tensors_are_refused(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    hook = CheckpointingHook(1, path=tmp_path, sharded=True)
+    trainer = tiny.Trainer(2, [hook], state_dict_options=StateDictOptions(full_state_dict=True))
+    with pytest.raises(ValueError, match="sharded=True.*full_state_dict=True.*leave one of them out"):
+        trainer.train()

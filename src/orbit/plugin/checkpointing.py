@@ -124,6 +124,12 @@ class CheckpointingHook(Plugin):
         trainer.logger.info("resumed from %s at step %d", found, trainer.step)
 
     def on_before_train(self, trainer: Core) -> None:
+        options = getattr(trainer, "state_dict_options", None)
+        if self.sharded and options is not None and options.full_state_dict:
+            raise ValueError(
+                "CheckpointingHook(sharded=True) writes pieces, and state_dict_options asks for full_state_dict=True, "
+                "whole tensors: leave one of them out"
+            )
         on_main(lambda: self._take(trainer))
         self._owed = self._failing = False
         if not self.exit_signals:
