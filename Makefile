@@ -39,7 +39,7 @@ check: $(VENV)/.dev ## formatting, lint and types
 	$(BIN)/ruff check $(wildcard $(TREE))
 	$(BIN)/mypy
 
-faults: $(VENV)/.dev ## kill, damage and starve runs and see that nothing is lost; about half an hour, table in benchmarks/faults.md
+faults: $(VENV)/.dev ## kill, damage and starve runs and see that nothing is lost; about ten minutes, table in benchmarks/faults.md
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m faults --out benchmarks/faults.md $(ARGS)
 
 bench: $(VENV)/.bench ## loop overhead per step, against a bare loop, Lightning, transformers and accelerate
