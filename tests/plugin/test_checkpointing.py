@@ -312,3 +312,19 @@ def test_pieces_of_whole_tensors_are_refused(tmp_path: Path) -> None:
     trainer = tiny.Trainer(2, [hook], state_dict_options=StateDictOptions(full_state_dict=True))
     with pytest.raises(ValueError, match="sharded=True.*full_state_dict=True.*leave one of them out"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("keep", "fate"), [(2, "they go at its first save"), (None, "they stay, and are taken")]
+)
+def test_a_new_run_before_old_checkpoints_says_what_becomes_of_them(
+    keep: int | None, fate: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.Trainer(6, [CheckpointingHook(3, path=tmp_path)]).train()
+    assert "later steps" not in caplog.text
+    tiny.Trainer(2, [CheckpointingHook(2, path=tmp_path, load=None, keep_previous=keep)]).train()
+    assert (
+        f"checkpoint_step_3.pt, checkpoint_step_6.pt, of later steps than this run begins at (0): {fate}"
+        in caplog.text
+    )
+    assert (tmp_path / "checkpoint_step_6.pt").exists() == (keep is None)

@@ -131,6 +131,7 @@ class CheckpointingHook(Plugin):
                 "whole tensors: leave one of them out"
             )
         on_main(lambda: self._take(trainer))
+        on_main(lambda: self._warn_of_later(trainer))
         self._owed = self._failing = False
         if not self.exit_signals:
             return
@@ -232,6 +233,22 @@ class CheckpointingHook(Plugin):
             self._lock.acquire()
             if gone := checkpoint.sweep(folder):
                 trainer.logger.info("removed what a killed run left: %s", ", ".join(gone))
+
+    def _warn_of_later(self, trainer: Core) -> None:
+        """Say so if a run begins before checkpoints that are there: anew, or from an older one of them."""
+        present = checkpoint.list_checkpoints(self.folder(trainer))
+        later = [path.name for path in present if checkpoint.step_of(path) > trainer.step]
+        if later:
+            stay = (
+                "stay, and are taken for the latest" if self.keep_previous is None else "go at its first save"
+            )
+            trainer.logger.warning(
+                "%s holds %s, of later steps than this run begins at (%d): they %s; move them away, or choose a path",
+                self.folder(trainer),
+                ", ".join(later),
+                trainer.step,
+                stay,
+            )
 
     def _boundary(self, trainer: Core, due: bool) -> None:
         if runtime.world_size() == 1:  # several ranks hear of a failed save at the next one
