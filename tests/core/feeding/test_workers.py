@@ -222,3 +222,14 @@ def test_a_death_that_is_not_ours_is_raised_as_torch_does(monkeypatch: pytest.Mo
         patch.setattr(workers, "_below", of_another_loader)
         workers._on_child(signal.SIGCHLD, None)
     assert len(list(batches)) == 9
+
+
+def test_a_lock_that_died_with_a_worker_holds_nobody_up() -> None:
+    batches = workers.Watch(loader := DataLoader(list(range(8)), num_workers=1)).open(loader)
+    next(batches)
+    iterator = batches.gi_frame.f_locals["kept"][0]  # type: ignore[attr-defined]
+    iterator._workers_done_event.event._cond.acquire()  # as a worker leaves it that is killed while it looks
+    began = time.monotonic()
+    del iterator
+    batches.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - began < 4

@@ -129,6 +129,25 @@ class _Walked(list[Any]):
 # ── in the process that trains ────────────────────────────────────────────────────────────────────────────────
 
 
+class _Done:
+    """torch's sign to its workers that they are done.
+
+    A worker looks at it under a lock. One that is killed in that moment takes the lock with it, and torch would wait
+    for it forever while it takes the iterator down.
+    """
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def set(self) -> None:
+        self.event._cond.acquire(timeout=1)  # a living worker has it for microseconds
+        self.event._cond.release()  # also in the place of a dead one
+        self.event.set()
+
+    def is_set(self) -> bool:
+        return bool(self.event.is_set())
+
+
 class Watch:
     """Follows the workers of `loader` and explains their failures.
 
@@ -170,6 +189,9 @@ class Watch:
         self._board.clear()
         self.worker_init_fn.ignored = ignored
         iterator = self._fetch(lambda: iter(loader))
+        done = getattr(iterator, "_workers_done_event", None)
+        if done is not None and not isinstance(done, _Done):
+            iterator._workers_done_event = _Done(done)
         self._processes = list(getattr(iterator, "_workers", ()))
         if ignored:
             _deaf.update(process.pid for process in self._processes)
