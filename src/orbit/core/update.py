@@ -126,6 +126,9 @@ class Updater:
         ordered = [p for p in self.model.parameters() if held.pop(id(p), None) is not None]
         self.outside: list[nn.Parameter] = list(held.values())  # not in the model: a criterion's own, say
         self.parameters: list[nn.Parameter] = [*ordered, *self.outside]
+        cut = [p for p in self.parameters if shards.is_sharded(p)]
+        whole = [p for p in self.parameters if not shards.is_sharded(p)] if cut else self.parameters
+        self._alike = [part for part in (cut, whole) if part]  # one operation takes no mixture of them
         exchanged = parallel.exchanged(self.model) if self.team is not None else set()
         self._apart = (  # those whose gradients torch does not average over ranks
             [] if self.team is None else [p for p in self.parameters if id(p) not in exchanged]
@@ -209,14 +212,12 @@ class Updater:
             torch._foreach_mul_([shards.local(g) for g in gradients], factor)
         elif gradients and total not in (0.0, 1.0):
             torch._foreach_mul_(gradients, 1 / total)
-        self.grad_norm = norm = _norm(gradients)
+        self.grad_norm = norm = self._norm()
         if not math.isfinite(self._read(norm, told)):
             self._drop(norm)
             return False
         if self.grad_clip is not None:
-            cut = [p for p in self.parameters if shards.is_sharded(p)]
-            whole = [p for p in self.parameters if not shards.is_sharded(p)]
-            for parameters in filter(None, (cut, whole)):  # one operation takes no mixture of them
+            for parameters in self._alike:
                 clip_grads_with_norm_(parameters, self.grad_clip, norm)
         self.before_step()
         if scaler is not None:
@@ -265,6 +266,19 @@ class Updater:
         value, *wishes = torch.cat([norm.reshape(1).to(told), told[:, 1:].amax(0)]).tolist()
         self.heard(wishes)
         return value
+
+    def _norm(self) -> Tensor:
+        """The norm of all gradients: of whole ones, of pieces over all ranks, and of both."""
+        parts = [[p.grad for p in part if p.grad is not None] for part in self._alike]
+        norms: list[Any] = [
+            get_total_norm([g.coalesce().values() if g.is_sparse else g for g in part])
+            for part in parts
+            if part
+        ]
+        norms = [norm.full_tensor() if shards.is_sharded(norm) else norm for norm in norms]
+        if not norms:
+            return get_total_norm([])
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average what torch does not: parameters outside of the wrapped model; and all, where the body left out the
@@ -354,17 +368,6 @@ def _unit(first: float | Tensor) -> float:
     """A power of two near the first weight of the run: the only one that is read from a device."""
     first = float(first)
     return 2.0 ** round(math.log2(first)) if first > 0 else 1.0
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients: of whole ones, of pieces over all ranks, and of both."""
-    whole = [g.coalesce().values() if g.is_sparse else g for g in gradients if not shards.is_sharded(g)]
-    cut = [g for g in gradients if shards.is_sharded(g)]
-    if not cut:
-        return get_total_norm(whole)
-    pieces: Any = get_total_norm(cut)
-    norm = pieces.full_tensor()
-    return torch.linalg.vector_norm(torch.stack([norm, get_total_norm(whole)])) if whole else norm
 
 
 @contextmanager
