@@ -11,7 +11,7 @@ Su et al. 2021, https://arxiv.org/abs/2104.09864
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def rotate(x_BHTD: Tensor, rotation: Rotation) -> Tensor:
 
 
 class RotaryPositionalEmbedding(nn.Module):
-    """cos and sin for the positions at hand; nothing is stored but d/2 frequencies, so any position will do.
+    """cos and sin for the positions at hand, in float32; nothing is stored, so there is no longest sequence.
 
     Args:
         head_dim: width of a head.
@@ -62,7 +62,7 @@ class RotaryPositionalEmbedding(nn.Module):
             `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}`.
             Types: linear, ntk, dynamic, yarn, llama3 (see `scaling.py`).
 
-    Frequencies stay float32 under `.half()` and are right after `.to_empty()`; the state_dict has no keys. "dynamic"
+    Without buffers nothing is rounded by `.half()` or lost by `.to_empty()`, and the state_dict has no keys. "dynamic"
     looks at the greatest position of each call, so keys that a cache holds keep the turn of their own call.
 
     >>> rope = RotaryPositionalEmbedding(head_dim=8)
@@ -74,8 +74,6 @@ class RotaryPositionalEmbedding(nn.Module):
         SettingError: an odd or too large dimension, a base that is not above 1, an unknown scaling.
     """
 
-    inv_freq: Tensor | None
-
     def __init__(
         self,
         head_dim: int,
@@ -83,7 +81,6 @@ class RotaryPositionalEmbedding(nn.Module):
         *,
         rotary_dim: int | None = None,
         scaling: Mapping[str, Any] | None = None,
-        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         dim = head_dim if rotary_dim is None else rotary_dim
@@ -100,8 +97,6 @@ class RotaryPositionalEmbedding(nn.Module):
             raise SettingError(
                 "ntk and dynamic scaling stretch between pairs: they need at least 4 rotated dimensions"
             )
-        self.register_buffer("inv_freq", None, persistent=False)
-        self._refresh(torch.get_default_device() if device is None else torch.device(device))
 
     def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Rotation:
         """The rotation of integer positions (T,) or (B, T), in `dtype`; computed in float32.
@@ -113,31 +108,14 @@ class RotaryPositionalEmbedding(nn.Module):
             raise ShapeError(
                 f"positions are integers of shape (T,) or (B, T), not {tuple(positions.shape)} of {positions.dtype}"
             )
-        angle = positions[..., None].float() * self._frequencies(positions)
+        length = positions.max() + 1 if self.scaling.needs_length else None
+        frequencies = self.scaling.frequencies(self.base, self.rotary_dim, positions.device, length)
+        angle = positions[..., None] * frequencies
         cos, sin = angle.cos(), angle.sin()
-        rotation = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if self.scaling.amplitude != 1:
-            rotation = rotation[0] * self.scaling.amplitude, rotation[1] * self.scaling.amplitude
-        if positions.dim() == 2:
-            rotation = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
-        return Rotation(rotation[0].to(dtype), rotation[1].to(dtype))
+            cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude
+        cos, sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        return Rotation(cos, sin) if positions.dim() == 1 else Rotation(cos[:, None], sin[:, None])
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, base={self.base:g}, rotary_dim={self.rotary_dim}, scaling={self.scaling}"
-
-    def _frequencies(self, positions: Tensor) -> Tensor:
-        if self.inv_freq is not None and self.inv_freq.device == positions.device:
-            return self.inv_freq
-        length = positions.max() + 1 if self.scaling.needs_length else None
-        return self.scaling.frequencies(self.base, self.rotary_dim, positions.device, length)
-
-    def _refresh(self, device: torch.device) -> None:
-        if not self.scaling.needs_length:
-            self.inv_freq = self.scaling.frequencies(self.base, self.rotary_dim, device, None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPositionalEmbedding:
-        """Moves and casts go through here: frequencies follow the device, never the dtype, and survive `to_empty`."""
-        super()._apply(fn, recurse)
-        if self.inv_freq is not None:
-            self._refresh(self.inv_freq.device)
-        return self
