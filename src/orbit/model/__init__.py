@@ -1,4 +1,4 @@
-"""Building blocks, and what works on any `nn.Module`. As an index, document 000's adapted layers too."""
+"""Building blocks, and what works on any `nn.Module`. And, as an index, document 000's adapted layers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from orbit.model.attention import (
     SinusoidalPositionalEmbedding,
     rotate,
 )
+from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.init import auto_initialize
 from orbit.model.mask import (
     make_causal_mask,
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
 
 __all__ = [
+    "TCN",
+    "CausalConv1d",
     "Conv1dLoRA",
     "Conv2dLoRA",
+    "ConvBlock",
+    "DepthwiseSeparableConv",
     "EmbeddingLoRA",
     "KVCache",
     "LinearLoRA",
     "MultiHeadAttention",
+    "ResBasicBlock",
     "RotaryPositionalEmbedding",
     "Rotation",
     "SinusoidalPositionalEmbedding",
