@@ -1,13 +1,25 @@
-"""What works on any `nn.Module`: initialisation by layer kind. And, as an index, document 000's adapted layers."""
+"""Building blocks, and what works on any `nn.Module`. And, as an index, document 000's adapted layers."""
 
 from typing import TYPE_CHECKING, Any
 
+from orbit.model.count import count_params
+from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
 from orbit.model.init import auto_initialize
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
 
-__all__ = ["Conv1dLoRA", "Conv2dLoRA", "EmbeddingLoRA", "LinearLoRA", "auto_initialize"]
+__all__ = [
+    "Conv1dLoRA",
+    "Conv2dLoRA",
+    "EmbeddingLoRA",
+    "LinearLoRA",
+    "auto_initialize",
+    "count_params",
+    "freeze_layers",
+    "get_trainable_params",
+    "unfreeze_layers",
+]
 
 
 def __getattr__(name: str) -> Any:
