@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from orbit.model.count import count_params
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
 from orbit.model.init import auto_initialize
+from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
@@ -17,7 +18,10 @@ __all__ = [
     "auto_initialize",
     "count_params",
     "freeze_layers",
+    "get_model_by_name",
     "get_trainable_params",
+    "load_layer",
+    "save_layer",
     "unfreeze_layers",
 ]
 
