@@ -11,7 +11,10 @@ from orbit.model.attention import (
     rotate,
 )
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
+from orbit.model.count import count_params
+from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
 from orbit.model.init import auto_initialize
+from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 from orbit.model.mask import (
     make_causal_mask,
     make_lookahead_mask,
@@ -39,12 +42,19 @@ __all__ = [
     "Rotation",
     "SinusoidalPositionalEmbedding",
     "auto_initialize",
+    "count_params",
+    "freeze_layers",
+    "get_model_by_name",
+    "get_trainable_params",
+    "load_layer",
     "make_causal_mask",
     "make_lookahead_mask",
     "make_padding_mask",
     "make_sliding_window_mask",
     "positions_from_mask",
     "rotate",
+    "save_layer",
+    "unfreeze_layers",
 ]
 
 
