@@ -5,7 +5,7 @@ What is written are whole training states (`core/checkpoint`), so that any of th
     checkpoints/best/checkpoint_step_{step}.pt     the `save_top_k` best, and the last with `save_last`
     checkpoints/best/checkpoint_latest.pt          a link to the last, with `save_last`
 
-(folders without `.pt` where the model is sharded over ranks).
+(folders without `.pt` where the model is sharded over ranks, unless `state_dict_options` asks for whole tensors).
 
 A metric is judged where it is measured: after an evaluation inside the loop, and at the epoch's end. A state lies on a
 step boundary, so it is saved at the first one behind the measurement: the same weights, unless an accumulation window
@@ -23,7 +23,7 @@ from orbit.core.checkpoint.lock import FolderLock
 from orbit.core.events import Plugin
 from orbit.core.meters import Averages
 from orbit.core.nested import as_number
-from orbit.core.ranks import everyones, on_main, shards
+from orbit.core.ranks import everyones, on_main
 from orbit.plugin import monitor as metric
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.logs import check_interval
@@ -262,7 +262,7 @@ class Checkpoint(Plugin):
     def _offer(self, trainer: Core, value: float | None) -> None:
         """Save the state at hand if it is among the best, or to be the last."""
         self._looked = trainer.step
-        sharded = shards.holds_shards(trainer.model)
+        sharded = trainer.saves_pieces
         path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
         path = path.with_suffix("") if sharded else path
         name = path.name
