@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orbit.core import checkpoint, runtime
-from orbit.core.checkpoint.lock import FolderLock
+from orbit.core.checkpoint.lock import FolderLock, taken
 from orbit.core.events import Plugin
 from orbit.core.meters import Averages
 from orbit.core.nested import as_number
@@ -263,8 +263,7 @@ class Checkpoint(Plugin):
         """Save the state at hand if it is among the best, or to be the last."""
         self._looked = trainer.step
         sharded = trainer.saves_pieces
-        path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
-        path = path.with_suffix("") if sharded else path
+        path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step, sharded)
         name = path.name
         kept = dict(self.kept)
         if value is not None and self._belongs(value):
@@ -282,11 +281,7 @@ class Checkpoint(Plugin):
             self.last_path = path
         try:
             state = trainer.state_to_write(sharded)
-            if sharded:
-                checkpoint.save_sharded(state, path)
-            else:
-                on_main(lambda: checkpoint.save_checkpoint(state, path))
-            on_main(lambda: self._tidy(trainer, path, dropped - {name}))
+            checkpoint.save_and_tidy(state, path, lambda path: self._tidy(trainer, path, dropped - {name}))
         except BaseException:
             self.kept, self.last_path = before
             raise
@@ -299,11 +294,7 @@ class Checkpoint(Plugin):
         return len(self.kept) < self.save_top_k or metric.better(value, self.kept[self._worst()], self.mode)
 
     def _take(self, trainer: Core) -> None:
-        """The right to write to the folder; what a killed run left there goes."""
-        if self._lock is None or not self._lock.held:
-            self._lock = FolderLock(self.folder(trainer))
-            self._lock.acquire()
-            checkpoint.sweep(self._lock.folder)
+        self._lock = taken(self._lock, self.folder(trainer), trainer.logger)
 
     def _tidy(self, trainer: Core, path: Path, dropped: set[str]) -> None:
         if self.save_last:

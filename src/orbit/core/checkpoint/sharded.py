@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,20 @@ def save_sharded(state: dict[str, Any], path: Path, group: Any = None) -> Path:
                 "What was there is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
             ) from error
     return path
+
+
+def save_and_tidy(
+    state: dict[str, Any], path: Path, tidy: Callable[[Path], None], group: Any = None
+) -> None:
+    """Write a checkpoint to `path`, a file if it ends on `.pt` and else a folder, then call `tidy(path)` on rank 0.
+
+    Every rank calls it. What one of them raises is raised on all; `group` and errors as in `save_sharded`.
+    """
+    if path.suffix == ".pt":
+        on_main(lambda: tidy(save_checkpoint(state, path)), group)
+    else:
+        save_sharded(state, path, group)
+        on_main(lambda: tidy(path), group)
 
 
 def load_sharded(
