@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor
 from orbit.core import runtime
 from orbit.core.checkpoint.errors import CheckpointError
 from orbit.core.checkpoint.manifest import is_valid, write_folder_manifest
-from orbit.core.checkpoint.single import check_step, free_bytes, load_checkpoint, save_checkpoint
+from orbit.core.checkpoint.single import cannot_be_written, check_step, load_checkpoint, save_checkpoint
 from orbit.core.files import aside, sync_folder
 from orbit.core.ranks import on_main, shards
 
@@ -81,11 +81,22 @@ def save_sharded(state: dict[str, Any], path: Path, group: Any = None) -> Path:
         except CheckpointError:
             raise
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(
-                f"{path} cannot be written: {_of_all_ranks(error)}; {free_bytes(path)} bytes are free there. "
-                "What was there is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
-            ) from error
+            raise cannot_be_written(path, _of_all_ranks(error)) from error
     return path
+
+
+def save_and_tidy(
+    state: dict[str, Any], path: Path, tidy: Callable[[Path], None], group: Any = None
+) -> None:
+    """Write a checkpoint to `path`, a file if it ends on `.pt` and else a folder, then call `tidy(path)` on rank 0.
+
+    Every rank calls it. What one of them raises is raised on all; `group` and errors as in `save_sharded`.
+    """
+    if path.suffix == ".pt":
+        on_main(lambda: tidy(save_checkpoint(state, path)), group)
+    else:
+        save_sharded(state, path, group)
+        on_main(lambda: tidy(path), group)
 
 
 def load_sharded(
