@@ -172,13 +172,3 @@ def test_a_person_chats(folder: Path) -> None:
         terminal.type(CTRL_D)
         assert terminal.ended() == 0
         assert "Traceback" not in terminal.seen
-
-
-def test_ctrl_c_twice_leaves(folder: Path) -> None:
-    command = [sys.executable, "-m", "orbit.cli", "chat", "--model", "model", "--device", "cpu"]
-    with Terminal(*command, cwd=folder) as terminal:
-        terminal.until(r"/help lists[\s\S]*> ")
-        terminal.type(CTRL_C)
-        terminal.until(r"leaves\)[\s\S]*> ")
-        terminal.type(CTRL_C)
-        assert terminal.ended() == 0
