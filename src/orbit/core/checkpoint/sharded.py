@@ -85,9 +85,7 @@ def save_sharded(state: dict[str, Any], path: Path, group: Any = None) -> Path:
     return path
 
 
-def save_and_tidy(
-    state: dict[str, Any], path: Path, tidy: Callable[[Path], None], group: Any = None
-) -> None:
+def save_and_tidy(state: dict[str, Any], path: Path, tidy: Callable[[Path], None], group: Any = None) -> None:
     """Write a checkpoint to `path`, a file if it ends on `.pt` and else a folder, then call `tidy(path)` on rank 0.
 
     Every rank calls it. What one of them raises is raised on all; `group` and errors as in `save_sharded`.
@@ -119,11 +117,10 @@ def load_sharded(
     check_step(rest, path)
     reader = _reader(path)
     stored = _tensors_in(reader.read_metadata(), path)
-    held = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
-    saved = (rest["optimizer"] or {}).get("param_groups", [])
-    numbers = [number for group in saved for number in group["params"]]
     owners: dict[str, Tensor] = {f"model.{key}": value for key, value in model_state.items()}
-    owners |= {f"optimizer.{number}": p for number, p in zip(numbers, held, strict=False)}
+    if optimizer is not None and rest["optimizer"] is not None:
+        of_moments = shards.moment_owners(optimizer, rest["optimizer"])
+        owners |= {f"optimizer.{number}": parameter for number, parameter in of_moments.items()}
     targets = {
         key: _empty(owners.get(key, owners.get(key.rpartition(".")[0])), size, dtype)
         for key, (size, dtype) in stored.items()

@@ -112,11 +112,16 @@ def cut_model_state(own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     }
 
 
+def moment_owners(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> dict[Any, Tensor]:
+    """The parameter behind each number (or name) in an optimizer's `state_dict()`: they are counted alike in both."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in given.get("param_groups", []) for number in group["params"]]
+    return dict(zip(numbers, held, strict=False))
+
+
 def cut_optimizer_state(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's whole `state_dict()` with the moments of sharded parameters in pieces like theirs."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in given["param_groups"] for number in group["params"]]
-    owner = dict(zip(numbers, held, strict=False))
+    owner = moment_owners(optimizer, given)
     state = {
         number: {
             name: cut_like(owner[number], value) if number in owner and isinstance(value, Tensor) else value
