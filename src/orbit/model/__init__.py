@@ -4,6 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.init import auto_initialize
+from orbit.model.patches import (
+    PatchEmbedding,
+    PatchOutput,
+    pad_to_patch_size,
+    patchify,
+    reconstruct_from_patches,
+    split_to_patches,
+    unpatchify,
+)
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
@@ -17,8 +26,15 @@ __all__ = [
     "DepthwiseSeparableConv",
     "EmbeddingLoRA",
     "LinearLoRA",
+    "PatchEmbedding",
+    "PatchOutput",
     "ResBasicBlock",
     "auto_initialize",
+    "pad_to_patch_size",
+    "patchify",
+    "reconstruct_from_patches",
+    "split_to_patches",
+    "unpatchify",
 ]
 
 

@@ -13,6 +13,13 @@ from orbit.adapter import (
 from orbit.core.rng import seed_everything
 from orbit.data import build_sft, train_sft
 from orbit.model.init import auto_initialize
+from orbit.model.patches import (
+    pad_to_patch_size,
+    patchify,
+    reconstruct_from_patches,
+    split_to_patches,
+    unpatchify,
+)
 
 __all__ = [
     "LoRADiagnoser",
@@ -23,8 +30,13 @@ __all__ = [
     "inject_lora_file",
     "load_lora",
     "merge_lora",
+    "pad_to_patch_size",
+    "patchify",
+    "reconstruct_from_patches",
     "save_lora",
     "seed_everything",
+    "split_to_patches",
     "train_sft",
     "unmerge_lora",
+    "unpatchify",
 ]
