@@ -1,4 +1,4 @@
-"""Run `examples/04_ranks.py` in this process, as one of its ranks."""
+"""Run `examples/06_ranks.py` in this process, as one of its ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from orbit.core import runtime
 
-EXAMPLE = Path(__file__).parents[2] / "examples/04_ranks.py"
+EXAMPLE = Path(__file__).parents[2] / "examples/06_ranks.py"
 
 
 def run(parallel: str | None, folder: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from time import perf_counter
@@ -25,6 +25,7 @@ from orbit.core.base import Base
 from orbit.core.feeding.feed import Feed, FeedError
 from orbit.core.measuring.lr_find import LRFind, lr_find
 from orbit.core.meters import Averages
+from orbit.core.modes import modes_kept
 from orbit.core.nested import count_samples
 from orbit.core.outcome import Outcome
 from orbit.core.ranks import everyones
@@ -34,7 +35,7 @@ class Core(Base):
     """What Engine and BaseTrainer do alike. Not for direct use: it does not know where a loss comes from."""
 
     closes_windows_at_epoch_end: bool
-    # what eval() puts back
+    # what `bracketed` puts back
     _bracketed: tuple[str, ...] = ("batch", "batch_idx", "is_last_batch", "is_padding")
 
     def microbatches(
@@ -196,10 +197,9 @@ class Core(Base):
         self.build()
         feed = self._make_feed(loader)
         self._share_buffers()
-        kept = {name: getattr(self, name) for name in self._bracketed}
-        modes = [(module, module.training) for module in self.model.modules()]
         phase, losses = self.state.phase, self._eval_losses
-        with rng.preserved(feed.generators), deterministic.algorithms(self.options.deterministic):
+        settings = deterministic.algorithms(self.options.deterministic)
+        with rng.preserved(feed.generators), settings, self.bracketed():
             try:
                 self.state.phase, self._eval_losses = "eval", Averages()
                 self.model.eval()
@@ -217,10 +217,17 @@ class Core(Base):
             finally:
                 self.emit("leave_eval")
                 self.state.phase, self._eval_losses = phase, losses
-                for module, training in modes:
-                    module.training = training
-                for name, value in kept.items():
-                    setattr(self, name, value)
+
+    @contextmanager
+    def bracketed(self) -> Iterator[None]:
+        """Put back on every way out: the batch at hand with its place, and every module's training flag."""
+        kept = {name: getattr(self, name) for name in self._bracketed}
+        try:
+            with modes_kept(self.model):
+                yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
 
     def lr_find(
         self,

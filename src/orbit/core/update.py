@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from orbit.core import runtime
@@ -270,15 +270,9 @@ class Updater:
     def _norm(self) -> Tensor:
         """The norm of all gradients: of whole ones, of pieces over all ranks, and of both."""
         parts = [[p.grad for p in part if p.grad is not None] for part in self._alike]
-        norms: list[Any] = [
-            get_total_norm([g.coalesce().values() if g.is_sparse else g for g in part])
-            for part in parts
-            if part
-        ]
-        norms = [norm.full_tensor() if shards.is_sharded(norm) else norm for norm in norms]
-        if not norms:
-            return get_total_norm([])
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        return shards.norm_of_kinds(
+            [[g.coalesce().values() if g.is_sparse else g for g in part] for part in parts]
+        )
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average what torch does not: parameters outside of the wrapped model; and all, where the body left out the

@@ -2,25 +2,57 @@
 
 from typing import TYPE_CHECKING, Any
 
+from orbit.model.attention import (
+    KVCache,
+    MultiHeadAttention,
+    RotaryPositionalEmbedding,
+    Rotation,
+    SinusoidalPositionalEmbedding,
+    rotate,
+)
+from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.count import count_params
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
 from orbit.model.init import auto_initialize
 from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
+from orbit.model.mask import (
+    make_causal_mask,
+    make_lookahead_mask,
+    make_padding_mask,
+    make_sliding_window_mask,
+    positions_from_mask,
+)
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
 
 __all__ = [
+    "TCN",
+    "CausalConv1d",
     "Conv1dLoRA",
     "Conv2dLoRA",
+    "ConvBlock",
+    "DepthwiseSeparableConv",
     "EmbeddingLoRA",
+    "KVCache",
     "LinearLoRA",
+    "MultiHeadAttention",
+    "ResBasicBlock",
+    "RotaryPositionalEmbedding",
+    "Rotation",
+    "SinusoidalPositionalEmbedding",
     "auto_initialize",
     "count_params",
     "freeze_layers",
     "get_model_by_name",
     "get_trainable_params",
     "load_layer",
+    "make_causal_mask",
+    "make_lookahead_mask",
+    "make_padding_mask",
+    "make_sliding_window_mask",
+    "positions_from_mask",
+    "rotate",
     "save_layer",
     "unfreeze_layers",
 ]

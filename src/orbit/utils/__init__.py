@@ -13,6 +13,12 @@ from orbit.adapter import (
 from orbit.core.rng import seed_everything
 from orbit.data import build_sft, train_sft
 from orbit.model.init import auto_initialize
+from orbit.model.mask import (
+    make_causal_mask,
+    make_lookahead_mask,
+    make_padding_mask,
+    make_sliding_window_mask,
+)
 
 __all__ = [
     "LoRADiagnoser",
@@ -22,6 +28,10 @@ __all__ = [
     "inject_lora",
     "inject_lora_file",
     "load_lora",
+    "make_causal_mask",
+    "make_lookahead_mask",
+    "make_padding_mask",
+    "make_sliding_window_mask",
     "merge_lora",
     "save_lora",
     "seed_everything",

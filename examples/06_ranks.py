@@ -1,8 +1,8 @@
 """One script, one process or many: the losses are the same.
 
-    python examples/04_ranks.py
-    torchrun --nproc-per-node 2 examples/04_ranks.py ddp
-    torchrun --nproc-per-node 2 examples/04_ranks.py fsdp
+    python examples/06_ranks.py
+    torchrun --nproc-per-node 2 examples/06_ranks.py ddp
+    torchrun --nproc-per-node 2 examples/06_ranks.py fsdp
 
 Kill it at any time and start it again, on as many processes as you like: it goes on where it stood, with the same data.
 """

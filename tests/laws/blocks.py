@@ -1,0 +1,89 @@
+"""The building blocks of `orbit.model`, one row each; `test_blocks.py` holds every row to every law.
+
+A row says how to build a tiny block, what goes in, and which symmetries it has. A block that joins the table inherits
+all laws; one that cannot keep a law says so in its row with `without`, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
+
+
+def _call(block: Any, *inputs: Tensor) -> Tensor:
+    return block(*inputs)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block.
+
+    Attributes:
+        build: `build(device=..., dtype=...)` makes it; called under a fixed seed.
+        inputs: makes its inputs, in float32, int64 or bool, rows first; called under a fixed seed.
+        call: what of the block is under the laws: `call(block, *inputs)` -> one tensor, rows first.
+        tokens: the dimension of first input and output along which a permutation is carried through, if any.
+        causal: the dimension of first input and output along which nothing looks ahead, if any.
+        without: the names of laws that it does not keep, each with the reason.
+    """
+
+    build: Callable[..., nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    call: Callable[..., Tensor] = _call
+    tokens: int | None = None
+    causal: int | None = None
+    without: Mapping[str, str] = field(default_factory=dict)
+
+    def make(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+        """The block, equal at each call. Weights that start at zero or one are moved, so that no law is empty."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            block = self.build(device=device, dtype=dtype)
+            if device != "meta":
+                with torch.no_grad():
+                    for p in block.parameters():
+                        p += 0.1 * torch.randn(p.shape, dtype=torch.float64).to(p)
+        return block
+
+    def batch(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Its inputs, equal at each call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            return tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs())
+
+
+BLOCKS: dict[str, Block] = {}
+
+
+def _image() -> tuple[Tensor, ...]:
+    return (torch.randn(3, 4, 6, 5),)
+
+
+def _signal() -> tuple[Tensor, ...]:
+    return (torch.randn(3, 4, 12),)
+
+
+BLOCKS.update(
+    {
+        "conv": Block(partial(ConvBlock, 4, 6), _image),
+        "conv, pre-norm": Block(partial(ConvBlock, 4, 6, 5, pre_norm=True, norm="group"), _image),
+        "conv 1d": Block(partial(ConvBlock, 4, 6, dim=1, norm="layer", activation="silu"), _signal),
+        "conv 3d": Block(
+            partial(ConvBlock, 4, 6, stride=2, dim=3, norm="instance", activation="gelu"),
+            lambda: (torch.randn(2, 4, 5, 4, 6),),
+        ),
+        "causal conv": Block(partial(CausalConv1d, 4, 6, dilation=2, groups=2), _signal, causal=2),
+        "depthwise separable conv": Block(partial(DepthwiseSeparableConv, 4, 6, stride=2), _image),
+        "residual block": Block(partial(ResBasicBlock, 4, 4), _image),
+        "residual block, projected": Block(partial(ResBasicBlock, 4, 6, stride=2, norm="group"), _image),
+        "tcn": Block(partial(TCN, 4, (6, 6), dropout=0.0), _signal, causal=2),
+        "tcn, layer norm": Block(partial(TCN, 4, (4, 6), dropout=0.0, norm="layer"), _signal, causal=2),
+    }
+)
