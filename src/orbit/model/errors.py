@@ -19,3 +19,7 @@ class CacheError(ValueError):
 
 class TargetError(ValueError):
     """A name or pattern matches nothing in the model."""
+
+
+class LayerFileError(ValueError):
+    """A file cannot be written from a layer, is damaged, or does not belong to the layer."""
