@@ -154,7 +154,7 @@ def test_equals_torchs_own_module_across_two_sequences():
     with pytest.raises(CacheError, match="holds 7 keys"):
         ours(x, context, cache=cache)
     for other in (ours, MultiHeadAttention(HIDDEN, H, 2, context_size=20)):
-        with pytest.raises(CacheError, match="another layer or batch"):
+        with pytest.raises(CacheError, match="another layer or batch filled it"):
             other(x[:1] if other is ours else x, cache=cache)
     with pytest.raises(CacheError, match="holds 0 keys"):
         ours(x, cache=ours.make_cache())

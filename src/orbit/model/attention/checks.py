@@ -81,8 +81,8 @@ def _check_cache(
             held = cache.held()[0].shape
             if (held[0], held[1], held[3]) != (x_BTD.shape[0], layer.num_kv_heads, layer.head_dim):
                 raise CacheError(
-                    f"the cache holds {tuple(held)}, (B, G, S, D), of another layer or batch than input "
-                    f"{tuple(x_BTD.shape)} with {layer.num_kv_heads} heads of {layer.head_dim}: every layer and batch has its own"
+                    f"the cache holds {tuple(held)}, (B, G, S, D), and input {tuple(x_BTD.shape)} needs "
+                    f"({x_BTD.shape[0]}, {layer.num_kv_heads}, S, {layer.head_dim}): another layer or batch filled it"
                 )
     elif context_BSC is not None:
         raise CacheError("a context goes into a cache only if it has its own size: build with context_size=")
