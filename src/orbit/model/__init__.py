@@ -13,6 +13,7 @@ from orbit.model.attention import (
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.count import count_params
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
+from orbit.model.gate import Routing, TopKGate, load_balancing_loss, router_z_loss
 from orbit.model.init import auto_initialize
 from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 from orbit.model.mask import (
@@ -22,11 +23,14 @@ from orbit.model.mask import (
     make_sliding_window_mask,
     positions_from_mask,
 )
+from orbit.model.mlp import MLP
+from orbit.model.moe import MoE, moe_aux_loss, set_moe_training_mode
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
 
 __all__ = [
+    "MLP",
     "TCN",
     "CausalConv1d",
     "Conv1dLoRA",
@@ -36,24 +40,31 @@ __all__ = [
     "EmbeddingLoRA",
     "KVCache",
     "LinearLoRA",
+    "MoE",
     "MultiHeadAttention",
     "ResBasicBlock",
     "RotaryPositionalEmbedding",
     "Rotation",
+    "Routing",
     "SinusoidalPositionalEmbedding",
+    "TopKGate",
     "auto_initialize",
     "count_params",
     "freeze_layers",
     "get_model_by_name",
     "get_trainable_params",
+    "load_balancing_loss",
     "load_layer",
     "make_causal_mask",
     "make_lookahead_mask",
     "make_padding_mask",
     "make_sliding_window_mask",
+    "moe_aux_loss",
     "positions_from_mask",
     "rotate",
+    "router_z_loss",
     "save_layer",
+    "set_moe_training_mode",
     "unfreeze_layers",
 ]
 
