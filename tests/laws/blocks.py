@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
+from orbit.model.patches import PatchEmbedding
 
 
 def _call(block: Any, *inputs: Tensor) -> Tensor:
@@ -81,6 +82,7 @@ BLOCKS.update(
         ),
         "causal conv": Block(partial(CausalConv1d, 4, 6, dilation=2, groups=2), _signal, causal=2),
         "depthwise separable conv": Block(partial(DepthwiseSeparableConv, 4, 6, stride=2), _image),
+        "patch embedding": Block(partial(PatchEmbedding, 4, 6, (2, 5)), _image),
         "residual block": Block(partial(ResBasicBlock, 4, 4), _image),
         "residual block, projected": Block(partial(ResBasicBlock, 4, 6, stride=2, norm="group"), _image),
         "tcn": Block(partial(TCN, 4, (6, 6), dropout=0.0), _signal, causal=2),

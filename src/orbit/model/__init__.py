@@ -22,6 +22,15 @@ from orbit.model.mask import (
     make_sliding_window_mask,
     positions_from_mask,
 )
+from orbit.model.patches import (
+    PatchEmbedding,
+    PatchOutput,
+    pad_to_patch_size,
+    patchify,
+    reconstruct_from_patches,
+    split_to_patches,
+    unpatchify,
+)
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
@@ -37,6 +46,8 @@ __all__ = [
     "KVCache",
     "LinearLoRA",
     "MultiHeadAttention",
+    "PatchEmbedding",
+    "PatchOutput",
     "ResBasicBlock",
     "RotaryPositionalEmbedding",
     "Rotation",
@@ -51,10 +62,15 @@ __all__ = [
     "make_lookahead_mask",
     "make_padding_mask",
     "make_sliding_window_mask",
+    "pad_to_patch_size",
+    "patchify",
     "positions_from_mask",
+    "reconstruct_from_patches",
     "rotate",
     "save_layer",
+    "split_to_patches",
     "unfreeze_layers",
+    "unpatchify",
 ]
 
 

@@ -23,6 +23,13 @@ from orbit.model.mask import (
     make_padding_mask,
     make_sliding_window_mask,
 )
+from orbit.model.patches import (
+    pad_to_patch_size,
+    patchify,
+    reconstruct_from_patches,
+    split_to_patches,
+    unpatchify,
+)
 
 __all__ = [
     "LoRADiagnoser",
@@ -43,11 +50,16 @@ __all__ = [
     "make_padding_mask",
     "make_sliding_window_mask",
     "merge_lora",
+    "pad_to_patch_size",
+    "patchify",
+    "reconstruct_from_patches",
     "save_layer",
     "save_lora",
     "seed_everything",
     "seed_worker",
+    "split_to_patches",
     "train_sft",
     "unfreeze_layers",
     "unmerge_lora",
+    "unpatchify",
 ]
