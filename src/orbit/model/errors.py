@@ -19,3 +19,7 @@ class CacheError(ValueError):
 
 class TargetError(ValueError):
     """A name or pattern matches nothing in the model."""
+
+
+class WeightsError(ValueError):
+    """Weights are damaged, or do not belong to the model."""
