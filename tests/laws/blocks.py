@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
+from orbit.model.patches import PatchEmbedding
 
 
 def _call(block: Any, *inputs: Tensor) -> Tensor:
@@ -57,3 +61,31 @@ class Block:
 
 
 BLOCKS: dict[str, Block] = {}
+
+
+def _image() -> tuple[Tensor, ...]:
+    return (torch.randn(3, 4, 6, 5),)
+
+
+def _signal() -> tuple[Tensor, ...]:
+    return (torch.randn(3, 4, 12),)
+
+
+BLOCKS.update(
+    {
+        "conv": Block(partial(ConvBlock, 4, 6), _image),
+        "conv, pre-norm": Block(partial(ConvBlock, 4, 6, 5, pre_norm=True, norm="group"), _image),
+        "conv 1d": Block(partial(ConvBlock, 4, 6, dim=1, norm="layer", activation="silu"), _signal),
+        "conv 3d": Block(
+            partial(ConvBlock, 4, 6, stride=2, dim=3, norm="instance", activation="gelu"),
+            lambda: (torch.randn(2, 4, 5, 4, 6),),
+        ),
+        "causal conv": Block(partial(CausalConv1d, 4, 6, dilation=2, groups=2), _signal, causal=2),
+        "depthwise separable conv": Block(partial(DepthwiseSeparableConv, 4, 6, stride=2), _image),
+        "patch embedding": Block(partial(PatchEmbedding, 4, 6, (2, 5)), _image),
+        "residual block": Block(partial(ResBasicBlock, 4, 4), _image),
+        "residual block, projected": Block(partial(ResBasicBlock, 4, 6, stride=2, norm="group"), _image),
+        "tcn": Block(partial(TCN, 4, (6, 6), dropout=0.0), _signal, causal=2),
+        "tcn, layer norm": Block(partial(TCN, 4, (4, 6), dropout=0.0, norm="layer"), _signal, causal=2),
+    }
+)

@@ -1,4 +1,4 @@
-"""Building blocks, and what works on any `nn.Module`. As an index, document 000's adapted layers too."""
+"""Building blocks, and what works on any `nn.Module`. And, as an index, document 000's adapted layers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,11 @@ from orbit.model.attention import (
     SinusoidalPositionalEmbedding,
     rotate,
 )
+from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
+from orbit.model.count import count_params
+from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
 from orbit.model.init import auto_initialize
+from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 from orbit.model.mask import (
     make_causal_mask,
     make_lookahead_mask,
@@ -18,27 +22,55 @@ from orbit.model.mask import (
     make_sliding_window_mask,
     positions_from_mask,
 )
+from orbit.model.patches import (
+    PatchEmbedding,
+    PatchOutput,
+    pad_to_patch_size,
+    patchify,
+    reconstruct_from_patches,
+    split_to_patches,
+    unpatchify,
+)
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
 
 __all__ = [
+    "TCN",
+    "CausalConv1d",
     "Conv1dLoRA",
     "Conv2dLoRA",
+    "ConvBlock",
+    "DepthwiseSeparableConv",
     "EmbeddingLoRA",
     "KVCache",
     "LinearLoRA",
     "MultiHeadAttention",
+    "PatchEmbedding",
+    "PatchOutput",
+    "ResBasicBlock",
     "RotaryPositionalEmbedding",
     "Rotation",
     "SinusoidalPositionalEmbedding",
     "auto_initialize",
+    "count_params",
+    "freeze_layers",
+    "get_model_by_name",
+    "get_trainable_params",
+    "load_layer",
     "make_causal_mask",
     "make_lookahead_mask",
     "make_padding_mask",
     "make_sliding_window_mask",
+    "pad_to_patch_size",
+    "patchify",
     "positions_from_mask",
+    "reconstruct_from_patches",
     "rotate",
+    "save_layer",
+    "split_to_patches",
+    "unfreeze_layers",
+    "unpatchify",
 ]
 
 

@@ -19,6 +19,13 @@ from orbit.model.mask import (
     make_padding_mask,
     make_sliding_window_mask,
 )
+from orbit.model.patches import (
+    pad_to_patch_size,
+    patchify,
+    reconstruct_from_patches,
+    split_to_patches,
+    unpatchify,
+)
 
 __all__ = [
     "LoRADiagnoser",
@@ -33,8 +40,13 @@ __all__ = [
     "make_padding_mask",
     "make_sliding_window_mask",
     "merge_lora",
+    "pad_to_patch_size",
+    "patchify",
+    "reconstruct_from_patches",
     "save_lora",
     "seed_everything",
+    "split_to_patches",
     "train_sft",
     "unmerge_lora",
+    "unpatchify",
 ]

@@ -78,6 +78,8 @@ class MultiHeadAttention(nn.Module):
         head_dim = _head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
         if window is not None and window < 1:
             raise SettingError(f"window {window} leaves a query nothing to see: choose 1 (itself) or more")
+        if context_size is not None and context_size < 1:
+            raise SettingError(f"context_size {context_size} is below 1: leave it out for self-attention")
         if not 0 <= dropout < 1:
             raise SettingError(f"dropout {dropout} is no probability below 1")
         if rope is not None and rope.head_dim != head_dim:
@@ -195,7 +197,8 @@ class MultiHeadAttention(nn.Module):
 
     def _heads(self, x_BTW: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(B, T, heads·D) → (B, heads, T, D), each head normed."""
-        x_BTHD = x_BTW.unflatten(-1, (-1, self.head_dim))
+        batch, tokens, width = x_BTW.shape
+        x_BTHD = x_BTW.reshape(batch, tokens, width // self.head_dim, self.head_dim)
         if norm is not None:
             x_BTHD = norm(x_BTHD).to(x_BTW.dtype)  # autocast leaves norms in float32
         return x_BTHD.transpose(1, 2)
