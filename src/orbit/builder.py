@@ -222,7 +222,9 @@ def _imported(path: str, allowed: set[str]) -> Callable[..., Any]:
             )
     if isinstance(found, ModuleType) or not callable(found):
         raise BuildError(f"type {path!r} is a {type(found).__name__}, which cannot be called")
-    if any((name + ".").startswith(f"{refused}.") for refused in _REFUSED for name in (path, place_of(found))):
+    if any(
+        (name + ".").startswith(f"{refused}.") for refused in _REFUSED for name in (path, place_of(found))
+    ):
         raise BuildError(
             f"type {path!r} runs what it is given, so a config may not name it; register what you need"
         )

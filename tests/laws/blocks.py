@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.patches import PatchEmbedding
+from orbit.model.mlp import MLP
+from orbit.model.moe import MoE, moe_aux_loss
 
 
 def _call(block: Any, *inputs: Tensor) -> Tensor:
@@ -87,5 +89,30 @@ BLOCKS.update(
         "residual block, projected": Block(partial(ResBasicBlock, 4, 6, stride=2, norm="group"), _image),
         "tcn": Block(partial(TCN, 4, (6, 6), dropout=0.0), _signal, causal=2),
         "tcn, layer norm": Block(partial(TCN, 4, (4, 6), dropout=0.0, norm="layer"), _signal, causal=2),
+    }
+)
+
+
+def _tokens() -> tuple[Tensor, ...]:
+    return (torch.randn(3, 5, 8),)
+
+
+BLOCKS.update(
+    {
+        "mlp": Block(partial(MLP, 8, 12, 6), _tokens, tokens=1),
+        "mlp, gated": Block(partial(MLP, 8, gated=True, activation="silu", bias=False), _tokens, tokens=1),
+        "experts": Block(partial(MoE, 8, 16, 4), _tokens, tokens=1),
+        "experts, plain": Block(
+            partial(MoE, 8, 6, 4, gated=False, activation="gelu", capacity_factor=1.0), _tokens, tokens=1
+        ),
+        "experts, their loss": Block(
+            partial(MoE, 8, 16, 4),
+            _tokens,
+            call=lambda block, x: block(x) + moe_aux_loss(block, balance=1.0, z=1.0).to(x.dtype),
+            without={
+                law: "the loss is one number of the whole batch"
+                for law in ("rows", "no_rows", "tokens", "autocast", "bfloat16")
+            },
+        ),
     }
 )

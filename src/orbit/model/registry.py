@@ -1,9 +1,9 @@
 """Models by name: registered with a decorator, built from a name and arguments, as configs and command lines do.
 
-    @register_model("tiny")
-    class Tiny(nn.Module): ...
+@register_model("tiny")
+class Tiny(nn.Module): ...
 
-    model = build_model("tiny", width=8)
+model = build_model("tiny", width=8)
 """
 
 from __future__ import annotations

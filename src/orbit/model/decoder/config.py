@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ class TransformerConfig:
             )
         if self.num_experts is not None and self.experts_per_token > self.num_experts:
             raise SettingError(
-                f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}: choose at most that"
+                f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}: choose as "
+                "many at most"
             )
         for name, least in (("norm_eps", 0), ("init_std", 0), ("balance_weight", 0)):
             if not getattr(self, name) >= least:
@@ -211,12 +212,20 @@ def _refuse_lost(given: Mapping[str, Any], kind: str) -> None:
     """What would change the model's numbers and has no setting of ours."""
     missing = [
         name
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        )
         if name not in given
     ]
     if missing:
         raise SettingError(f"the config of a {kind} needs {', '.join(missing)}")
-    if kind == "qwen3" and (given.get("use_sliding_window") or "sliding_attention" in (given.get("layer_types") or ())):
+    if kind == "qwen3" and (
+        given.get("use_sliding_window") or "sliding_attention" in (given.get("layer_types") or ())
+    ):
         raise SettingError("use_sliding_window: a window in some layers only cannot be honoured")
     if given.get("quantization_config") is not None:
         raise SettingError("quantization_config: the weights are packed; load the model they were made from")

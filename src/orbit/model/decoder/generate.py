@@ -73,9 +73,8 @@ def generate(
     ends = _ends(model, eos_token_id)
     pad = next((p for p in (pad_token_id, model.config.pad_token_id, *ends[:1].tolist()) if p is not None), 0)
     count = _room(model, input_ids, max_new_tokens)
-    ids, real, positions = input_ids, _checked_mask(input_ids, attention_mask), None
-    if real is not None:
-        positions = positions_from_mask(real)
+    ids, real = input_ids, _checked_mask(input_ids, attention_mask)
+    positions = None if real is None else positions_from_mask(real)
     cache, new = model.make_cache(), ids
     ends = ends.to(ids.device)
     is_open = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
@@ -89,7 +88,7 @@ def generate(
             token = torch.where(is_open, token, pad)
             new = token[:, None]
             ids = torch.cat((ids, new), 1)
-            if real is not None:
+            if real is not None and positions is not None:
                 real = torch.cat((real, torch.ones_like(new, dtype=torch.bool)), 1)
                 positions = positions[:, -1:] + 1
             if streamer is not None:
@@ -105,14 +104,18 @@ def generate(
 
 
 def _ends(model: Any, given: int | Sequence[int] | None) -> Tensor:
-    ids = model.config.eos_token_ids if given is None else (given,) if isinstance(given, int) else tuple(given)
+    ids = (
+        model.config.eos_token_ids if given is None else (given,) if isinstance(given, int) else tuple(given)
+    )
     return torch.tensor(ids, dtype=torch.long)
 
 
 def _room(model: Any, input_ids: Tensor, max_new_tokens: int) -> int:
     """How many tokens may come."""
     if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ShapeError(f"prompts of shape {tuple(input_ids.shape)}: (B, S) with at least one token each are needed")
+        raise ShapeError(
+            f"prompts of shape {tuple(input_ids.shape)}: (B, S) with at least one token each are needed"
+        )
     if max_new_tokens < 1:
         raise SettingError(f"max_new_tokens {max_new_tokens} makes nothing: choose 1 or more")
     limit = model.config.max_length

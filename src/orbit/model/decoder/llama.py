@@ -27,7 +27,16 @@ __all__ = ["load_llama_weights"]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it, one a layer
 # Settings that change what the weights compute, and that the weights' shapes do not tell.
-_HIDDEN = ("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_scaling", "norm_eps", "window", "activation")
+_HIDDEN = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "rope_base",
+    "rope_scaling",
+    "norm_eps",
+    "window",
+    "activation",
+)
 
 
 class _Entry(NamedTuple):
@@ -69,8 +78,8 @@ def load_llama_weights(
                 raise WeightsError(f"{name} is on the meta device: call model.to_empty(device=...) first")
             if theirs[name].shape != tuple(parameter.shape):
                 raise WeightsError(
-                    f"{name} has the shape {theirs[name].shape}, and the model's has {tuple(parameter.shape)}: build the "
-                    "model with the source's sizes, TransformerConfig.from_llama(its config)"
+                    f"{name} has the shape {theirs[name].shape}, and the model's has {tuple(parameter.shape)}: build "
+                    "the model with the source's sizes, TransformerConfig.from_llama(its config)"
                 )
         with torch.no_grad():
             for name, parameter in own.items():
@@ -170,8 +179,12 @@ def _check_tied(theirs: Mapping[str, _Entry]) -> None:
 def _check_names(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     missing, unexpected = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
     if missing == [_HEAD] and not unexpected:
-        raise WeightsError(f"{_HEAD} is missing: the source is tied, so build the model with tie_embeddings=True")
+        raise WeightsError(
+            f"{_HEAD} is missing: the source is tied, so build the model with tie_embeddings=True"
+        )
     if missing:
         raise WeightsError(f"{missing[0]} is missing, and {len(missing) - 1} more; the model was not changed")
     if unexpected:
-        raise WeightsError(f"{unexpected[0]} is unexpected, and {len(unexpected) - 1} more; the model was not changed")
+        raise WeightsError(
+            f"{unexpected[0]} is unexpected, and {len(unexpected) - 1} more; the model was not changed"
+        )

@@ -42,9 +42,15 @@ class Sampling:
     def __post_init__(self) -> None:
         given = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) is not None]
         if given and not self.draw:
-            raise SettingError(f"{given[0]} changes nothing while no token is drawn: leave it out, or do_sample=True")
+            raise SettingError(
+                f"{given[0]} changes nothing while no token is drawn: leave it out, or do_sample=True"
+            )
         rules = (
-            ("temperature", lambda v: v > 0 and math.isfinite(v), "above 0; do_sample=False takes the likeliest"),
+            (
+                "temperature",
+                lambda v: v > 0 and math.isfinite(v),
+                "above 0; do_sample=False takes the likeliest",
+            ),
             ("top_k", lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 up; 0 is all tokens"),
             ("top_p", lambda v: 0 < v <= 1, "above 0 and up to 1"),
             ("repetition_penalty", lambda v: v > 0 and math.isfinite(v), "above 0; 1 is none"),
@@ -54,7 +60,9 @@ class Sampling:
             if value is not None and not fits(value):
                 raise SettingError(f"{name} {value!r} must be {rule}")
 
-    def choose(self, logits_BV: Tensor, ids_BS: Tensor, real_BS: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def choose(
+        self, logits_BV: Tensor, ids_BS: Tensor, real_BS: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         """The next token of each row (B,).
 
         Args:

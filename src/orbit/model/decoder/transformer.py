@@ -24,6 +24,8 @@ from orbit.model.attention import KVCache, MultiHeadAttention, RotaryPositionalE
 from orbit.model.decoder.config import TransformerConfig
 from orbit.model.decoder.generate import generate
 from orbit.model.errors import CacheError, MaskError, ShapeError
+from orbit.model.experts import Experts
+from orbit.model.gate.top_k import TopKGate
 from orbit.model.mlp import MLP
 from orbit.model.moe import MoE, moe_aux_loss
 from orbit.model.registry import register_model
@@ -60,7 +62,8 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        c, made = config, {"device": device, "dtype": dtype}
+        c = config
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         assert c.intermediate_size is not None
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.norm_eps, **made)
         self.self_attn = MultiHeadAttention(
@@ -130,8 +133,8 @@ class Decoder(nn.Module):
             past = cache[0].length if cache else 0
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         rotation = self.rope(positions, h_BTD.dtype)
-        for block, past_of_block in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            h_BTD = block(h_BTD, rotation, mask, past_of_block)
+        for place, block in enumerate(self.layers):
+            h_BTD = block(h_BTD, rotation, mask, None if cache is None else cache[place])
         return self.norm(h_BTD)
 
 
@@ -172,14 +175,17 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new weights: normal with `init_std`, smaller where the residual stream is written to (GPT-2)."""
         std = self.config.init_std
+        narrow = std / math.sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                writes = name.endswith(("o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_layers) if writes else std)
+                nn.init.normal_(module.weight, std=narrow if name.endswith(("o_proj", "down_proj")) else std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-            elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()  # norms, routers and experts have rules of their own
+            elif isinstance(module, Experts):
+                for weight in module.parameters():
+                    nn.init.normal_(weight, std=narrow if weight is module.down_proj else std)
+            elif isinstance(module, (nn.RMSNorm, TopKGate)):
+                module.reset_parameters()
 
     def forward(
         self,
@@ -213,7 +219,9 @@ class Transformer(nn.Module):
             h_BTD = h_BTD[:, logits_to_keep]
         elif logits_to_keep:
             h_BTD = h_BTD[:, -logits_to_keep:].contiguous()  # else torch copies a frozen head per row
-        logits = F.linear(h_BTD, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(h_BTD)
+        logits = (
+            F.linear(h_BTD, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(h_BTD)
+        )
         loss = None if labels is None else _loss(logits, labels)
         added = self._balance() if self.training and self.config.num_experts is not None else None
         if loss is not None and added is not None:
@@ -258,7 +266,9 @@ class Transformer(nn.Module):
                 f"input_ids of shape {tuple(input_ids.shape)} and {input_ids.dtype}: integers (B, T) are needed"
             )
         if labels is not None and labels.shape != input_ids.shape:
-            raise ShapeError(f"labels {tuple(labels.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
+            raise ShapeError(
+                f"labels {tuple(labels.shape)} must have the shape of input_ids {tuple(input_ids.shape)}"
+            )
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ShapeError("a loss needs the logits of all columns: leave out labels or logits_to_keep")
         if cache is not None and len(cache) != self.config.num_layers:
@@ -285,8 +295,8 @@ def _as_bool(mask: Tensor) -> Tensor:
         return mask
     if mask.is_floating_point() or mask.dim() != 2:
         raise MaskError(
-            f"attention_mask of shape {tuple(mask.shape)} and {mask.dtype}: 1 for tokens and 0 for padding (B, S), or a "
-            "bool mask, True = attend"
+            f"attention_mask of shape {tuple(mask.shape)} and {mask.dtype}: 1 for tokens and 0 for padding (B, S), or "
+            "a bool mask, True = attend"
         )
     return mask != 0
 
