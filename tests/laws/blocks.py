@@ -22,6 +22,8 @@ from orbit.model.attention import (
     rotate,
 )
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
+from orbit.model.mlp import MLP
+from orbit.model.moe import MoE, moe_aux_loss
 from orbit.model.patches import PatchEmbedding
 
 
@@ -169,5 +171,20 @@ BLOCKS.update(
             lambda rope, x: rotate(x[:, None], rope(torch.arange(x.shape[1])))[:, 0],
         ),
         "sinusoidal positions": Block(_no_parameters(SinusoidalPositionalEmbedding(8)), _tokens, causal=1),
+        "mlp": Block(partial(MLP, 8, 12, 6), _tokens, tokens=1),
+        "mlp, gated": Block(partial(MLP, 8, gated=True, activation="silu", bias=False), _tokens, tokens=1),
+        "experts": Block(partial(MoE, 8, 16, 4), _tokens, tokens=1),
+        "experts, plain": Block(
+            partial(MoE, 8, 6, 4, gated=False, activation="gelu", capacity_factor=1.0), _tokens, tokens=1
+        ),
+        "experts, their loss": Block(
+            partial(MoE, 8, 16, 4),
+            _tokens,
+            call=lambda block, x: block(x) + moe_aux_loss(block, balance=1.0, z=1.0).to(x.dtype),
+            without={
+                law: "the loss is one number of the whole batch"
+                for law in ("rows", "no_rows", "tokens", "autocast", "bfloat16")
+            },
+        ),
     }
 )
