@@ -225,16 +225,15 @@ def test_a_cache_under_autocast(qk_norm: bool):
     torch.testing.assert_close(torch.cat(parts, 1).float(), wanted, atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("max_length", [None, 64])
-def test_decoding_compiles_to_whole_graphs(max_length: int | None):
+def test_decoding_compiles_to_whole_graphs():
     torch.compiler.reset()
     ours = MultiHeadAttention(HIDDEN, H, 2, causal=True, rope=RotaryPositionalEmbedding(D), window=6)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x = torch.randn(B, T, HIDDEN)
-    wanted, cache = ours(x), ours.make_cache(max_length)
+    wanted, cache = ours(x), ours.make_cache()
     with torch.no_grad():
         parts = [
-            compiled(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9), (9, 11))
+            compiled(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 7), (7, 11))
         ]
     close(torch.cat(parts, 1), wanted)
     torch.compiler.reset()

@@ -32,8 +32,10 @@ def attend(
     batch, heads, queries, width = q_BHTD.shape
     groups, keys = k_BGSD.shape[1:3]
     # torch counts `is_causal` from the first key, so it is right for a square alone, and it excludes a mask.
-    square = causal and mask is None and 1 < queries == keys and (window is None or keys <= window)
-    if not square:
+    if causal and mask is None and 1 < queries == keys and (window is None or keys <= window):
+        square = True  # said by a branch: while compiling, the comparison itself is no plain bool
+    else:
+        square = False
         mask = visible(queries, keys, mask, causal, window, q_BHTD.device)
     grouped = False
     if heads != groups:

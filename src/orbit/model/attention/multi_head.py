@@ -195,12 +195,12 @@ class MultiHeadAttention(nn.Module):
             f"causal={self.causal}, window={self.window}, dropout={self.dropout}"
         )
 
-    def _heads(self, x_BTW: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def _heads(self, x_BTW: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
         """(B, T, heads·D) → (B, heads, T, D), each head normed."""
         batch, tokens, width = x_BTW.shape
         x_BTHD = x_BTW.reshape(batch, tokens, width // self.head_dim, self.head_dim)
         if norm is not None:
-            x_BTHD = norm(x_BTHD).to(x_BTW.dtype)  # autocast leaves norms in float32
+            x_BTHD = norm(x_BTHD.to(norm.weight.dtype)).to(x_BTW.dtype)  # under autocast they differ
         return x_BTHD.transpose(1, 2)
 
     def _check_inputs(self, x_BTD: Tensor, context_BSC: Tensor | None) -> None:
