@@ -29,6 +29,7 @@ from benchmarks.adapter_pairs import (
     PeftServing,
     Products,
     Serving,
+    Shape,
     Together,
     Training,
     check_same,
@@ -55,7 +56,7 @@ def floor(alone: list[float], products: list[float], theirs: list[float]) -> Lin
     return timed("… the least: the model without, and the products by A and B", least, theirs, None)
 
 
-def steps(setting: Setting, kind: str, step_bars: tuple[float, float]) -> Iterator[Line]:
+def steps(setting: Setting[Shape], kind: str, step_bars: tuple[float, float]) -> Iterator[Line]:
     base = setting.shape.model(DTYPES[kind], setting.device)
     tokens = setting.shape.tokens(setting.device)
     lora, peft_lora = training_pair(base, tokens)
@@ -84,11 +85,11 @@ def steps(setting: Setting, kind: str, step_bars: tuple[float, float]) -> Iterat
     yield timed(f"our DoRA step ÷ our LoRA step, {kind}", t["dora"], t["lora"], 1.12, other="our LoRA")
 
 
-def fp32(setting: Setting) -> Iterator[Line]:
+def fp32(setting: Setting[Shape]) -> Iterator[Line]:
     yield from steps(setting, "fp32", (0.94, 0.78))
 
 
-def bf16(setting: Setting) -> Iterator[Line]:
+def bf16(setting: Setting[Shape]) -> Iterator[Line]:
     yield from steps(setting, "bf16", (0.75, 0.52))
 
 
@@ -110,7 +111,7 @@ def saved_bytes(training: Training) -> int:
     return sum(kept.values())
 
 
-def memory(setting: Setting) -> Iterator[Line]:
+def memory(setting: Setting[Shape]) -> Iterator[Line]:
     bars = {("LoRA", "peak"): 0.78, ("DoRA", "saved"): 0.62}
     tokens = setting.shape.tokens(setting.device)
     for kind, dtype in DTYPES.items():
@@ -125,7 +126,7 @@ def memory(setting: Setting) -> Iterator[Line]:
             yield mebibytes(f"{method} bytes saved for backward, {kind}", kept, bars.get((method, "saved")))
 
 
-def rows(setting: Setting) -> Iterator[Line]:
+def rows(setting: Setting[Shape]) -> Iterator[Line]:
     """One task per row at inference: the longest and the shortest rows that serving meets."""
     names = [f"task{k}" for k in range(8)]
     for kind, dtype in DTYPES.items():
@@ -152,7 +153,7 @@ def rows(setting: Setting) -> Iterator[Line]:
             yield floor(t["none"], t["products"], t["them"])
 
 
-def mixed(setting: Setting) -> Iterator[Line]:
+def mixed(setting: Setting[Shape]) -> Iterator[Line]:
     """Four tasks trained in one batch, against one run for each, of PEFT's and of ours."""
     tasks, each = 4, 2
     for kind, dtype in DTYPES.items():
@@ -177,7 +178,7 @@ def mixed(setting: Setting) -> Iterator[Line]:
             yield timed(f"{measure}, both ours", t["together"], t["separate"], None, other="separate")
 
 
-GROUPS: Groups = {
+GROUPS: Groups[Shape] = {
     "fp32": fp32,
     "bf16": bf16,
     "memory": memory,
@@ -187,7 +188,7 @@ GROUPS: Groups = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    measure("python -m benchmarks.adapters", __doc__.split("\n")[0], GROUPS, argv)
+    measure("python -m benchmarks.adapters", __doc__.split("\n")[0], GROUPS, Shape, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How adapters are measured beside PEFT's: interleaved rounds, lines of a table, peaks of memory, the command line.
+"""How we are measured beside others: interleaved rounds, lines of a table, peaks of memory, the command line.
 
-Every figure is a ratio, ours over PEFT's. Times are interleaved: each round runs every contender once, in an
+Every figure is a ratio, ours over theirs. Times are interleaved: each round runs every contender once, in an
 order that rotates, ratios are taken within a round, and the table has their median. Where other processes
 keep the machine busy, `--clock cpu` counts this process's own time. Freed memory is kept (`keep_freed_memory`).
 """
@@ -14,22 +14,22 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
 from benchmarks.__main__ import CLOCKS, is_cuda, table
-from benchmarks.adapter_pairs import Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a ratio of ours to PEFT's and what it may be at most."""
+    """One line of the table: a ratio of ours to theirs and what it may be at most."""
 
     measure: str
     ratio: float
@@ -47,9 +47,12 @@ class Line:
         ]
 
 
+Shape = TypeVar("Shape")  # a dataclass of whole numbers: how large the things are that a benchmark measures
+
+
 @dataclass(frozen=True)
-class Setting:
-    """Where and how long to measure."""
+class Setting(Generic[Shape]):
+    """What, where and how long to measure."""
 
     shape: Shape
     device: str
@@ -122,45 +125,51 @@ def mebibytes(measure: str, sizes: list[int], bar: float | None) -> Line:
     return Line(measure, mine / theirs, bar, f"{mine / 2**20:.4g} MiB, PEFT {theirs / 2**20:.4g} MiB")
 
 
-HEAD = ("measure", "ours ÷ PEFT", "at most", "", "medians")
+Groups: TypeAlias = "Mapping[str, Callable[[Setting[Shape]], Iterator[Line]]]"
 
 
-Groups: TypeAlias = "Mapping[str, Callable[[Setting], Iterator[Line]]]"
+def measure(
+    prog: str,
+    description: str,
+    groups: Groups[Shape],
+    shape: type[Shape],
+    argv: list[str] | None,
+    rival: str = "PEFT",
+    packages: Sequence[str] = ("torch", "transformers", "peft"),
+) -> None:
+    """Measure groups of lines as the command line says, print their table and write it where asked.
 
-
-def measure(prog: str, description: str, groups: Groups, argv: list[str] | None) -> None:
-    """Measure groups of lines as the command line says, print their table and write it where asked."""
+    Every field of `shape` is an option of the command line; `packages` are those whose version the title names.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--rounds", type=int, default=9, help="how often each contender runs (default 9)")
     parser.add_argument(
         "--only", nargs="+", choices=groups, default=list(groups), help="run these groups alone"
     )
-    parser.add_argument(
-        "--layers", type=int, default=Shape.layers, help=f"of the model (default {Shape.layers})"
-    )
+    sizes: list[Any] = list(fields(shape))  # type: ignore[arg-type]
+    for size in sizes:
+        parser.add_argument(
+            f"--{size.name}", type=int, default=size.default, help=f"(default {size.default})"
+        )
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall (default) or cpu time")
     parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
     args = parser.parse_args(argv)
     cuda = is_cuda(parser, args.device)
-    if args.rounds < 1 or args.layers < 1:
-        parser.error(f"--rounds {args.rounds} --layers {args.layers}: both are at least 1")
-
-    import peft
-    import transformers
+    chosen = {size.name: getattr(args, size.name) for size in sizes}
+    for name, number in {"rounds": args.rounds, **chosen}.items():
+        if number < 1:
+            parser.error(f"--{name} {number}: must be at least 1")
 
     torch.set_num_threads(1)
     keep_freed_memory()
     warnings.simplefilter("ignore")
     where = torch.cuda.get_device_name(args.device) if cuda else f"{cpu_name()}, 1 thread"
-    versions = (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        f"Python {platform.python_version()}"
-    )
-    shape = Shape(layers=args.layers)
-    setting = Setting(shape, args.device, args.rounds, CLOCKS[args.clock])
+    versions = ", ".join([*(f"{p} {version(p)}" for p in packages), f"Python {platform.python_version()}"])
+    setting = Setting(shape(**chosen), args.device, args.rounds, CLOCKS[args.clock])
     title = (
-        f"{where}; {versions}; {args.clock} clock, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}; {shape}"
+        f"{where}; {versions}; {args.clock} clock, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}; "
+        f"{setting.shape}"
     )
     print(title, flush=True)
     lines = []
@@ -169,14 +178,15 @@ def measure(prog: str, description: str, groups: Groups, argv: list[str] | None)
             lines.append(line)
             print("  ".join(line.cells()), flush=True)
         gc.collect()
-    text = table(HEAD, [line.cells() for line in lines])
+    head = ("measure", f"ours ÷ {rival}", "at most", "", "medians")
+    text = table(head, [line.cells() for line in lines])
     print("\n" + text, flush=True)
     if args.out:
         args.out.write_text(f"{title}\n\n{text}\n", encoding="utf-8")
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, for us and for PEFT, as CUDA's allocator does.
+    """Let the C library keep what is freed, for us and for others, as CUDA's allocator does.
 
     By default glibc gives blocks of over 32 MiB back at once, and the kernel zeroes them anew page by page: of a
     large batch's step a tenth, which has nothing to do with adapters. Where the C library is another, nothing is done.

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.adapter_pairs import ROUNDING, Frozen, Training, check_same, ours
+from benchmarks.adapter_pairs import ROUNDING, Frozen, Shape, Training, check_same, ours
 from benchmarks.measuring import (
     DTYPES,
     Groups,
@@ -59,7 +59,7 @@ class Pair:
     theirs: nn.Module
 
     @classmethod
-    def of(cls, setting: Setting, experts: int, dtype: torch.dtype) -> Pair:
+    def of(cls, setting: Setting[Shape], experts: int, dtype: torch.dtype) -> Pair:
         """A mixture of experts with random values, the same on both sides, as was found before it is returned."""
         import peft
 
@@ -85,7 +85,7 @@ class Pair:
         pair.check(setting)
         return pair
 
-    def check(self, setting: Setting) -> None:
+    def check(self, setting: Setting[Shape]) -> None:
         """AssertionError unless both sides have the same logits and the same gradients of the classifier."""
         rtol = ROUNDING[next(self.base.parameters()).dtype]
         us, them = self.trainings(setting)
@@ -101,7 +101,7 @@ class Pair:
             training.optimizer.zero_grad()
         check_same(grads[0], grads[1], "classifier's gradient", rtol=rtol)
 
-    def trainings(self, setting: Setting) -> tuple[Training, Training]:
+    def trainings(self, setting: Setting[Shape]) -> tuple[Training, Training]:
         """Both sides in train mode, and what steps them."""
         tokens = setting.shape.tokens(setting.device)
         return (
@@ -130,7 +130,7 @@ def trained(training: Training) -> list[nn.Parameter]:
     return parameters
 
 
-def pairs(setting: Setting) -> Iterator[Pair]:
+def pairs(setting: Setting[Shape]) -> Iterator[Pair]:
     for dtype in DTYPES.values():
         for experts in (4, 8):
             yield Pair.of(setting, experts, dtype)
@@ -161,7 +161,7 @@ def scaling_pass(base: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def forward(setting: Setting) -> Iterator[Line]:
+def forward(setting: Setting[Shape]) -> Iterator[Line]:
     tokens = setting.shape.tokens(setting.device)
     for pair in pairs(setting):
         t = setting.times(
@@ -176,7 +176,7 @@ def forward(setting: Setting) -> Iterator[Line]:
         yield least(t["main"], t["scaling"], t["them"])
 
 
-def step(setting: Setting) -> Iterator[Line]:
+def step(setting: Setting[Shape]) -> Iterator[Line]:
     for pair in pairs(setting):
         us, them = pair.trainings(setting)
         t = setting.times(
@@ -191,7 +191,7 @@ def step(setting: Setting) -> Iterator[Line]:
         yield least(t["main"], t["scaling"], t["them"])
 
 
-def memory(setting: Setting) -> Iterator[Line]:
+def memory(setting: Setting[Shape]) -> Iterator[Line]:
     for pair in pairs(setting):
         us, them = pair.trainings(setting)
         frozen = Frozen(pair.base, us.tokens)
@@ -220,7 +220,7 @@ def generated(model: nn.Module, prompt: Tensor, task: str | None = None) -> Call
     return run
 
 
-def generate(setting: Setting) -> Iterator[Line]:
+def generate(setting: Setting[Shape]) -> Iterator[Line]:
     prompt = setting.shape.tokens(setting.device, length=PROMPT)
     for pair in pairs(setting):
         mine, theirs = pair.mine.eval(), pair.theirs.eval()
@@ -242,11 +242,11 @@ def generate(setting: Setting) -> Iterator[Line]:
         yield Line("… over our own with one task", over, pair.bar("over one task"), detail)
 
 
-GROUPS: Groups = {"forward": forward, "step": step, "memory": memory, "generate": generate}
+GROUPS: Groups[Shape] = {"forward": forward, "step": step, "memory": memory, "generate": generate}
 
 
 def main(argv: list[str] | None = None) -> None:
-    measure("python -m benchmarks.xlora", __doc__.split("\n")[0], GROUPS, argv)
+    measure("python -m benchmarks.xlora", __doc__.split("\n")[0], GROUPS, Shape, argv)
 
 
 if __name__ == "__main__":

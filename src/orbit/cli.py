@@ -1,7 +1,7 @@
 """The `orbit` command.
 
 orbit demo [--model PATH] [--out FOLDER]        fine-tune a model on real facts and show what it learned
-orbit chat --model PATH [--adapter PATH]        talk to a model
+orbit chat MODEL [--adapter PATH ...]           talk to a model
 """
 
 from __future__ import annotations
@@ -55,10 +55,21 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     demo.add_argument("--seed", type=int, help="of shuffling and initialisation (default: 42)")
     demo.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
     chat = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
-    chat.add_argument(
-        "--model", default="smollm2", help="a Hugging Face causal LM: folder or name (default: smollm2)"
+    model = chat.add_mutually_exclusive_group()
+    model.add_argument(
+        "positional",
+        nargs="?",
+        metavar="MODEL",
+        help="a Hugging Face causal LM: folder or name (default: smollm2)",
     )
-    chat.add_argument("--adapter", help="a folder in PEFT's format")
+    model.add_argument("--model", help="the same")
+    chat.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER",
+        help="in PEFT's format, or an X-LoRA mixture; of several, the first answers",
+    )
     chat.add_argument("--system", help="a system message")
     chat.add_argument(
         "--max-new-tokens", type=_positive, default=256, help="the longest reply (default: 256)"
@@ -93,7 +104,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     disable_progress_bar()
     ChatInterface(
-        model_id=arguments.model,
+        model_id=arguments.positional or arguments.model or "smollm2",
         adapter=arguments.adapter,
         device=arguments.device,
         system=arguments.system,

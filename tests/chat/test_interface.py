@@ -1,13 +1,10 @@
 """ChatInterface on a tiny model: what programs get, and what a typist sees."""
 
-import io
-import re
-
 import pytest
 import torch
 
-from orbit import adapter
-from orbit.chat import ChatInterface
+from orbit import adapter, xlora
+from orbit.chat import ChatError, ChatInterface, Settings
 from orbit.data import encode, render
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
@@ -48,11 +45,6 @@ def strong_task(model, name, seed):
             parameter.normal_()
 
 
-def words(text):
-    """With single spaces, since the tiny vocabulary has a line break for a word."""
-    return " ".join(text.split())
-
-
 def user(text):
     return {"role": "user", "content": text}
 
@@ -82,7 +74,200 @@ def test_text_is_streamed_piece_by_piece(chat):
     assert len(pieces) > 2
 
 
+def test_pieces_joined_are_the_reply(chat):
+    pieces = []
+    assert chat.respond("hello", on_text=pieces.append) == "".join(pieces)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_reply_ends_before_a_stop_string(chat, model, tokenizer, streamed):
+    whole = greedy(model, tokenizer, [user("hello")])
+    first, second, third = whole.split(" ")[:3]
+    chat.settings = Settings(max_new_tokens=6, stop=f"{second} {third[:2]}")
+    made = []
+    handle = model.register_forward_hook(lambda *_: made.append(1))
+    pieces = []
+    reply = chat.respond("hello", on_text=pieces.append if streamed else None)
+    handle.remove()
+    assert reply == first
+    assert chat.messages[-1]["content"] == first
+    assert len(made) < 6, "tokens after the stop string were made"
+    assert not streamed or "".join(pieces) == first
+
+
+def test_settings_are_those_of_generate(chat, model, tokenizer):
+    """The draws are those of `generate` with the same arguments from the same seed."""
+    chat.settings = Settings(
+        temperature=3.0, top_p=0.9, top_k=20, repetition_penalty=1.5, max_new_tokens=8, seed=5
+    )
+    reply = chat.respond("hello")
+    ids = torch.tensor([encode(tokenizer, render(tokenizer, [user("hello")], add_generation_prompt=True))])
+    torch.manual_seed(5)
+    made = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=3.0,
+        top_p=0.9,
+        top_k=20,
+        repetition_penalty=1.5,
+        max_new_tokens=8,
+    )
+    assert reply == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_a_seed_gives_the_same_reply_and_draws_nothing_from_others(chat):
+    chat.settings = Settings(temperature=5.0, max_new_tokens=8, seed=1)
+    before = torch.get_rng_state()
+    first = chat.respond("hello")
+    assert chat.retry() == first
+    assert torch.equal(torch.get_rng_state(), before)
+    chat.settings = Settings(temperature=5.0, max_new_tokens=8)
+    assert len({chat.retry() for _ in range(4)}) > 1
+
+
+def test_retry_and_undo(chat):
+    for early in (chat.retry, chat.undo, lambda: chat.compare([None])):
+        with pytest.raises(ChatError, match="no turn yet"):
+            early()
+    first = chat.respond("hello")
+    after_one = list(chat.messages)
+    chat.respond("when")
+    chat.retry()
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    assert chat.undo() == "when"
+    assert chat.messages == after_one
+    assert chat.retry() == first
+    assert chat.messages == after_one
+
+
+def test_a_failing_retry_keeps_the_old_reply(chat, model):
+    chat.respond("hello")
+    before = list(chat.messages)
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+    with pytest.raises(RuntimeError, match="no"):
+        chat.retry()
+    assert chat.messages == before
+    hook.remove()
+
+
+def test_a_system_message_may_be_changed_in_a_conversation(chat):
+    chat.respond("hello")
+    turn = list(chat.messages)
+    chat.set_system("mali")
+    assert chat.messages == [{"role": "system", "content": "mali"}, *turn]
+    chat.set_system("bamako")
+    assert chat.messages == [{"role": "system", "content": "bamako"}, *turn]
+    chat.set_system(None)
+    assert chat.messages == turn
+
+
+def test_a_saved_conversation_goes_on(chat, model, tokenizer, tmp_path):
+    chat.set_system("mali")
+    chat.respond("hello")
+    chat.save(tmp_path / "chat.json")
+    wanted = chat.respond("when")
+    other = ChatInterface(model=model, tokenizer=tokenizer, max_new_tokens=6)
+    other.load(tmp_path / "chat.json")
+    assert other.system == "mali"
+    assert other.respond("when") == wanted
+    (tmp_path / "chat.json").write_text("[]x")
+    before = list(other.messages)
+    with pytest.raises(ChatError):
+        other.load(tmp_path / "chat.json")
+    assert (other.messages, other.system) == (before, "mali")
+    (tmp_path / "chat.json").write_text("[]")
+    other.load(tmp_path / "chat.json")
+    assert (other.messages, other.system) == ([], None)
+
+
+def test_answers_are_compared_and_not_remembered(model, tokenizer):
+    base = greedy(model, tokenizer, [user("hello")])
+    strong_task(model, "one", seed=1)
+    strong_task(model, "two", seed=2)
+    chat = ChatInterface(model=model, tokenizer=tokenizer, max_new_tokens=6)
+    wanted = {"one": chat.model, "two": chat.model, "off": chat.model}
+    for name in wanted:
+        chat.use_adapter(name)
+        wanted[name] = chat.respond("hello")
+        chat.reset()
+    assert wanted["off"] == base
+    assert len(set(wanted.values())) == 3
+    assert chat.compare(["one", "two", None], "hello") == wanted
+    assert chat.messages == []
+    assert chat.adapter is None
+    chat.respond("hello")
+    before = list(chat.messages)
+    assert chat.compare(["two", "off"]) == {name: wanted[name] for name in ("two", "off")}
+    assert chat.messages == before
+    with pytest.raises(adapter.TaskError, match="did you mean 'one'"):
+        chat.compare(["two", "onne"])
+
+
+def test_several_adapters_of_which_the_first_answers(model, tokenizer, tmp_path):
+    for name, seed in (("one", 1), ("two", 2)):
+        strong_task(model, name, seed)
+        adapter.save(model, tmp_path / name, name=name)
+    for given, names in (
+        ([tmp_path / "one", f"second={tmp_path / 'two'}"], [str(tmp_path / "one"), "second"]),
+        ({"a": tmp_path / "one", "b": tmp_path / "two"}, ["a", "b"]),
+    ):
+        fresh = tiny_llama(tokenizer)
+        chat = ChatInterface(model=fresh, tokenizer=tokenizer, adapter=given, max_new_tokens=6)
+        assert list(chat.adapters()) == names
+        assert chat.adapter == names[0]
+        answers = chat.compare(names, "hello")
+        with adapter.route(model, "two"):
+            assert answers[names[1]] == greedy(model, tokenizer, [user("hello")]) != answers[names[0]]
+
+
+def test_a_mixture_answers_unless_somebody_else_is_chosen(model, tokenizer, tmp_path):
+    base = greedy(model, tokenizer, [user("hello")])
+    strong_task(model, "one", seed=1)
+    strong_task(model, "two", seed=2)
+    xlora.mix(model, ("one", "two"), xlora.xLoRAConfig(hidden_size=32, xlora_depth=1))
+    model.eval()
+    chat = ChatInterface(model=model, tokenizer=tokenizer, max_new_tokens=6)
+    assert chat.adapter == "mixture"
+    assert chat.adapters() == ("one", "two", "mixture")
+    mixed = chat.respond("hello")
+    assert mixed == greedy(model, tokenizer, [user("hello")])
+    chat.reset()
+    answers = chat.compare(["mixture", "one", "two", "off"], "hello")
+    assert (answers["mixture"], answers["off"]) == (mixed, base)
+    assert len(set(answers.values())) == 4
+    model.save_pretrained(tmp_path / "mixture")
+
+    fresh = ChatInterface(
+        model=tiny_llama(tokenizer), tokenizer=tokenizer, adapter=tmp_path / "mixture", max_new_tokens=6
+    )
+    assert fresh.adapter == "mixture"
+    pieces = []
+    assert fresh.respond("hello", on_text=pieces.append) == mixed == "".join(pieces)
+    with pytest.raises(adapter.TaskError, match="without x="):
+        ChatInterface(model=tiny_llama(tokenizer), tokenizer=tokenizer, adapter=f"x={tmp_path / 'mixture'}")
+
+
+def test_a_model_that_knows_no_end_gets_the_tokenizers(model, tokenizer):
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    chat = ChatInterface(model=model, tokenizer=tokenizer, max_new_tokens=60)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 50
+    assert chat.respond("hello") == greedy(model, tokenizer, [user("hello")], count=60)
+    assert chat._end() == {"eos_token_id": tokenizer.eos_token_id}
+
+
+def test_a_template_that_refuses_is_an_error_of_the_chat(model, tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
+    chat = ChatInterface(model=model, tokenizer=tokenizer, system="mali")
+    with pytest.raises(ChatError, match="no system message, please"):
+        chat.respond("hello")
+    with pytest.raises(ChatError, match="is no text"):
+        chat.respond("\udc80")
+
+
 def test_arguments_of_generate_pass(chat):
+    assert chat.respond("hello", num_beams=2)
     torch.manual_seed(0)
     sampled = {chat.respond("hello", do_sample=True, temperature=5.0, max_new_tokens=4) for _ in range(4)}
     assert len(sampled) > 1
@@ -108,49 +293,6 @@ def test_a_failing_generate_reaches_the_caller_and_leaves_no_trace(chat, model):
     hook.remove()
 
 
-def test_typing(chat, model, tokenizer):
-    out = io.StringIO()
-    chat.interact(input=["hello\n", "\n", "/reset\n", "/what\n", "/quit\n", "never\n"], output=out)
-    text = words(out.getvalue())
-    assert words(greedy(model, tokenizer, [user("hello")])) in text
-    assert "forgotten" in text
-    assert "'/what' is no command" in text
-    assert chat.messages == []
-
-
-def test_the_end_of_input_and_ctrl_c_leave(chat):
-    def interrupted():
-        yield "hello"
-        raise KeyboardInterrupt
-
-    chat.interact(input=[], output=io.StringIO())
-    chat.interact(input=interrupted(), output=io.StringIO())
-    assert len(chat.messages) == 2
-
-
-@pytest.mark.parametrize("how", [EOFError, KeyboardInterrupt])
-def test_at_the_terminal_ctrl_d_and_ctrl_c_leave(chat, monkeypatch, capsys, how):
-    typed = iter(["hello"])
-
-    def typing(prompt):
-        for line in typed:
-            return line
-        raise how
-
-    monkeypatch.setattr("builtins.input", typing)
-    chat.interact()
-    assert words(chat.messages[1]["content"]) in words(capsys.readouterr().out)
-
-
-def test_ctrl_c_in_a_reply_leaves_without_half_a_turn(chat, model):
-    def interrupt(module, args):
-        raise KeyboardInterrupt
-
-    model.lm_head.register_forward_pre_hook(interrupt)
-    chat.interact(input=["hello"], output=io.StringIO())
-    assert chat.messages == []
-
-
 def test_adapters_by_name_and_off(model, tokenizer):
     base = greedy(model, tokenizer, [user("hello")])
     strong_task(model, "one", seed=1)
@@ -158,16 +300,12 @@ def test_adapters_by_name_and_off(model, tokenizer):
     assert chat.adapter == "one"
     adapted = chat.respond("hello")
     assert adapted == greedy(model, tokenizer, [user("hello")]) != base
-    out = io.StringIO()
-    typed = ["/adapter off", "/reset", "hello", "/adapter one", "/reset", "hello", "/adapter nine"]
-    chat.interact(input=typed, output=out)
-    said = re.fullmatch(
-        r".* \(answering with the base model\) \(.*forgotten\) (.*) "
-        r"\(answering with one\) \(.*forgotten\) (.*) \(adapter 'nine' is neither .*\)",
-        words(out.getvalue()),
-    )
-    assert said.groups() == (words(base), words(adapted))
-    assert chat.adapter == "one"
+    chat.use_adapter("off")
+    chat.reset()
+    assert chat.respond("hello") == base
+    with pytest.raises(adapter.TaskError, match="'nine' is neither"):
+        chat.use_adapter("nine")
+    assert chat.adapter is None
 
 
 def test_a_merged_adapter_answers(model, tokenizer):

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from orbit.core import runtime
 from orbit.core.events import Plugin
 from orbit.core.ranks import shards
 from orbit.engine import Engine
-from orbit.plugin import EMA, CheckpointingHook
-from orbit.trainer import BaseTrainer
-from tests.core.parallel_cases import TOGETHER, Net, data, engine, loader
+from orbit.plugin import EMA, Checkpoint, CheckpointingHook
+from tests.core.parallel_cases import TOGETHER, Net, Own, data, engine, loader
 
 
 def weights(run: Any) -> dict[str, Tensor]:
@@ -142,28 +141,12 @@ def normed_all(folder: str) -> dict[str, list[dict[str, Any]]]:
 PLANS = (("whole", 7), ("cut", 5), ("cut", 7))
 
 
-class Own(BaseTrainer):
-    """Document 003's way: sharded in build_model."""
+class Sharded(Own):
+    """With what a run of document 003 has besides: groups, a schedule, hooks."""
 
     def __init__(self, folder: str | None, max_steps: int, hooks: Any = (), **options: Any) -> None:
-        super().__init__(max_steps, device="cpu", grad_clip=1.0, gradient_accumulation_steps=2, **options)
+        super().__init__("fsdp2", max_steps, **options)
         self.folder, self.more = folder, list(hooks)
-
-    def build_data_loader(self) -> Any:
-        if runtime.world_size() == 1:
-            return DataLoader(data(48), batch_size=12)
-        return DataLoader(data(48), batch_size=6, sampler=DistributedSampler(data(48), shuffle=False))
-
-    def build_model(self) -> nn.Module:
-        torch.manual_seed(0)
-        model = Net()
-        if runtime.world_size() > 1:
-            from torch.distributed.fsdp import fully_shard
-
-            for layer in model.layers:
-                fully_shard(layer)
-            fully_shard(model)
-        return model
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         assert isinstance(self.model, Net)
@@ -178,10 +161,6 @@ class Own(BaseTrainer):
             return self.more
         return [*self.more, CheckpointingHook(interval=3, path=Path(self.folder), exit_signals=[])]
 
-    def forward(self, input: Any) -> Any:
-        x, y = input
-        return nn.functional.cross_entropy(self.model(x), y), {}
-
 
 def own_state(folder: str) -> dict[str, bool]:
     """Resumed runs with each kind of `state_dict_options`: are they the uninterrupted one?"""
@@ -195,21 +174,37 @@ def own_state(folder: str) -> dict[str, bool]:
     for name, options in kinds.items():
         place = str(Path(folder) / name)
         whole, begun, resumed = (
-            Own(where, steps, state_dict_options=options)
+            Sharded(where, steps, state_dict_options=options)
             for where, steps in ((None, 8), (place, 5), (place, 8))
         )
         whole.train()
         begun.train()
         resumed.train()
-        pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
-        same[name] = resumed.step == 8 and all(
-            torch.equal(shards.local(a.detach()), shards.local(b.detach())) for a, b in pairs
-        )
+        same[name] = resumed.step == 8 and equal_pieces(whole.model, resumed.model)
     return same
 
 
+def equal_pieces(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(shards.local(a.detach()), shards.local(b.detach())) for a, b in pairs)
+
+
+def whole_best(folder: str) -> tuple[str, bool]:
+    """The best state of a run that asks for whole tensors: its name, and whether it reads back as the run."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    best = Checkpoint(path=Path(folder))
+    run, again = (Sharded(None, 4, hooks, state_dict_options=options) for hooks in ([best], []))
+    run.train()
+    assert best.best_path is not None
+    again.build()
+    again.load_state_dict(again.read_checkpoint(best.best_path))
+    return best.best_path.name, equal_pieces(run.model, again.model)
+
+
 def own_averages() -> dict[str, Tensor]:
-    run = Own(None, 6, [EMA(0.8)])
+    run = Sharded(None, 6, [EMA(0.8)])
     run.train()
     return dict(run.state_dict()["EMA"])
 
@@ -315,6 +310,7 @@ def all_of(folder: str) -> dict[str, Any]:
         "averages": own_averages(),
         **{f"tasks {n}": tasks("fsdp", str(Path(folder) / "tasks"), n) for n in (5, 8)},
         "own state": own_state(folder),
+        "whole best": whole_best(str(Path(folder) / "best")),
         "without length": without_length(),
         "unequal": unequal_evaluation(),
         "rows": rows_seen(str(Path(folder) / "rows")),

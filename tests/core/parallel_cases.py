@@ -322,8 +322,8 @@ def agree() -> dict[str, Any]:
 class Own(BaseTrainer):
     """Document 003's way: the model is wrapped in build_model, the sampler knows the ranks."""
 
-    def __init__(self, wrap: str, **kwargs: Any) -> None:
-        super().__init__(max_steps=6, device="cpu", grad_clip=1.0, gradient_accumulation_steps=2, **kwargs)
+    def __init__(self, wrap: str, max_steps: int = 6, **kwargs: Any) -> None:
+        super().__init__(max_steps, device="cpu", grad_clip=1.0, gradient_accumulation_steps=2, **kwargs)
         self.wrap = wrap
 
     def build_data_loader(self) -> Any:
@@ -334,6 +334,8 @@ class Own(BaseTrainer):
     def build_model(self) -> nn.Module:
         torch.manual_seed(0)
         model = Net()
+        if runtime.world_size() == 1:
+            return model
         if self.wrap == "ddp":
             return nn.parallel.DistributedDataParallel(model)
         if self.wrap == "fsdp2":

@@ -69,6 +69,10 @@ def test_state_dict_options_of_a_sharded_model(seen: list[dict[str, Any]]) -> No
     assert [rank["own state"] for rank in seen] == [{"pieces": True, "whole": True}] * 2
 
 
+def test_the_best_state_is_whole_where_that_is_asked_for(seen: list[dict[str, Any]]) -> None:
+    assert [rank["whole best"] for rank in seen] == [("checkpoint_step_4.pt", True)] * 2
+
+
 def test_tasks_with_an_optimizer_each_go_on_in_shards(seen: list[dict[str, Any]], tmp_path: Path) -> None:
     assert same(seen, "tasks 8", cases.tasks("alone", str(tmp_path), 8))  # it was resumed at 5
 

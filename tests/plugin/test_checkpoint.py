@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_the_plugin_as_it_was(tmp_path: Path, monkeypatch: 
     def full(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("orbit.core.checkpoint.save_checkpoint", full)
+    monkeypatch.setattr("orbit.core.checkpoint.sharded.save_checkpoint", full)
     with pytest.raises(OSError, match="no space"):
         for _ in run.train(tiny.loader(16)):
             run.auto_update()

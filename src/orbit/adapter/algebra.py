@@ -47,8 +47,8 @@ from orbit.adapter.kinds.whole import ParameterSite
 from orbit.adapter.matrices import SUMS, Factors, norm_of_product, svd, svd_of_product, truncated
 from orbit.adapter.offload import weights_at_hand
 from orbit.adapter.owners import BiasSlot, Slot, TokenSlot, check_task_name
-from orbit.adapter.patterns import clean
 from orbit.adapter.routes.route import state_of
+from orbit.core.patterns import clean
 
 METHODS = ("cat", "svd", "ties", "dare", "dare_ties", "magnitude_prune")
 _SPARSE = ("ties", "dare", "dare_ties", "magnitude_prune")

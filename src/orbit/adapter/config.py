@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orbit.adapter.errors import ConfigError
-from orbit.adapter.patterns import Pattern, clean
+from orbit.core.patterns import Pattern, clean
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 STARTS_FROM_WEIGHT = ("pissa", "olora")
@@ -244,4 +244,4 @@ def _lookup(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _layer_pattern(key: str) -> Pattern:
-    return Pattern(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern")
+    return Pattern(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern", ConfigError)

@@ -26,6 +26,7 @@ from orbit.adapter.graft import Graft
 from orbit.adapter.inject import one_task, task_layers, unwrapped
 from orbit.adapter.owners import BiasSlot, Slot, TokenSlot
 from orbit.adapter.routes.route import route
+from orbit.core.modes import modes_kept
 
 
 class _Directions:
@@ -92,7 +93,8 @@ def init_eva(
             raise ConfigError(f"keep={keep} is below the rank {r} of layer {path!r}")
         found[path] = _Directions(2 * r + 16 if keep is None else keep)
     mask: list[Tensor | None] = [None]
-    with _watched(layers, found, mask), _in_eval(model), torch.no_grad(), route(model, None):
+    with _watched(layers, found, mask), modes_kept(model), torch.no_grad(), route(model, None):
+        model.eval()
         for batch in batches:
             given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             mask[0] = given if isinstance(given, Tensor) and given.dim() == 2 else None
@@ -165,14 +167,3 @@ def _watched(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.adapter.errors import TaskError
+from orbit.core.tree import Attached
 
 
 class Owner(nn.Module):
@@ -60,7 +61,7 @@ class Owner(nn.Module):
         return "x".join(map(str, self.weight.shape))
 
 
-class Beside(nn.Module):
+class Beside(nn.Module, Attached):
     """A module that stands beside the base model and is part neither of it nor of a task: a router, say.
 
     No target reaches into it, the base's state dict leaves it out and freezing the base leaves it alone. A state
@@ -230,7 +231,7 @@ OTHERS: Mapping[type[tuple[Any, ...]], tuple[str, ...]] = {
 }
 
 
-class Tasks(nn.Module):
+class Tasks(nn.Module, Attached):
     """Owner modules by task name. Its storage names are escaped, its interface is not."""
 
     def get(self, task: str) -> Any:

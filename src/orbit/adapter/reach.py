@@ -31,7 +31,9 @@ from orbit.adapter.kinds.registry import mixin_of, wrapper_of
 from orbit.adapter.kinds.tokens import Rows, SharedRows, resolve_tokens
 from orbit.adapter.kinds.whole import WholeGraft
 from orbit.adapter.owners import AnySlot, BiasSlot, Slot, Whole
-from orbit.adapter.targets import at_or_below, resolve, tree
+from orbit.adapter.targets import resolve
+from orbit.core.patterns import at_or_below
+from orbit.core.tree import tree
 
 
 class Planned(NamedTuple):

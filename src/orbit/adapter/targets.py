@@ -1,13 +1,11 @@
 """Which layers a config means.
 
-    "q_proj", "mlp.up_proj"      a dotted suffix of the layer's name
-    "layers.*.q_proj"            a glob, of the whole name or of a dotted suffix
-    "re:.*[qv]_proj"             a regular expression for the whole name
+    "q_proj", "layers.*.q_proj", "re:.*[qv]_proj"    by the grammar of `core/patterns.py`
     None                         every linear layer but the head; or the model itself, if it is a layer
 
-A match that is a container means every adaptable layer below it. Nothing is found by substring. A name, without
-wildcards, that means a layer which cannot be adapted is an error. Linear are nn.Linear and transformers' Conv1D;
-convolutions and embeddings are adapted where a target names them or a container of theirs.
+A match that is a container means every adaptable layer below it. A name, without wildcards, that means a layer which
+cannot be adapted is an error. Linear are nn.Linear and transformers' Conv1D; convolutions and embeddings are adapted
+where a target names them or a container of theirs.
 
 The head, for transformers' models, is what `get_output_embeddings()` returns and every layer outside of
 `base_model` (a classifier); for other models it is the last linear layer in the order of registration,
@@ -17,16 +15,15 @@ unless that is the only one. Name it as a target to adapt it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds.registry import is_linear, kind_of, refusal
-from orbit.adapter.owners import Beside, Tasks
-from orbit.adapter.patterns import Pattern, clean
-from orbit.core.names import nearest
+from orbit.core import patterns
+from orbit.core.patterns import at_or_below, is_pattern, nearest_ending
+from orbit.core.tree import tree
 
 
 def resolve(
@@ -65,14 +62,14 @@ def resolve(
             reached = [name for name in layers if at_or_below(name, hits)]
             if not reached:
                 raise TargetError(_nothing(target, hits, modules, layers))
-            for hit in () if _is_pattern(target) else hits:
+            for hit in () if is_pattern(target) else hits:
                 if hit not in layers and _is_leaf(modules[hit]):
                     raise TargetError(
                         f"target {target!r} names {hit!r}, a {type(modules[hit]).__name__}, which is none of the "
                         "kinds that can be adapted; name the others more fully, or by a glob, which leaves it out"
                     )
             chosen.update(reached)
-            if not _is_pattern(target):
+            if not is_pattern(target):
                 by_name.update(hit for hit in hits if hit in layers)
     for target in exclude:
         hits = matches(target, modules)
@@ -106,18 +103,12 @@ def resolve(
 
 
 def matches(target: str, names: Iterable[str]) -> list[str]:
-    """The names that `target` matches by the module's grammar, as they are or without wrappers (`patterns.clean`).
+    """The names that `target` matches; see `core.patterns`.
 
-    >>> matches("q_proj", ["a.q_proj", "a.eq_proj", "q_proj.x"])
-    ['a.q_proj']
+    Raises:
+        TargetError: a regular expression that is none, or takes too long.
     """
-    if target.startswith("re:"):
-        is_meant = Pattern(target[3:], "targets", TargetError).fullmatch
-    elif _is_pattern(target):
-        is_meant = lambda name: fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")  # noqa: E731
-    else:
-        is_meant = lambda name: name == target or name.endswith(f".{target}")  # noqa: E731
-    return [name for name in names if is_meant(clean(name)) or (name != clean(name) and is_meant(name))]
+    return patterns.matches(target, names, TargetError)
 
 
 def number_of(name: str) -> int | None:
@@ -144,35 +135,9 @@ def numbered(names: Iterable[str], numbers: Sequence[int]) -> list[str]:
     return [name for name in names if number_of(name) in numbers]
 
 
-def _is_pattern(target: str) -> bool:
-    return target.startswith("re:") or any(mark in target for mark in "*?[")
-
-
-def tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | None]]:
-    """Every module but the adapters' own and those beside the model, by name, and each one's parent."""
-    modules: dict[str, nn.Module] = {}
-    parents: dict[str, nn.Module | None] = {}
-    seen: set[nn.Module] = set()
-    left: list[tuple[str, nn.Module, nn.Module | None]] = [("", model, None)]
-    while left:
-        name, module, parent = left.pop()
-        if module not in seen and not isinstance(module, (Tasks, Beside)):
-            seen.add(module)
-            modules[name], parents[name] = module, parent
-            children = [
-                (f"{name}.{key}" if name else key, child, module) for key, child in module.named_children()
-            ]
-            left.extend(reversed(children))
-    return modules, parents
-
-
 def _is_leaf(module: nn.Module) -> bool:
     """A layer with parameters of its own and nothing below it."""
     return not module._modules and any(p is not None for p in module._parameters.values())
-
-
-def at_or_below(name: str, roots: Sequence[str]) -> bool:
-    return any(root in ("", name) or name.startswith(f"{root}.") for root in roots)
 
 
 def _head(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
@@ -195,11 +160,7 @@ def _nothing(
     if hits:
         classes = ", ".join(sorted({type(modules[hit]).__name__ for hit in hits}))
         return f"{said}; it names {len(hits)} module(s) of class {classes} with none of them below"
-    suffixes = {
-        ".".join(parts[i:]) for parts in (n.split(".") for n in modules if n) for i in range(len(parts))
-    }
-    wanted = target.removeprefix("re:")
-    found = nearest(wanted, (s for s in suffixes if s.count(".") <= wanted.count(".") and not s.isdigit()))
+    found = nearest_ending(target, modules)
     if found:
         count = len([name for name in layers if at_or_below(name, matches(found, modules))])
         return f"{said}; did you mean {found!r} ({count})?"

@@ -50,6 +50,12 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the disk has the content of a file that somebody else wrote."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the disk has the folder's entries: the names of new, renamed and removed files."""
     handle = os.open(folder, os.O_RDONLY)

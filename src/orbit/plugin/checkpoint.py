@@ -5,7 +5,7 @@ What is written are whole training states (`core/checkpoint`), so that any of th
     checkpoints/best/checkpoint_step_{step}.pt     the `save_top_k` best, and the last with `save_last`
     checkpoints/best/checkpoint_latest.pt          a link to the last, with `save_last`
 
-(folders without `.pt` where the model is sharded over ranks).
+(folders without `.pt` where the model is sharded over ranks, unless `state_dict_options` asks for whole tensors).
 
 A metric is judged where it is measured: after an evaluation inside the loop, and at the epoch's end. A state lies on a
 step boundary, so it is saved at the first one behind the measurement: the same weights, unless an accumulation window
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orbit.core import checkpoint, runtime
-from orbit.core.checkpoint.lock import FolderLock
+from orbit.core.checkpoint.lock import FolderLock, taken
 from orbit.core.events import Plugin
 from orbit.core.meters import Averages
 from orbit.core.nested import as_number
-from orbit.core.ranks import everyones, on_main, shards
+from orbit.core.ranks import everyones, on_main
 from orbit.plugin import monitor as metric
 from orbit.plugin.checkpointing import CheckpointingHook
 from orbit.plugin.logs import check_interval
@@ -262,9 +262,8 @@ class Checkpoint(Plugin):
     def _offer(self, trainer: Core, value: float | None) -> None:
         """Save the state at hand if it is among the best, or to be the last."""
         self._looked = trainer.step
-        sharded = shards.holds_shards(trainer.model)
-        path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
-        path = path.with_suffix("") if sharded else path
+        sharded = trainer.saves_pieces
+        path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step, sharded)
         name = path.name
         kept = dict(self.kept)
         if value is not None and self._belongs(value):
@@ -282,11 +281,7 @@ class Checkpoint(Plugin):
             self.last_path = path
         try:
             state = trainer.state_to_write(sharded)
-            if sharded:
-                checkpoint.save_sharded(state, path)
-            else:
-                on_main(lambda: checkpoint.save_checkpoint(state, path))
-            on_main(lambda: self._tidy(trainer, path, dropped - {name}))
+            checkpoint.save_and_tidy(state, path, lambda path: self._tidy(trainer, path, dropped - {name}))
         except BaseException:
             self.kept, self.last_path = before
             raise
@@ -299,11 +294,7 @@ class Checkpoint(Plugin):
         return len(self.kept) < self.save_top_k or metric.better(value, self.kept[self._worst()], self.mode)
 
     def _take(self, trainer: Core) -> None:
-        """The right to write to the folder; what a killed run left there goes."""
-        if self._lock is None or not self._lock.held:
-            self._lock = FolderLock(self.folder(trainer))
-            self._lock.acquire()
-            checkpoint.sweep(self._lock.folder)
+        self._lock = taken(self._lock, self.folder(trainer), trainer.logger)
 
     def _tidy(self, trainer: Core, path: Path, dropped: set[str]) -> None:
         if self.save_last:

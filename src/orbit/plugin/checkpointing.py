@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orbit.core import checkpoint, runtime
 from orbit.core.checkpoint.background import Background, Staging
-from orbit.core.checkpoint.lock import FolderLock
+from orbit.core.checkpoint.lock import FolderLock, taken
 from orbit.core.events import Plugin
 from orbit.core.ranks import on_all, on_main
 from orbit.core.signals import Listener
@@ -182,13 +182,9 @@ class CheckpointingHook(Plugin):
         sharded = trainer.saves_pieces if self.sharded is None else self.sharded
         state = trainer.state_to_write(sharded)
         self._saved_step = trainer.step
-        path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step)
-        if sharded:
-            path = path.with_suffix("")
-        if not self.asynchronous and not sharded:
-            on_main(lambda: self._tidy(checkpoint.save_checkpoint(state, path)))
-        elif not self.asynchronous:
-            self._write_shards(state, path, None)
+        path = checkpoint.checkpoint_path(self.folder(trainer), trainer.step, sharded)
+        if not self.asynchronous:
+            checkpoint.save_and_tidy(state, path, self._tidy)
         elif not sharded:
             on_main(
                 lambda: self._begin(
@@ -198,17 +194,17 @@ class CheckpointingHook(Plugin):
         else:
             if self._group is None:
                 self._group = checkpoint.new_group()
-            on_all(lambda: self._begin(state, lambda staged: self._write_shards(staged, path, self._group)))
+            on_all(
+                lambda: self._begin(
+                    state, lambda staged: checkpoint.save_and_tidy(staged, path, self._tidy, self._group)
+                )
+            )
         return path
 
     def _begin(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         self._background.wait()  # it reads the memory that the next line fills
         staged = self._staging.copy(state)
         self._background.submit(lambda: write(staged))
-
-    def _write_shards(self, state: dict[str, Any], path: Path, group: Any) -> None:
-        checkpoint.save_sharded(state, path, group)
-        on_main(lambda: self._tidy(path), group)
 
     def _tidy(self, path: Path) -> None:
         checkpoint.link_latest(path)
@@ -226,13 +222,7 @@ class CheckpointingHook(Plugin):
         return kept
 
     def _take(self, trainer: Core) -> None:
-        """The right to write to the folder; what a killed run left there goes."""
-        folder = self.folder(trainer)
-        if self._lock is None or not self._lock.held:
-            self._lock = FolderLock(folder)
-            self._lock.acquire()
-            if gone := checkpoint.sweep(folder):
-                trainer.logger.info("removed what a killed run left: %s", ", ".join(gone))
+        self._lock = taken(self._lock, self.folder(trainer), trainer.logger)
 
     def _warn_of_later(self, trainer: Core) -> None:
         """Say so if a run begins before checkpoints that are there: anew, or from an older one of them."""

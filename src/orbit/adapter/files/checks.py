@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from orbit.adapter.config import STARTS_FROM_WEIGHT, AdapterConfig
-from orbit.adapter.errors import AdapterFileError
+from orbit.adapter.errors import AdapterFileError, ConfigError
 from orbit.adapter.files.peft_keys import Named, key_of
 from orbit.adapter.inject import task_config, task_layers
 from orbit.adapter.kinds.registry import kind_of
 from orbit.adapter.owners import Owner, Tasks, TokenSlot
-from orbit.adapter.patterns import Pattern, clean
+from orbit.core.patterns import Pattern, clean
 
 _WITHIN = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 _COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight")
@@ -139,5 +139,5 @@ def target_modules(model: nn.Module, layers: set[str]) -> list[str] | str:
 
 def _peft_match(targets: Any, name: str) -> bool:
     if isinstance(targets, str):
-        return Pattern(targets, "target_modules or exclude_modules").fullmatch(name)
+        return Pattern(targets, "target_modules or exclude_modules", ConfigError).fullmatch(name)
     return any(name == target or name.endswith(f".{target}") for target in targets)

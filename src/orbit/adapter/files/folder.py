@@ -64,8 +64,8 @@ from orbit.adapter.inject import (
 )
 from orbit.adapter.kinds.registry import own_class
 from orbit.adapter.merge import refuse_merged
-from orbit.adapter.patterns import clean
 from orbit.adapter.routes.route import find_state, install, state_of
+from orbit.core.patterns import clean
 from orbit.core.rng import preserved
 from orbit.core.runtime import is_main_process
 from orbit.core.safetensors_header import check_header

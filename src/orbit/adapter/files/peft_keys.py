@@ -27,8 +27,8 @@ from orbit.adapter.inject import task_layers
 from orbit.adapter.kinds.registry import kind_of, wrapper_of
 from orbit.adapter.kinds.whole import ParameterSite
 from orbit.adapter.owners import BiasSlot, TokenSlot
-from orbit.adapter.patterns import clean
 from orbit.core.names import nearest
+from orbit.core.patterns import clean
 
 PREFIX = "base_model.model"
 _KEY = re.compile(r"(?:(?P<place>.+?)\.)?(?P<end>lora_\w+(?:\.\w+)*)")

@@ -22,7 +22,8 @@ from torch import nn
 
 from orbit.adapter.kinds.registry import refusal
 from orbit.adapter.owners import AnySlot, Bias, BiasSlot, Slot, TokenSlot, Whole
-from orbit.adapter.targets import at_or_below, tree
+from orbit.core.patterns import at_or_below
+from orbit.core.tree import tree
 
 
 def resolve_biases(model: nn.Module, taken: Sequence[str], skipped: dict[str, str]) -> dict[str, nn.Module]:

@@ -19,8 +19,9 @@ from torch import nn
 
 from orbit.adapter.errors import TargetError
 from orbit.adapter.kinds.registry import kind_of, refusal
-from orbit.adapter.targets import matches, numbered, tree
+from orbit.adapter.targets import matches, numbered
 from orbit.core.names import did_you_mean
+from orbit.core.tree import tree
 
 
 def resolve_parameters(

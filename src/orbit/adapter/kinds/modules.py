@@ -28,8 +28,9 @@ from orbit.adapter.graft import Graft, ungraft
 from orbit.adapter.kinds.registry import own_class, refusal, register_wrapper, wrapper_of
 from orbit.adapter.owners import ModuleSlot
 from orbit.adapter.routes.route import uninstall
-from orbit.adapter.targets import matches, tree
+from orbit.adapter.targets import matches
 from orbit.core.names import did_you_mean
+from orbit.core.tree import tree
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 

@@ -29,8 +29,9 @@ from orbit.adapter.kinds.embedding import EmbeddingGraft
 from orbit.adapter.kinds.linear import LinearGraft
 from orbit.adapter.kinds.registry import mixin_of, refusal
 from orbit.adapter.owners import TokenSlot
-from orbit.adapter.targets import matches, tree
+from orbit.adapter.targets import matches
 from orbit.core.names import did_you_mean
+from orbit.core.tree import tree
 
 
 class Rows(NamedTuple):

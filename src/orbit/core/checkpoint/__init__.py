@@ -22,7 +22,7 @@ from orbit.core.checkpoint.folder import (
 )
 from orbit.core.checkpoint.manifest import MANIFEST, is_valid, write_folder_manifest
 from orbit.core.checkpoint.screening import screen
-from orbit.core.checkpoint.sharded import load_sharded, new_group, save_sharded
+from orbit.core.checkpoint.sharded import load_sharded, new_group, save_and_tidy, save_sharded
 from orbit.core.checkpoint.single import load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "load_sharded",
     "new_group",
     "prune",
+    "save_and_tidy",
     "save_checkpoint",
     "save_sharded",
     "screen",

@@ -15,9 +15,9 @@ _LATEST = "checkpoint_latest"
 _NAME = re.compile(r"checkpoint_step_([0-9]{1,18})(\.pt)?")
 
 
-def checkpoint_path(folder: Path | str, step: int) -> Path:
-    """Where the one-file checkpoint of a step lies."""
-    return Path(folder) / f"checkpoint_step_{step}.pt"
+def checkpoint_path(folder: Path | str, step: int, sharded: bool = False) -> Path:
+    """Where the checkpoint of a step lies: a file, or with `sharded` a folder."""
+    return Path(folder) / f"checkpoint_step_{step}{'' if sharded else '.pt'}"
 
 
 def list_checkpoints(folder: Path | str) -> list[Path]:

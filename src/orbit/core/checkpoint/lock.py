@@ -12,12 +12,15 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+from orbit.core.checkpoint.folder import sweep
 
 LOCK = ".lock"
 _CANNOT = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
@@ -97,6 +100,21 @@ class FolderLock:
             f"{owner.get('host', 'an unknown host')}{since}: two runs in one folder would overwrite each other's "
             f"checkpoints; wait for it, end it, or give this run a path of its own{hint}"
         )
+
+
+def taken(lock: FolderLock | None, folder: Path, logger: logging.Logger) -> FolderLock:
+    """The right to write to `folder`, by this lock if it is held or else by a new one. With a new one, what a killed
+    run left there goes, and is told.
+
+    Raises: as `FolderLock.acquire`.
+    """
+    if lock is not None and lock.held:
+        return lock
+    lock = FolderLock(folder)
+    lock.acquire()
+    if gone := sweep(folder):
+        logger.info("removed what a killed run left: %s", ", ".join(gone))
+    return lock
 
 
 def _owner(text: bytes) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor
 from orbit.core import runtime
 from orbit.core.checkpoint.errors import CheckpointError
 from orbit.core.checkpoint.manifest import is_valid, write_folder_manifest
-from orbit.core.checkpoint.single import check_step, free_bytes, load_checkpoint, save_checkpoint
+from orbit.core.checkpoint.single import cannot_be_written, check_step, load_checkpoint, save_checkpoint
 from orbit.core.files import aside, sync_folder
 from orbit.core.ranks import on_main, shards
 
@@ -81,11 +81,20 @@ def save_sharded(state: dict[str, Any], path: Path, group: Any = None) -> Path:
         except CheckpointError:
             raise
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(
-                f"{path} cannot be written: {_of_all_ranks(error)}; {free_bytes(path)} bytes are free there. "
-                "What was there is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
-            ) from error
+            raise cannot_be_written(path, _of_all_ranks(error)) from error
     return path
+
+
+def save_and_tidy(state: dict[str, Any], path: Path, tidy: Callable[[Path], None], group: Any = None) -> None:
+    """Write a checkpoint to `path`, a file if it ends on `.pt` and else a folder, then call `tidy(path)` on rank 0.
+
+    Every rank calls it. What one of them raises is raised on all; `group` and errors as in `save_sharded`.
+    """
+    if path.suffix == ".pt":
+        on_main(lambda: tidy(save_checkpoint(state, path)), group)
+    else:
+        save_sharded(state, path, group)
+        on_main(lambda: tidy(path), group)
 
 
 def load_sharded(
@@ -108,11 +117,10 @@ def load_sharded(
     check_step(rest, path)
     reader = _reader(path)
     stored = _tensors_in(reader.read_metadata(), path)
-    held = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
-    saved = (rest["optimizer"] or {}).get("param_groups", [])
-    numbers = [number for group in saved for number in group["params"]]
     owners: dict[str, Tensor] = {f"model.{key}": value for key, value in model_state.items()}
-    owners |= {f"optimizer.{number}": p for number, p in zip(numbers, held, strict=False)}
+    if optimizer is not None and rest["optimizer"] is not None:
+        of_moments = shards.moment_owners(optimizer, rest["optimizer"])
+        owners |= {f"optimizer.{number}": parameter for number, parameter in of_moments.items()}
     targets = {
         key: _empty(owners.get(key, owners.get(key.rpartition(".")[0])), size, dtype)
         for key, (size, dtype) in stored.items()

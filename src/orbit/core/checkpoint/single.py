@@ -57,10 +57,7 @@ def write(state: dict[str, Any], path: Path) -> None:
         cause = _system_error(error)
         if cause is None:
             raise
-        raise CheckpointError(
-            f"{path} cannot be written: {cause.strerror or cause}; {free_bytes(path)} bytes are free there. "
-            "What was there before is as it was; make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
-        ) from error
+        raise cannot_be_written(path, cause.strerror or str(cause)) from error
 
 
 def _write_aside(state: dict[str, Any], partial: Path) -> str:
@@ -146,12 +143,16 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def free_bytes(path: Path) -> str:
-    """What the disk under `path` has left, to be shown."""
+def cannot_be_written(path: Path, cause: str) -> CheckpointError:
+    """The error of a save that the system refused, with the bytes that the disk under `path` has left."""
     try:
-        return f"{shutil.disk_usage(path.parent).free:,}"
+        free = f"{shutil.disk_usage(path.parent).free:,}"
     except OSError:
-        return "unknown"
+        free = "unknown"
+    return CheckpointError(
+        f"{path} cannot be written: {cause}; {free} bytes are free there. What was there before is as it was; "
+        "make room, keep fewer checkpoints (keep_previous=), or save elsewhere"
+    )
 
 
 def _nearby(folder: Path) -> str:

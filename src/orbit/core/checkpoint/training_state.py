@@ -18,6 +18,7 @@ from torch import Tensor
 
 from orbit.core import rng, runtime
 from orbit.core.checkpoint import state_checks
+from orbit.core.loaded import mark_loaded
 from orbit.core.nested import map_nested_tensor
 from orbit.core.ranks import everyones, on_all, shards
 
@@ -106,6 +107,7 @@ def restore(trainer: Base, state: dict[str, Any]) -> None:
         trainer._position, trainer._rng = place
         raise
     trainer._calls_to_pass = 0
+    mark_loaded(trainer.unwrapped_model)
 
 
 def _keep(trainer: Base) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from orbit.core.events import Dispatcher, Plugin
 from orbit.core.extras import need
 from orbit.core.feeding.feed import Feed, FeedError
 from orbit.core.meters import Averages
+from orbit.core.modes import modes_kept
 from orbit.core.ranks import shards
 from orbit.core.update import NonFiniteGradientError
 
@@ -179,7 +180,6 @@ def _as_before(trainer: Core, optimizer: torch.optim.Optimizer, loader: Iterable
     places = [place for part in modules for place in _places(part)]
     tensors = {id(t): (t, t.detach().clone()) for holder, name in places if (t := holder[name]) is not None}
     held = [(holder, name, holder[name]) for holder, name in places]
-    training = [(module, module.training) for part in modules for module in part.modules()]
     extra = _extra_states(modules)
     moments = deepcopy(optimizer.state_dict())
     stateful: Any = loader if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") else None
@@ -189,7 +189,7 @@ def _as_before(trainer: Core, optimizer: torch.optim.Optimizer, loader: Iterable
     trainer._position = trainer._rng = None  # of a resumed run, for its own next batch
     trainer._micro_records, trainer._micro_losses = [], []
     try:
-        with rng.preserved(Feed(loader).generators):
+        with rng.preserved(Feed(loader).generators), modes_kept(*modules):
             yield
     finally:
         vars(trainer).clear()
@@ -201,8 +201,6 @@ def _as_before(trainer: Core, optimizer: torch.optim.Optimizer, loader: Iterable
             for tensor, value in tensors.values():
                 tensor.copy_(value)
                 tensor.grad = None
-        for module, mode in training:
-            module.training = mode
         for module, state in extra:
             module.set_extra_state(state)
         optimizer.load_state_dict(moments)

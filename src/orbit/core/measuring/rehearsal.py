@@ -22,10 +22,9 @@ def rehearsal(trainer: Core, batch: Any) -> Iterator[Outcome]:
     trainer must be built. What the user's own forward changes besides (a counter, a file) stays changed.
     """
     model = trainer.model
-    kept = {name: getattr(trainer, name) for name in trainer._bracketed}
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with rng.preserved(() if trainer._feed is None else trainer._feed.generators):
+    generators = () if trainer._feed is None else trainer._feed.generators
+    with rng.preserved(generators), trainer.bracketed():
         try:
             model.train()
             trainer._receive(batch)
@@ -34,7 +33,3 @@ def rehearsal(trainer: Core, batch: Any) -> Iterator[Outcome]:
         finally:
             for buffer, value in buffers:
                 buffer.detach().copy_(value)
-            for module, training in modes:
-                module.training = training
-            for name, before in kept.items():
-                setattr(trainer, name, before)

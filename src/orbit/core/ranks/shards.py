@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from orbit.core import runtime
 
@@ -110,11 +112,16 @@ def cut_model_state(own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     }
 
 
+def moment_owners(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> dict[Any, Tensor]:
+    """The parameter behind each number (or name) in an optimizer's `state_dict()`: they are counted alike in both."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in given.get("param_groups", []) for number in group["params"]]
+    return dict(zip(numbers, held, strict=False))
+
+
 def cut_optimizer_state(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's whole `state_dict()` with the moments of sharded parameters in pieces like theirs."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in given["param_groups"] for number in group["params"]]
-    owner = dict(zip(numbers, held, strict=False))
+    owner = moment_owners(optimizer, given)
     state = {
         number: {
             name: cut_like(owner[number], value) if number in owner and isinstance(value, Tensor) else value
@@ -129,3 +136,18 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's piece, sharing its memory; the tensor itself if it is not sharded."""
     sharded: Any = tensor
     return sharded.to_local() if is_sharded(tensor) else tensor
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all tensors together, whole ones and pieces over all ranks: 0-d, the same on every rank."""
+    cut = [t for t in tensors if is_sharded(t)]
+    return norm_of_kinds([cut, [t for t in tensors if not is_sharded(t)]] if cut else [tensors])
+
+
+def norm_of_kinds(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """`total_norm` of tensors that were told apart before: each part all pieces or all whole."""
+    norms: list[Any] = [get_total_norm(part) for part in parts if part]
+    norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+    if not norms:
+        return get_total_norm([])
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

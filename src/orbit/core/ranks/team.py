@@ -12,6 +12,7 @@ A wish of one rank takes effect on all of them at the next such place.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -102,8 +103,6 @@ def _sendable(error: Exception | None) -> Exception | None:
 
 
 def _pickles(error: Exception) -> bool:
-    import pickle
-
     try:
         return isinstance(pickle.loads(pickle.dumps(error)), type(error))
     except Exception:

@@ -19,7 +19,7 @@ from torch import nn
 
 from orbit.adapter.graft import Graft
 from orbit.adapter.kinds.registry import own_class
-from orbit.adapter.patterns import clean
+from orbit.core.patterns import clean
 from orbit.xlora.errors import XLoRAError
 
 

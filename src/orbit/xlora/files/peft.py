@@ -20,7 +20,7 @@ from torch import nn
 
 from orbit.adapter.files import contents, packed, whole
 from orbit.adapter.inject import task_config, task_layers
-from orbit.adapter.patterns import clean
+from orbit.core.patterns import clean
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.files.weights import PEFT_PREFIX
 
