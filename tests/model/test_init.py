@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from orbit import Engine
 from orbit.adapter import AdapterConfig, inject
-from orbit.model import auto_initialize, load_layer, save_layer
+from orbit.model import MoE, auto_initialize, load_layer, save_layer
 from orbit.model.errors import SettingError, TargetError
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
@@ -457,3 +457,12 @@ def test_adapters_stay_and_wrappers_are_seen_through() -> None:
     assert report.counts == {"linear": 2}
     assert report.untouched == dict.fromkeys(before, "attached to the model")
     assert all(torch.equal(inner.get_parameter(name), value) for name, value in before.items())
+
+
+def test_a_mixture_of_experts_is_initialised_whole() -> None:
+    model = nn.ModuleList(spoil(MoE(8, 16, num_experts=4, top_k=2)) for _ in range(3))
+    report = auto_initialize(model, residual="experts.down_proj")
+    assert report.untouched == {}
+    assert report.counts == {"experts": 3, "gate": 3}
+    assert list(report.scaled.values()) == [1 / math.sqrt(3)] * 3
+    assert not any((p == 7).any() for p in model.parameters())

@@ -15,6 +15,7 @@ from orbit.adapter import AdapterConfig, inject
 from orbit.core.loaded import loaded_names
 from orbit.model import get_model_by_name, load_layer, save_layer
 from orbit.model.errors import LayerFileError, TargetError
+from tests.ranks import on_ranks
 
 
 class Net(nn.Module):
@@ -274,3 +275,11 @@ def test_a_name_that_leads_nowhere_says_where_it_ended(name: str, says: str, tmp
         save_layer(Net(), name, tmp_path / "x.safetensors")
     with pytest.raises(TargetError, match=says):
         load_layer(Net(), name, tmp_path / "x.safetensors")
+
+
+def test_a_sharded_layer_is_written_whole_by_the_first_rank(tmp_path: Path) -> None:
+    assert on_ranks("tests.model.rank_cases:save_and_load", 2, str(tmp_path)) == [True, True]
+    tensors = load_file(tmp_path / "layer.safetensors")
+    assert tensors["0.weight"].shape == (3, 5)
+    assert ("2.weight" in tensors) != ("4.weight" in tensors)
+    assert [file.name for file in tmp_path.iterdir()] == ["layer.safetensors"]

@@ -258,7 +258,7 @@ def _rule_of(layer: nn.Module) -> tuple[str, Rule] | None:
     """The layer's kind and how to initialise it; None for an unknown class."""
     own_kind = getattr(type(layer), "initialized_as", None)
     if own_kind is not None:
-        return own_kind, type(layer).reset_parameters
+        return own_kind, lambda block: block.reset_parameters()
     return next(((kind, rule) for kind, classes, rule in _KINDS if isinstance(layer, classes)), None)
 
 
