@@ -15,7 +15,15 @@ from torch.nn.utils import parametrizations, prune
 
 from orbit import Engine
 from orbit.adapter import AdapterConfig, inject
-from orbit.model import MoE, auto_initialize, load_layer, save_layer
+from orbit.model import (
+    MoE,
+    Transformer,
+    TransformerConfig,
+    auto_initialize,
+    load_layer,
+    load_llama_weights,
+    save_layer,
+)
 from orbit.model.errors import SettingError, TargetError
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
@@ -426,6 +434,17 @@ def test_what_transformers_loaded_stays_and_its_new_head_does_not(tmp_path: Path
 
     fresh = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
     assert auto_initialize(fresh).counts["linear"] > 5
+
+
+def test_a_decoder_scales_its_residual_writes_and_keeps_the_weights_of_a_llama() -> None:
+    llama = tiny_llama(tiny_tokenizer())
+    model = Transformer(TransformerConfig.from_llama(llama.config))
+    report = auto_initialize(spoil(model), residual=("o_proj", "down_proj"))
+    assert report.untouched == {}
+    assert set(report.scaled.values()) == {1 / math.sqrt(2 * model.config.num_layers)}
+    load_llama_weights(model, llama)
+    with pytest.warns(UserWarning, match=r"did nothing.*loaded"):
+        assert set(auto_initialize(model).untouched.values()) == {"loaded"}
 
 
 def test_a_checkpoint_that_orbit_restored_is_loaded(tmp_path: Path) -> None:

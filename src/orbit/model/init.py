@@ -5,7 +5,7 @@ and blocks that bring a rule of their own).
 
 Left as they are, and named in the report with the reason:
 
-    loaded      what came from a file by `orbit.model.load_layer` or an Orbit checkpoint, or by transformers'
+    loaded      what came by `load_layer`, `load_llama_weights` or an Orbit checkpoint, or by transformers'
                 `from_pretrained` (a head that it made anew is initialised); unless `overwrite_loaded=True`.
                 There is no sign by which to know what a plain `load_state_dict` wrote, and a deep copy loses
                 transformers' sign: name such layers in `keep=`.
@@ -17,9 +17,9 @@ Weights tied between layers are set once, by the embedding's rule where one of t
 tied output head does not undo it.
 
 `residual=` names the layers that write into a residual stream, whose variance grows with each of them. After its rule,
-the weight of each is scaled by 1/√n (Radford et al. 2019, GPT-2), n being the number of layers that the names match: 2 · blocks in a decoder
-whose blocks each have one after attention and one after the MLP. Where several write side by side (experts), n is to be
-said: `residual_depth=`.
+the weight of each is scaled by 1/√n (Radford et al. 2019, GPT-2), n being the number of layers that the names match:
+2 · blocks in a decoder whose blocks each have one after attention and one after the MLP. Where several write side by
+side (experts), n is to be said: `residual_depth=`.
 """
 
 from __future__ import annotations
