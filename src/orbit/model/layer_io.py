@@ -274,7 +274,7 @@ def _full(layer_name: str, key: str) -> str:
 
 def _no_child(name: str, passed: str, part: str, module: nn.Module) -> str:
     here = f"{passed or 'the model'}, a {type(module).__name__}, has no "
-    have = list(module._modules)
+    have = [key for key, child in module._modules.items() if child is not None]
     near = nearest(part, have)
     if not have:
         return f"there is no layer {name!r}: {here}layers of its own"
