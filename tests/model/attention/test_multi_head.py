@@ -232,9 +232,7 @@ def test_decoding_compiles_to_whole_graphs():
     x = torch.randn(B, T, HIDDEN)
     wanted, cache = ours(x), ours.make_cache()
     with torch.no_grad():
-        parts = [
-            compiled(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 7), (7, 11))
-        ]
+        parts = [compiled(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 7), (7, 11))]
     close(torch.cat(parts, 1), wanted)
     torch.compiler.reset()
 
