@@ -95,24 +95,26 @@ def muon(lr: float, adamw_lr: float) -> Maker:
     )
 
 
-def tuned(optimizer_of: Callable[[float], Maker], rates: tuple[float, ...], steps: int) -> dict[float, float]:
-    """Rate → the loss at the end of its run of seed 0."""
-    losses = {}
+def tuned(
+    optimizer_of: Callable[[float], Maker], rates: tuple[float, ...], steps: int
+) -> dict[float, list[float]]:
+    """Rate → the curve of its run of seed 0."""
+    curves = {}
     for lr in rates:
-        losses[lr] = curve(optimizer_of(lr), steps, seed=0)[-1]
-        print(f"  lr {lr:g}: {losses[lr]:.4f}", flush=True)
-    return losses
+        curves[lr] = curve(optimizer_of(lr), steps, seed=0)
+        print(f"  lr {lr:g}: {curves[lr][-1]:.4f}", flush=True)
+    return curves
 
 
-def of_seeds(optimizer_of: Maker, steps: int, seeds: int) -> list[float]:
-    """The mean curve of several runs, each with weights and batches of its own."""
-    runs = [curve(optimizer_of, steps, seed) for seed in range(seeds)]
+def of_seeds(first: list[float], optimizer_of: Maker, steps: int, seeds: int) -> list[float]:
+    """The mean of the curve of seed 0 and those of further seeds, each with weights and batches of its own."""
+    runs = [first, *(curve(optimizer_of, steps, seed) for seed in range(1, seeds))]
     print(f"  of seeds: {', '.join(f'{run[-1]:.4f}' for run in runs)}", flush=True)
     return [statistics.fmean(losses) for losses in zip(*runs, strict=True)]
 
 
-def best(losses: dict[float, float]) -> float:
-    return min(losses, key=lambda lr: losses[lr])
+def best(curves: dict[float, list[float]]) -> float:
+    return min(curves, key=lambda lr: curves[lr][-1])
 
 
 def reached(losses: list[float], target: float) -> float | None:
@@ -145,12 +147,12 @@ def drawn(curves: dict[str, list[float]], target: float, height: int = 14) -> st
     return "\n".join(["```", *lines, f"      {names}; the last nine tenths of the run", "```"])
 
 
-def report(tried: dict[str, dict[float, float]], winners: dict[str, list[float]], steps: int) -> str:
+def report(tried: dict[str, dict[float, list[float]]], winners: dict[str, list[float]], steps: int) -> str:
     target = winners["AdamW"][-1]
     part = reached(winners["Muon"], target)
     rates = [
-        [f"{name}, best lr {best(losses):g}", *(f"{lr:g}: {loss:.3f}" for lr, loss in losses.items())]
-        for name, losses in tried.items()
+        [f"{name}, best lr {best(curves):g}", *(f"{lr:g}: {losses[-1]:.3f}" for lr, losses in curves.items())]
+        for name, curves in tried.items()
     ]
     every = EVALUATIONS // 10
     course = [
@@ -189,12 +191,13 @@ def main(argv: list[str] | None = None) -> None:
         "AdamW": (adamw, ADAMW_LRS),
         "Muon": (lambda lr: muon(lr, best(tried["AdamW"])), MUON_LRS),
     }
-    tried: dict[str, dict[float, float]] = {}
+    tried: dict[str, dict[float, list[float]]] = {}
     winners: dict[str, list[float]] = {}
     for name, (maker, rates) in makers.items():
         print(name, flush=True)
         tried[name] = tuned(maker, rates[: args.rates], args.steps)
-        winners[name] = of_seeds(maker(best(tried[name])), args.steps, args.seeds)
+        lr = best(tried[name])
+        winners[name] = of_seeds(tried[name][lr], maker(lr), args.steps, args.seeds)
     text = report(tried, winners, args.steps)
     print("\n" + text, flush=True)
     if args.out:

@@ -65,7 +65,9 @@ def run(face: str, model: nn.Module, batches: Any, accumulation: int, **options:
         if face == "auto_update":
             engine.auto_update()
         elif face == "update":
-            engine.update(lambda: F.cross_entropy(engine.model(engine.data), engine.target), len(engine.target))
+            engine.update(
+                lambda: F.cross_entropy(engine.model(engine.data), engine.target), len(engine.target)
+            )
         else:
             engine.update(
                 lambda: Outcome(F.cross_entropy(engine.model(engine.data), engine.target), len(engine.target))
@@ -116,7 +118,9 @@ def test_split_or_whole_the_window_is_the_same(face: str, rows: int) -> None:
         optimizer.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         optimizer.step()
-    assert (plain[0].weight - got[0].weight).norm() > 1e-4 * plain[0].weight.norm(), "the base alone goes elsewhere"
+    assert (plain[0].weight - got[0].weight).norm() > 1e-4 * plain[0].weight.norm(), (
+        "the base alone goes elsewhere"
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -184,7 +188,9 @@ def test_the_second_gradient_is_clipped_and_reported() -> None:
     F.cross_entropy(model(both[0]), both[1]).backward()
     engine.optimizer.first_step(zero_grad=True)
     F.cross_entropy(model(both[0]), both[1]).backward()
-    assert norm == pytest.approx(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item(), rel=1e-10)
+    assert norm == pytest.approx(
+        torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item(), rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -214,7 +220,12 @@ def test_a_dropped_window_leaves_no_perturbation(where: str, precision: str | No
     model, watch = tiny.model(), Watch()
     optimizer = sam(model)
     engine = Engine(
-        model, optimizer, plugins=[watch], device="cpu", max_non_finite_grad_retries=3, mixed_precision=precision
+        model,
+        optimizer,
+        plugins=[watch],
+        device="cpu",
+        max_non_finite_grad_retries=3,
+        mixed_precision=precision,
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
 

@@ -61,12 +61,16 @@ def test_heads() -> None:
     sizes = {"vocab_size": 20, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
     for tied in (False, True):
         ours = split(Transformer(TransformerConfig(**sizes, tie_embeddings=tied, num_experts=4)))
-        assert [name for name, why in ours.adamw.items() if why == "head"] == ([] if tied else ["lm_head.weight"])
+        assert [name for name, why in ours.adamw.items() if why == "head"] == (
+            [] if tied else ["lm_head.weight"]
+        )
         assert "model.layers.0.mlp.experts.gate_up_proj" in ours.muon
 
 
 def test_a_head_that_comes_before_the_table_it_shares() -> None:
-    model = nn.ModuleDict({"out": nn.Linear(4, 9, bias=False), "table": nn.Embedding(9, 4), "h": nn.Linear(4, 4)})
+    model = nn.ModuleDict(
+        {"out": nn.Linear(4, 9, bias=False), "table": nn.Embedding(9, 4), "h": nn.Linear(4, 4)}
+    )
     model["out"].weight = model["table"].weight
     assert split(model).adamw["out.weight"] == "tied head"
 
@@ -78,7 +82,9 @@ def test_exclude_and_freezing() -> None:
     assert set(found.muon) == {"embedding.weight"}
     assert {found.adamw[n] for n in ("experts", "attention.in_proj_weight")} == {"excluded"}
     assert "lm_head.weight" not in found.adamw
-    with pytest.raises(ValueError, match="'atention' matches no parameter that trains; did you mean 'attention'"):
+    with pytest.raises(
+        ValueError, match="'atention' matches no parameter that trains; did you mean 'attention'"
+    ):
         split(model, exclude=["experts", "atention"])
     with pytest.raises(ValueError, match=r"one string: give a list of names, \['attention'\]"):
         split(model, exclude="attention")

@@ -48,7 +48,10 @@ def numpy_muon(w: np.ndarray, grads: list[np.ndarray], lr: float, decay: float, 
 
 @pytest.mark.parametrize(
     ("adjust", "ratio"),
-    [("original", lambda m, n: max(1, m / n) ** 0.5), ("match_rms_adamw", lambda m, n: 0.2 * max(m, n) ** 0.5)],
+    [
+        ("original", lambda m, n: max(1, m / n) ** 0.5),
+        ("match_rms_adamw", lambda m, n: 0.2 * max(m, n) ** 0.5),
+    ],
 )
 @pytest.mark.parametrize("shape", [(6, 4), (4, 9), (3, 5, 4), (2, 8, 8)])
 def test_it_is_the_reference_in_numpy(shape: tuple[int, ...], adjust: str, ratio: Any) -> None:

@@ -75,7 +75,11 @@ def test_restore_gives_back_the_very_bits() -> None:
 
 def test_groups_have_their_own_distance() -> None:
     near, far, still = (nn.Parameter(torch.ones(3)) for _ in range(3))
-    groups = [{"params": [near]}, {"params": [far], "rho": 1.0, "adaptive": True}, {"params": [still], "rho": 0.0}]
+    groups = [
+        {"params": [near]},
+        {"params": [far], "rho": 1.0, "adaptive": True},
+        {"params": [still], "rho": 0.0},
+    ]
     optimizer = SAM(groups, torch.optim.AdamW, rho=0.5, lr=0.1)
     for p in (near, far, still):
         p.grad = torch.ones(3)
