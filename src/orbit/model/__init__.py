@@ -12,8 +12,19 @@ from orbit.model.attention import (
 )
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.count import count_params
+from orbit.model.film import FiLM
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
-from orbit.model.gate import Routing, TopKGate, load_balancing_loss, router_z_loss
+from orbit.model.gate import (
+    ContextGate,
+    GLUGate,
+    Routing,
+    SigmoidGate,
+    SoftmaxGate,
+    TanhGate,
+    TopKGate,
+    load_balancing_loss,
+    router_z_loss,
+)
 from orbit.model.init import auto_initialize
 from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 from orbit.model.mask import (
@@ -33,11 +44,14 @@ __all__ = [
     "MLP",
     "TCN",
     "CausalConv1d",
+    "ContextGate",
     "Conv1dLoRA",
     "Conv2dLoRA",
     "ConvBlock",
     "DepthwiseSeparableConv",
     "EmbeddingLoRA",
+    "FiLM",
+    "GLUGate",
     "KVCache",
     "LinearLoRA",
     "MoE",
@@ -46,7 +60,10 @@ __all__ = [
     "RotaryPositionalEmbedding",
     "Rotation",
     "Routing",
+    "SigmoidGate",
     "SinusoidalPositionalEmbedding",
+    "SoftmaxGate",
+    "TanhGate",
     "TopKGate",
     "auto_initialize",
     "count_params",
