@@ -194,7 +194,7 @@ def _(ContextGate: Any, path: Path) -> None:
 
 @call("FiLM")
 def _(FiLM: Any, path: Path) -> None:
-    gives(FiLM(3, 8), torch.randn(2, 8, 4, 4), torch.randn(2, 3), shape=(2, 8, 4, 4))
+    gives(FiLM(3, 8, channel_dim=1), torch.randn(2, 8, 4, 4), torch.randn(2, 3), shape=(2, 8, 4, 4))
 
 
 @call("RotaryPositionalEmbedding")
