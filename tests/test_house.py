@@ -272,6 +272,7 @@ def test_make_speaks_the_whole_vocabulary():
         "bench-adapters",
         "bench-xlora",
         "bench-blocks",
+        "bench-muon",
         "bench-checkpoints",
         "gpu",
         "docs",

@@ -12,6 +12,16 @@ from orbit.model.attention import (
 )
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.count import count_params
+from orbit.model.decoder import Transformer, TransformerConfig, TransformerOutput, load_llama_weights
+from orbit.model.errors import (
+    CacheError,
+    LayerFileError,
+    MaskError,
+    SettingError,
+    ShapeError,
+    TargetError,
+    WeightsError,
+)
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
 from orbit.model.gate import Routing, TopKGate, load_balancing_loss, router_z_loss
 from orbit.model.init import auto_initialize
@@ -34,6 +44,7 @@ from orbit.model.patches import (
     split_to_patches,
     unpatchify,
 )
+from orbit.model.registry import build_model, list_models, register_model
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
@@ -41,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MLP",
     "TCN",
+    "CacheError",
     "CausalConv1d",
     "Conv1dLoRA",
     "Conv2dLoRA",
@@ -48,7 +60,9 @@ __all__ = [
     "DepthwiseSeparableConv",
     "EmbeddingLoRA",
     "KVCache",
+    "LayerFileError",
     "LinearLoRA",
+    "MaskError",
     "MoE",
     "MultiHeadAttention",
     "PatchEmbedding",
@@ -57,15 +71,25 @@ __all__ = [
     "RotaryPositionalEmbedding",
     "Rotation",
     "Routing",
+    "SettingError",
+    "ShapeError",
     "SinusoidalPositionalEmbedding",
+    "TargetError",
     "TopKGate",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerOutput",
+    "WeightsError",
     "auto_initialize",
+    "build_model",
     "count_params",
     "freeze_layers",
     "get_model_by_name",
     "get_trainable_params",
+    "list_models",
     "load_balancing_loss",
     "load_layer",
+    "load_llama_weights",
     "make_causal_mask",
     "make_lookahead_mask",
     "make_padding_mask",
@@ -75,6 +99,7 @@ __all__ = [
     "patchify",
     "positions_from_mask",
     "reconstruct_from_patches",
+    "register_model",
     "rotate",
     "router_z_loss",
     "save_layer",
