@@ -308,8 +308,8 @@ def test_a_variable_of_the_loop_is_an_error_in_a_window_of_several(way: str) -> 
 
             losses = {
                 "closure": lambda: F.cross_entropy(model(x), engine.target),  # noqa: B023
-                "function": lambda: F.cross_entropy(helper(), engine.target),  # noqa: B023
-                "comprehension": lambda: sum(model(part).square().mean() for part in [x]),
+                "function": lambda: F.cross_entropy(helper(), engine.target),
+                "comprehension": lambda: sum(model(part).square().mean() for part in [x]),  # noqa: B023
             }
             engine.update(losses[way])
     assert not engine.optimizer.perturbed
