@@ -25,6 +25,7 @@ from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableCon
 from orbit.model.mlp import MLP
 from orbit.model.moe import MoE, moe_aux_loss
 from orbit.model.patches import PatchEmbedding
+from orbit.model.registry import build_model
 
 
 def _call(block: Any, *inputs: Tensor) -> Tensor:
@@ -56,6 +57,9 @@ class Block:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(11)
             block = self.build(device=device, dtype=dtype)
+            if device != "meta" and dtype != torch.float32:  # whose random numbers are others
+                torch.manual_seed(11)
+                block.load_state_dict(self.build(device=device, dtype=torch.float32).state_dict())
             if device != "meta":
                 with torch.no_grad():
                     for p in block.parameters():
@@ -183,8 +187,47 @@ BLOCKS.update(
             call=lambda block, x: block(x) + moe_aux_loss(block, balance=1.0, z=1.0).to(x.dtype),
             without={
                 law: "the loss is one number of the whole batch"
-                for law in ("rows", "no_rows", "tokens", "autocast", "bfloat16")
+                for law in ("rows", "no_rows", "tokens")
             },
+        ),
+    }
+)
+
+
+def _decoder(**settings: Any) -> Callable[..., nn.Module]:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 4, "intermediate_size": 16}
+    return partial(build_model, "transformer", **{**sizes, "num_kv_heads": 2, "init_std": 0.2, **settings})
+
+
+def _ids() -> tuple[Tensor, ...]:
+    return (torch.randint(11, (3, 6)),)
+
+
+def _block_of(model: Any, h_BTD: Tensor) -> Tensor:
+    return model.blocks[0](h_BTD, model.model.rope(torch.arange(h_BTD.shape[1]), h_BTD.dtype))
+
+
+BLOCKS.update(
+    {
+        "transformer": Block(
+            _decoder(tie_embeddings=True, qk_norm=True, window=3, attention_bias=True, mlp_bias=True),
+            _ids,
+            call=lambda model, ids: model(ids).logits,
+        ),
+        "transformer of experts, its loss": Block(
+            _decoder(num_layers=1, num_experts=4),
+            _ids,
+            call=lambda model, ids: model(ids, labels=ids).loss,
+            without={
+                law: "the loss is one number of the whole batch" for law in ("rows", "no_rows", "bfloat16")
+            },
+        ),
+        "transformer block": Block(
+            _decoder(num_layers=1),
+            _tokens,
+            call=_block_of,
+            causal=1,
+            without={"every_parameter_gets_a_gradient": "embedding and head are outside of the block"},
         ),
     }
 )

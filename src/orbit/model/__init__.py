@@ -13,6 +13,15 @@ from orbit.model.attention import (
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.count import count_params
 from orbit.model.decoder import Transformer, TransformerConfig, TransformerOutput, load_llama_weights
+from orbit.model.errors import (
+    CacheError,
+    LayerFileError,
+    MaskError,
+    SettingError,
+    ShapeError,
+    TargetError,
+    WeightsError,
+)
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
 from orbit.model.gate import Routing, TopKGate, load_balancing_loss, router_z_loss
 from orbit.model.init import auto_initialize
@@ -43,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MLP",
     "TCN",
+    "CacheError",
     "CausalConv1d",
     "Conv1dLoRA",
     "Conv2dLoRA",
@@ -50,7 +60,9 @@ __all__ = [
     "DepthwiseSeparableConv",
     "EmbeddingLoRA",
     "KVCache",
+    "LayerFileError",
     "LinearLoRA",
+    "MaskError",
     "MoE",
     "MultiHeadAttention",
     "PatchEmbedding",
@@ -59,11 +71,15 @@ __all__ = [
     "RotaryPositionalEmbedding",
     "Rotation",
     "Routing",
+    "SettingError",
+    "ShapeError",
     "SinusoidalPositionalEmbedding",
+    "TargetError",
     "TopKGate",
     "Transformer",
     "TransformerConfig",
     "TransformerOutput",
+    "WeightsError",
     "auto_initialize",
     "build_model",
     "count_params",

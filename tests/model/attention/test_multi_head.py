@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ def reference_layer(kind: str, groups: int, window: int | None = None) -> tuple[
         attn_implementation="eager",
         **({"sliding_window": window} if window else {}),
     )
-    module = __import__(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}", fromlist=["x"])
+    module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
     layer = getattr(module, f"{kind}Attention")(config, layer_idx=0)
     return layer.eval(), getattr(module, f"{kind}RotaryEmbedding")(config)
 
@@ -153,6 +155,9 @@ def test_equals_torchs_own_module_across_two_sequences():
     assert cache.length == 7
     with pytest.raises(CacheError, match="holds 7 keys"):
         ours(x, context, cache=cache)
+    for other in (ours, MultiHeadAttention(HIDDEN, H, 2, context_size=20)):
+        with pytest.raises(CacheError, match="another layer or batch filled it"):
+            other(x[:1] if other is ours else x, cache=cache)
     with pytest.raises(CacheError, match="holds 0 keys"):
         ours(x, cache=ours.make_cache())
     with pytest.raises(ShapeError, match="needs a context"):
@@ -228,13 +233,11 @@ def test_a_cache_under_autocast(qk_norm: bool):
 def test_decoding_compiles_to_whole_graphs():
     torch.compiler.reset()
     ours = MultiHeadAttention(HIDDEN, H, 2, causal=True, rope=RotaryPositionalEmbedding(D), window=6)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
     x = torch.randn(B, T, HIDDEN)
     wanted, cache = ours(x), ours.make_cache()
     with torch.no_grad():
-        parts = [
-            compiled(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 7), (7, 11))
-        ]
+        parts = [compiled(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 7), (7, 11))]
     close(torch.cat(parts, 1), wanted)
     torch.compiler.reset()
 
@@ -290,7 +293,7 @@ def test_bad_masks(mask: Tensor, words: str):
 def test_bad_inputs():
     ours, x = MultiHeadAttention(HIDDEN, H, rope=RotaryPositionalEmbedding(D)), torch.randn(B, T, HIDDEN)
     plain, cross = MultiHeadAttention(HIDDEN, H), MultiHeadAttention(HIDDEN, H, context_size=20)
-    for bad in (torch.randn(T, HIDDEN), torch.randn(B, T, HIDDEN + 1)):
+    for bad in (torch.randn(HIDDEN), torch.randn(T, HIDDEN), torch.randn(B, T, HIDDEN + 1)):
         with pytest.raises(ShapeError, match=r"\(B, T, 32\)"):
             ours(bad)
     with pytest.raises(SettingError, match="no order"):
@@ -332,3 +335,20 @@ def test_bad_caches():
     assert cache.length == T
     with pytest.raises(CacheError, match="exceed max_length 10"):
         windowed(x, cache=windowed.make_cache(10))
+
+
+def test_adapters_graft_onto_the_projections():
+    from orbit.adapter import AdapterConfig, inject
+
+    model = nn.ModuleList([MultiHeadAttention(HIDDEN, H, 2, causal=True, rope=RotaryPositionalEmbedding(D))])
+    x = torch.randn(B, T, HIDDEN)
+    before = model[0](x)
+    names = set(model.state_dict())
+    inject(model, AdapterConfig(r=2, targets=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    assert {n.split(".")[1] for n in set(model.state_dict()) - names} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert torch.equal(model[0](x), before)

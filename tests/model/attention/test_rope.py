@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orbit.model import RotaryPositionalEmbedding, Rotation, rotate
+from orbit.model import RotaryPositionalEmbedding, rotate
 from orbit.model.errors import SettingError, ShapeError
 
 H, D, TRAINED = 3, 16, 32
@@ -173,4 +173,5 @@ def test_bad_inputs():
         rotate(torch.randn(1, 1, 3, 8), rotation)
     with pytest.raises(ShapeError, match="2 rows"):
         rotate(torch.randn(3, 1, 3, D), rope(torch.zeros(2, 3).long()))
-    assert isinstance(rotation, Rotation)
+    with pytest.raises(SettingError, match="not as tuple"):
+        rotate(torch.randn(1, 1, 3, D), tuple(rotation))

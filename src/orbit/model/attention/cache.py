@@ -148,7 +148,9 @@ class KVCache:
         if not self._writable or end > storage.shape[2]:
             return False
         # The compiler knows no inference mode.
-        return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not storage.is_inference()
+        return (
+            torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not storage.is_inference()
+        )
 
     def _room(self, held: int, new: int) -> int:
         """Free rows in a new storage."""

@@ -78,6 +78,9 @@ class TransformerBlock(nn.Module):
             dropout=c.attention_dropout,
             **made,
         )
+        for norm in (self.self_attn.q_norm, self.self_attn.k_norm):
+            if norm is not None:
+                norm.eps = c.norm_eps
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.norm_eps, **made)
         sizes = c.hidden_size, c.intermediate_size
         self.mlp: MLP | MoE
