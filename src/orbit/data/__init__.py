@@ -1,4 +1,4 @@
-"""Data for language models: chat templates, SFT samples, batches, and the step that trains on them."""
+"""Data for language models: chat templates, SFT samples, batches, the step that trains on them. `images` has others."""
 
 from orbit.data.collate import SFTCollator
 from orbit.data.sft import MaskedSampleError, build_sft

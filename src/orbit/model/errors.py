@@ -21,5 +21,5 @@ class TargetError(ValueError):
     """A name or pattern matches nothing in the model."""
 
 
-class LayerFileError(ValueError):
-    """A file cannot be written from a layer, is damaged, or does not belong to the layer."""
+class WeightsError(ValueError):
+    """Weights are damaged, do not belong to the model, or cannot be written."""

@@ -42,6 +42,8 @@ class Experts(nn.Module):
         SettingError: an unknown activation, or a size below 1.
     """
 
+    initialized_as = "experts"  # by auto_initialize, which calls reset_parameters
+
     def __init__(
         self,
         hidden_size: int,

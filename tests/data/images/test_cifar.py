@@ -110,6 +110,7 @@ def batch_with(pixels: Tensor, labels: list[int], old: bytes, new: bytes) -> byt
         (published.cifar_pickle(numbers(0)[0][:5], numbers(0)[1]), "has 12 labels and .* has 5 images"),
         (published.cifar_pickle(numbers(0)[0], [10] * COUNT), '"labels" are not all numbers in 0 ... 9'),
         (batch_with(*numbers(0), b"U\x02u1", b"U\x02i2"), '"data" is no uint8 array'),
+        (batch_with(*numbers(0), b"tb\x89T", b"tb\x88T"), '"data" is no uint8 array'),  # columns first
         (batch_with(*numbers(0), b"J\x00\x0c\x00\x00", b"J\xff\x0b\x00\x00"), '"data" is no uint8 array'),
         (batch_with(*numbers(0), b"q\x05", b"r\xff\xff\xff\xff"), "it asks for more memory than it can need"),
         (b"\x80\x02cos\nsystem\nU\x04true\x85R.", "it asks for os.system"),

@@ -55,11 +55,17 @@ def test_a_bias_is_where_no_norm_takes_it_away() -> None:
     assert ConvBlock(2, 3, pre_norm=True).conv.bias is not None
 
 
-def test_functions_stand_in_for_names() -> None:
-    block = ConvBlock(2, 4, norm=lambda channels: nn.GroupNorm(2, channels), activation=nn.PReLU)
+def test_functions_and_modules_stand_in_for_names() -> None:
+    prelu = nn.PReLU()
+    block = ConvBlock(2, 4, norm=lambda channels: nn.GroupNorm(2, channels), activation=prelu)
     assert isinstance(block.norm, nn.GroupNorm)
     assert block.norm.num_groups == 2
     assert isinstance(block.act, nn.PReLU)
+    assert block.act is not prelu, "each place has weights of its own"
+    assert "act.weight" in dict(block.named_parameters())
+    x = torch.randn(1, 2, 4, 4)
+    square = ConvBlock(2, 4, norm=None, activation=torch.square)
+    torch.testing.assert_close(square(x), square.conv(x) ** 2)
 
 
 def test_dropout_is_of_training() -> None:
@@ -78,6 +84,7 @@ def test_dropout_is_of_training() -> None:
         ({"in_channels": 0}, "in_channels 0 must be at least 1"),
         ({"norm": "bacth"}, "norm 'bacth' is none of batch, .*; did you mean 'batch'?"),
         ({"activation": "rulu"}, "activation 'rulu' is none of relu, .*; did you mean 'relu'?"),
+        ({"activation": nn.ReLU}, "activation <class .*ReLU'> is none of .* or a module"),
         ({"dim": 4}, "dim=4: a convolution runs over 1, 2 or 3 dimensions"),
         ({"kernel_size": (3, 3, 3)}, r"kernel_size=\(3, 3, 3\) must be an int of at least 1, or 2 of them"),
         ({"stride": 0}, "stride=0 must be"),

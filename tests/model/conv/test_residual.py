@@ -17,14 +17,16 @@ def normed(h: Tensor, norm: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize(("out", "stride"), [(4, 1), (6, 1), (4, 2), (6, 3)])
-def test_it_is_the_paper_s_block(dim: int, out: int, stride: int) -> None:
-    block = ResBasicBlock(4, out, stride=stride, dim=dim)
+@pytest.mark.parametrize("spread", [1, 2])
+def test_it_is_the_paper_s_block(dim: int, out: int, stride: int, spread: int) -> None:
+    block = ResBasicBlock(4, out, stride=stride, dilation=spread, groups=spread, dim=dim)
     for p in block.parameters():
         nn.init.normal_(p)
     conv = (F.conv1d, F.conv2d)[dim - 1]
+    wide = {"padding": spread, "dilation": spread, "groups": spread}
     x = torch.randn(3, 4, *(9, 8)[:dim])
-    h = F.relu(normed(conv(x, block.conv1.conv.weight, stride=stride, padding=1), block.conv1.norm))
-    h = normed(conv(h, block.conv2.conv.weight, padding=1), block.conv2.norm)
+    h = F.relu(normed(conv(x, block.conv1.conv.weight, stride=stride, **wide), block.conv1.norm))
+    h = normed(conv(h, block.conv2.conv.weight, **wide), block.conv2.norm)
     carried = x
     if out != 4 or stride > 1:
         carried = normed(conv(x, block.shortcut.conv.weight, stride=stride), block.shortcut.norm)

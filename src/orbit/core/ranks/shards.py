@@ -132,6 +132,12 @@ def cut_optimizer_state(optimizer: torch.optim.Optimizer, given: dict[str, Any])
     return {**given, "state": state}
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that lies in pieces, on every rank; all ranks call it. The tensor itself if it does not."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece, sharing its memory; the tensor itself if it is not sharded."""
     sharded: Any = tensor
@@ -139,7 +145,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all tensors together: of whole ones, of pieces over all ranks, and of both. 0-d, the same on all ranks."""
+    """The norm of all tensors together, whole ones and pieces over all ranks: 0-d, the same on every rank."""
     cut = [t for t in tensors if is_sharded(t)]
     return norm_of_kinds([cut, [t for t in tensors if not is_sharded(t)]] if cut else [tensors])
 

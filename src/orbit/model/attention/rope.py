@@ -37,8 +37,11 @@ def rotate(x_BHTD: Tensor, rotation: Rotation) -> Tensor:
     """Turn queries or keys: the first d dimensions of each head, the rest is passed on. Same dtype as `x_BHTD`.
 
     Raises:
-        ShapeError: heads are narrower than the rotation, or have another number of tokens.
+        SettingError: cos and sin of another origin, whose signs are theirs.
+        ShapeError: heads are narrower than the rotation, or have another number of tokens or rows.
     """
+    if not isinstance(rotation, Rotation):
+        raise SettingError(f"a rotation comes from rope(positions), not as {type(rotation).__name__}")
     cos, sin = (part.to(x_BHTD.dtype) for part in rotation)
     dim = cos.shape[-1]
     if dim > x_BHTD.shape[-1] or cos.shape[-2] != x_BHTD.shape[-2]:
@@ -46,6 +49,8 @@ def rotate(x_BHTD: Tensor, rotation: Rotation) -> Tensor:
             f"a rotation of {cos.shape[-2]} positions and {dim} dimensions does not fit heads of shape "
             f"{tuple(x_BHTD.shape)}, (B, H, T, D): make it for these positions with rope(positions)"
         )
+    if cos.dim() == 4 and cos.shape[0] not in (1, x_BHTD.shape[0]):
+        raise ShapeError(f"a rotation of {cos.shape[0]} rows does not fit a batch of {x_BHTD.shape[0]}")
     turned = x_BHTD[..., :dim]
     turned = torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin)
     return turned if dim == x_BHTD.shape[-1] else torch.cat((turned, x_BHTD[..., dim:]), -1)

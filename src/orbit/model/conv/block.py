@@ -45,8 +45,8 @@ class ConvBlock(nn.Module):
         dim: 1, 2 or 3.
         norm: "batch", "group", "instance", "layer" (over channels at each position), None, or a function
             `norm(channels) -> module`.
-        activation: "relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid", None, or a function that makes a
-            module, such as `nn.PReLU`.
+        activation: "relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid", None, or a function
+            of a tensor; a module is copied.
         dropout: probability that a number of the output is zeroed in training.
         pre_norm: norm and activation before the convolution.
 

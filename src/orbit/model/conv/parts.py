@@ -7,13 +7,15 @@
     "layer"      channels, per row and position             ChannelLayerNorm, as in ConvNeXt
     None         nothing
 
-Both may also be functions that make a module, for what the names do not cover: `norm(channels)`, `activation()`.
+What the names do not cover: a norm may be a function `norm(channels) -> module`; an activation, here as in `MLP`, any
+function of a tensor, or a module, of which each place gets a copy.
 
 [1] Wu & He 2018, https://arxiv.org/abs/1803.08494, where 32 groups were best
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -24,7 +26,7 @@ from orbit.core.names import did_you_mean
 from orbit.model.errors import SettingError, ShapeError
 
 Norm: TypeAlias = str | Callable[[int], nn.Module] | None
-Activation: TypeAlias = str | Callable[[], nn.Module] | None
+Activation: TypeAlias = str | Callable[[Tensor], Tensor] | None
 Size: TypeAlias = int | Sequence[int]
 
 CONVS: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
@@ -71,25 +73,26 @@ def make_norm(norm: Norm, channels: int, dim: int, **factory: Any) -> nn.Module:
         return nn.GroupNorm(channels, channels, **factory)
     if norm == "layer":
         return ChannelLayerNorm(channels, **factory)
-    raise unknown("norm", norm, ("batch", "group", "instance", "layer"))
+    raise SettingError(
+        f"norm {norm!r} is none of batch, group, instance, layer, None or a function norm(channels) -> module"
+        f"{did_you_mean(norm, ('batch', 'group', 'instance', 'layer'))}"
+    )
 
 
-def make_activation(activation: Activation) -> nn.Module:
+def make_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
+    """What computes an activation."""
     if activation is None:
         return nn.Identity()
-    if not isinstance(activation, str):
-        return activation()
-    if activation not in ACTIVATIONS:
-        raise unknown("activation", activation, tuple(ACTIVATIONS))
-    return ACTIVATIONS[activation]()
-
-
-def unknown(setting: str, value: str, names: Sequence[str]) -> SettingError:
-    """The error of a name that nobody knows."""
-    return SettingError(
-        f"{setting} {value!r} is none of {', '.join(names)}, None or a function that makes a module"
-        f"{did_you_mean(value, names)}"
-    )
+    if isinstance(activation, nn.Module):
+        return copy.deepcopy(activation)
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return ACTIVATIONS[activation]()
+    if isinstance(activation, (str, type)):
+        raise SettingError(
+            f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}, None, a function of a tensor or a module"
+            f"{did_you_mean(str(activation), ACTIVATIONS)}"
+        )
+    return activation
 
 
 def check_dim(dim: int) -> None:

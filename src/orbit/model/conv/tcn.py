@@ -79,7 +79,7 @@ class TCN(nn.Module):
             raise SettingError("num_channels is empty: give the channels of each block, say [64] * 6")
         if isinstance(norm, str) and norm not in NORMS:
             raise SettingError(
-                f"norm {norm!r} is none of {', '.join(NORMS)}, None or a function that makes a module"
+                f"norm {norm!r} is none of {', '.join(NORMS)}, None or a function norm(channels) -> module"
                 f"{did_you_mean(norm, NORMS)}; one with statistics over time would show outputs the future"
             )
         super().__init__()
