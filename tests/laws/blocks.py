@@ -195,10 +195,6 @@ BLOCKS.update(
 )
 
 
-def _tokens_and_context() -> tuple[Tensor, ...]:
-    return torch.randn(3, 5, 8), torch.randn(3, 4)
-
-
 def _decoder(**settings: Any) -> Callable[..., nn.Module]:
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 4, "intermediate_size": 16}
     return partial(build_model, "transformer", **{**sizes, "num_kv_heads": 2, "init_std": 0.2, **settings})
@@ -212,25 +208,12 @@ def _block_of(model: Any, h_BTD: Tensor) -> Tensor:
     return model.blocks[0](h_BTD, model.model.rope(torch.arange(h_BTD.shape[1]), h_BTD.dtype))
 
 
+def _tokens_and_context() -> tuple[Tensor, ...]:
+    return torch.randn(3, 5, 8), torch.randn(3, 4)
+
+
 BLOCKS.update(
     {
-        "sigmoid gate": Block(partial(SigmoidGate, 8, 6), _tokens, tokens=1),
-        "tanh gate": Block(partial(TanhGate, 8), _tokens, tokens=1),
-        "softmax gate": Block(partial(SoftmaxGate, 8, 6, temperature=0.5), _tokens, tokens=1),
-        "glu gate": Block(partial(GLUGate, 8, 6), _tokens, tokens=1),
-        "context gate": Block(partial(ContextGate, 8, 4), _tokens_and_context, tokens=1),
-        "top-k gate": Block(
-            partial(TopKGate, 8, 4),
-            _tokens,
-            call=lambda gate, x: (gate(x).weights @ torch.ones(2, 1).to(gate(x).weights) + gate(x).logits).to(
-                x.dtype
-            ),
-            tokens=1,
-        ),
-        "film": Block(partial(FiLM, 4, 8), _tokens_and_context, tokens=1),
-        "film, channels first": Block(
-            partial(FiLM, 4, 8, channel_dim=1), lambda: (torch.randn(3, 8, 5), torch.randn(3, 4)), tokens=2
-        ),
         "transformer": Block(
             _decoder(tie_embeddings=True, qk_norm=True, window=3, attention_bias=True, mlp_bias=True),
             _ids,
@@ -250,6 +233,23 @@ BLOCKS.update(
             call=_block_of,
             causal=1,
             without={"every_parameter_gets_a_gradient": "embedding and head are outside of the block"},
+        ),
+        "sigmoid gate": Block(partial(SigmoidGate, 8, 6), _tokens, tokens=1),
+        "tanh gate": Block(partial(TanhGate, 8), _tokens, tokens=1),
+        "softmax gate": Block(partial(SoftmaxGate, 8, 6, temperature=0.5), _tokens, tokens=1),
+        "glu gate": Block(partial(GLUGate, 8, 6), _tokens, tokens=1),
+        "context gate": Block(partial(ContextGate, 8, 4), _tokens_and_context, tokens=1),
+        "top-k gate": Block(
+            partial(TopKGate, 8, 4),
+            _tokens,
+            call=lambda gate, x: (gate(x).weights @ torch.ones(2, 1).to(gate(x).weights) + gate(x).logits).to(
+                x.dtype
+            ),
+            tokens=1,
+        ),
+        "film": Block(partial(FiLM, 4, 8), _tokens_and_context, tokens=1),
+        "film, channels first": Block(
+            partial(FiLM, 4, 8, channel_dim=1), lambda: (torch.randn(3, 8, 5), torch.randn(3, 4)), tokens=2
         ),
     }
 )
