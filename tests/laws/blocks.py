@@ -186,8 +186,7 @@ BLOCKS.update(
             _tokens,
             call=lambda block, x: block(x) + moe_aux_loss(block, balance=1.0, z=1.0).to(x.dtype),
             without={
-                law: "the loss is one number of the whole batch"
-                for law in ("rows", "no_rows", "tokens")
+                law: "the loss is one number of the whole batch" for law in ("rows", "no_rows", "tokens")
             },
         ),
     }
