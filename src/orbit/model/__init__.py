@@ -15,7 +15,6 @@ from orbit.model.count import count_params
 from orbit.model.decoder import Transformer, TransformerConfig, TransformerOutput, load_llama_weights
 from orbit.model.errors import (
     CacheError,
-    LayerFileError,
     MaskError,
     SettingError,
     ShapeError,
@@ -60,7 +59,6 @@ __all__ = [
     "DepthwiseSeparableConv",
     "EmbeddingLoRA",
     "KVCache",
-    "LayerFileError",
     "LinearLoRA",
     "MaskError",
     "MoE",
