@@ -264,6 +264,21 @@ def test_a_forward_that_raises_leaves_w() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_generators_go_on_from_the_first_pass() -> None:
+    """What the body draws after the window's last forward is not drawn again."""
+    model = tiny.model()
+    engine = Engine(
+        model, sam(model), nn.CrossEntropyLoss(), plugins=[], device="cpu", gradient_accumulation_steps=2
+    )
+    for _ in engine.train(data(8, samples=16, dtype=torch.float32)):
+        if engine.batch_idx == 0:
+            engine.auto_update()
+        torch.rand(3)
+        state = torch.get_rng_state()
+    assert engine.step == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_window_whose_last_batch_is_left_out() -> None:
     got, expected = smooth(), smooth()
     for model, batches in ((got, data(8, samples=24)), (expected, data(8, samples=16))):
@@ -308,7 +323,7 @@ def test_a_variable_of_the_loop_is_an_error_in_a_window_of_several(way: str) -> 
 
             losses = {
                 "closure": lambda: F.cross_entropy(model(x), engine.target),  # noqa: B023
-                "function": lambda: F.cross_entropy(helper(), engine.target),  # noqa: B023
+                "function": lambda: F.cross_entropy(helper(), engine.target),
                 "comprehension": lambda: sum(model(part).square().mean() for part in [x]),  # noqa: B023
             }
             engine.update(losses[way])

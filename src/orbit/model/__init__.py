@@ -21,8 +21,19 @@ from orbit.model.errors import (
     TargetError,
     WeightsError,
 )
+from orbit.model.film import FiLM
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
-from orbit.model.gate import Routing, TopKGate, load_balancing_loss, router_z_loss
+from orbit.model.gate import (
+    ContextGate,
+    GLUGate,
+    Routing,
+    SigmoidGate,
+    SoftmaxGate,
+    TanhGate,
+    TopKGate,
+    load_balancing_loss,
+    router_z_loss,
+)
 from orbit.model.init import auto_initialize
 from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 from orbit.model.mask import (
@@ -53,11 +64,14 @@ __all__ = [
     "TCN",
     "CacheError",
     "CausalConv1d",
+    "ContextGate",
     "Conv1dLoRA",
     "Conv2dLoRA",
     "ConvBlock",
     "DepthwiseSeparableConv",
     "EmbeddingLoRA",
+    "FiLM",
+    "GLUGate",
     "KVCache",
     "LinearLoRA",
     "MaskError",
@@ -71,7 +85,10 @@ __all__ = [
     "Routing",
     "SettingError",
     "ShapeError",
+    "SigmoidGate",
     "SinusoidalPositionalEmbedding",
+    "SoftmaxGate",
+    "TanhGate",
     "TargetError",
     "TopKGate",
     "Transformer",
