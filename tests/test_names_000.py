@@ -174,6 +174,29 @@ def _(TopKGate: Any, path: Path) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(3))
 
 
+@call("SigmoidGate", "TanhGate", "SoftmaxGate")
+def _(Gate: Any, path: Path) -> None:
+    low, high = {"TanhGate": (-1, 1)}.get(Gate.__name__, (0, 1))
+    gate, x = Gate(8, 6), torch.randn(2, 5, 8)
+    gives(gate, x, shape=(2, 5, 6))
+    assert low <= gate(x).min() < gate(x).max() <= high
+
+
+@call("GLUGate")
+def _(GLUGate: Any, path: Path) -> None:
+    gives(GLUGate(8, 6), torch.randn(2, 5, 8), shape=(2, 5, 6))
+
+
+@call("ContextGate")
+def _(ContextGate: Any, path: Path) -> None:
+    gives(ContextGate(8, 3), torch.randn(2, 5, 8), torch.randn(2, 3), shape=(2, 5, 8))
+
+
+@call("FiLM")
+def _(FiLM: Any, path: Path) -> None:
+    gives(FiLM(3, 8, channel_dim=1), torch.randn(2, 8, 4, 4), torch.randn(2, 3), shape=(2, 8, 4, 4))
+
+
 @call("RotaryPositionalEmbedding")
 def _(RotaryPositionalEmbedding: Any, path: Path) -> None:
     from orbit.model import rotate
@@ -432,4 +455,5 @@ def test_the_list_was_read() -> None:
     assert ("orbit.model", "TopKGate") in NAMES
     assert ("orbit.utils", "cuda_alloc") in NAMES
     assert ("orbit.kit", "ChatInterface") in NAMES
-    assert set(CALLS) == set(names) - PENDING
+    assert set(CALLS) == set(names)
+    assert set(names) >= PENDING

@@ -281,3 +281,14 @@ def test_a_sharded_layer_is_written_whole_by_the_first_rank(tmp_path: Path) -> N
     assert tensors["0.weight"].shape == (3, 5)
     assert ("2.weight" in tensors) != ("4.weight" in tensors)
     assert [file.name for file in tmp_path.iterdir()] == ["layer.safetensors"]
+
+
+def test_tensors_that_share_a_part_of_their_memory_come_back(tmp_path: Path) -> None:
+    def shared() -> nn.Module:
+        layer = nn.Linear(2, 3)
+        layer.register_buffer("first_row", layer.weight.detach()[0])
+        return nn.ModuleDict({"x": layer})
+
+    source, model = shared(), shared()
+    load_layer(model, "x", save_layer(source, "x", tmp_path / "x.safetensors"))
+    assert same(model, state(source))

@@ -15,15 +15,25 @@ from orbit.model.count import count_params
 from orbit.model.decoder import Transformer, TransformerConfig, TransformerOutput, load_llama_weights
 from orbit.model.errors import (
     CacheError,
-    LayerFileError,
     MaskError,
     SettingError,
     ShapeError,
     TargetError,
     WeightsError,
 )
+from orbit.model.film import FiLM
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
-from orbit.model.gate import Routing, TopKGate, load_balancing_loss, router_z_loss
+from orbit.model.gate import (
+    ContextGate,
+    GLUGate,
+    Routing,
+    SigmoidGate,
+    SoftmaxGate,
+    TanhGate,
+    TopKGate,
+    load_balancing_loss,
+    router_z_loss,
+)
 from orbit.model.init import auto_initialize
 from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 from orbit.model.mask import (
@@ -54,13 +64,15 @@ __all__ = [
     "TCN",
     "CacheError",
     "CausalConv1d",
+    "ContextGate",
     "Conv1dLoRA",
     "Conv2dLoRA",
     "ConvBlock",
     "DepthwiseSeparableConv",
     "EmbeddingLoRA",
+    "FiLM",
+    "GLUGate",
     "KVCache",
-    "LayerFileError",
     "LinearLoRA",
     "MaskError",
     "MoE",
@@ -73,7 +85,10 @@ __all__ = [
     "Routing",
     "SettingError",
     "ShapeError",
+    "SigmoidGate",
     "SinusoidalPositionalEmbedding",
+    "SoftmaxGate",
+    "TanhGate",
     "TargetError",
     "TopKGate",
     "Transformer",

@@ -92,7 +92,8 @@ class Experts(nn.Module):
         Returns:
             (T, D), in the dtype of x, or in autocast's.
         """
-        up, down = self.gate_up_proj if self.gated else self.up_proj, self.down_proj
+        up: Tensor = self.gate_up_proj if self.gated else self.up_proj
+        down: Tensor = self.down_proj
         if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)

@@ -40,7 +40,14 @@ Pieces = Sequence[Tensor]  # one an expert
 
 
 def _forward(
-    x: Tensor, up: Tensor, down: Tensor, w: Pieces, tokens: Pieces, activation: str, gate: Pieces, value: Pieces
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    w: Pieces,
+    tokens: Pieces,
+    activation: str,
+    gate: Pieces,
+    value: Pieces,
 ) -> Tensor:
     """y; fills `value` with W_up·x and, of gated experts, `gate` with W_gate·x."""
     phi, inner = ACTIVATIONS[activation].forward, down.shape[2]

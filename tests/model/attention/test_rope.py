@@ -22,13 +22,14 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn, all settings": {
         "rope_type": "yarn",
         "factor": 40.0,
-        "original_max_position_embeddings": TRAINED,
+        "original_max_position_embeddings": 500,
         "beta_fast": 8.0,
         "beta_slow": 2.0,
         "mscale": 0.7,
         "mscale_all_dim": 0.4,
         "truncate": False,
     },
+    "yarn, a ramp of no width": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6},
     "yarn, its own amplitude": {
         "rope_type": "yarn",
         "factor": 4.0,

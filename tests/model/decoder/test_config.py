@@ -31,6 +31,7 @@ def test_defaults():
         ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token 3 exceeds num_experts 2"),
         ({"norm_eps": -1.0}, "norm_eps -1.0 is below 0"),
         ({"balance_weight": float("nan")}, "balance_weight nan is below 0"),
+        ({"activation": "sillu"}, "did you mean 'silu'"),
         ({"rope_scaling": {"rope_type": "liner", "factor": 2.0}}, "rope_type 'liner' is unknown"),
     ],
 )

@@ -34,6 +34,7 @@ SCALINGS = {
         {"num_key_value_heads": 1, "head_dim": 16},
         {"attention_bias": True, "mlp_bias": True},
         {"hidden_act": "gelu"},
+        {"hidden_act": "gelu_pytorch_tanh"},
         {"rms_norm_eps": 1e-2},
         {"kind": "mistral", "sliding_window": 5},
         {"kind": "qwen3", "rms_norm_eps": 1e-2},

@@ -142,6 +142,7 @@ def test_first_weights():
             ShapeError,
             "logits of all columns",
         ),
+        ({"logits_to_keep": -1}, ShapeError, "logits_to_keep -1 keeps no columns"),
         ({"attention_mask": torch.ones(1, 3)}, MaskError, "float32: 1 for tokens"),
         ({"attention_mask": torch.ones(1, 4, dtype=torch.long)}, MaskError, "does not fit"),
         ({"cache": []}, CacheError, "the cache has 0 layers and the model 2"),
