@@ -1,124 +1,65 @@
-"""Components by name: what a config may name, and what a package of yours adds to it.
-
-    DATASETS = Registry("dataset", {"QADataset": "orbit.data.qa:QADataset"})
-
-    @DATASETS.register("MyData")              your own, by decorator
-    class MyData(Dataset): ...
-
-    DATASETS.add("MyData", MyData)            or by call
-    DATASETS["MyData"]                        the class; an unknown name is an error with the nearest one
-
-Built-in components are imported when somebody asks for them. An installed package offers its own by an entry point of
-the group `orbit.<kind>`: `[project.entry-points."orbit.dataset"]  MyData = "my_package.data:MyData"`.
-"""
+"""Names of things that somebody may ask for by name: registered once each, and asked for with an error that helps."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 from orbit.core.names import did_you_mean
 
-_T = TypeVar("_T", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 
-class UnknownComponentError(ValueError):
-    """A name under which nothing is registered."""
-
-
-class RegistrationError(ValueError):
-    """A name that is taken, or that is none."""
-
-
-class Registry(Mapping[str, Any]):
-    """Components of one kind.
+class Names(Generic[_T]):
+    """What is registered, by name.
 
     Args:
-        kind: what they are, in the singular; entry points are of the group `orbit.<kind>`.
-        builtin: name → "module:attribute", imported when it is asked for.
+        kind: what it is, for messages.
+        error: what is raised.
+
+    >>> models = Names[type]("model", ValueError)
+    >>> models.add("tiny", dict)
+    >>> models["tinny"]
+    Traceback (most recent call last):
+    ...
+    ValueError: model 'tinny' is not registered; registered: ['tiny']; did you mean 'tiny'?
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, str] | None = None) -> None:
-        self.kind = kind
-        self._builtin = dict(builtin or {})
-        self._own: dict[str, Any] = {}
+    def __init__(self, kind: str, error: type[Exception]) -> None:
+        self._kind, self._error = kind, error
+        self._things: dict[str, _T] = {}
 
-    def register(self, name: str | None = None) -> Callable[[_T], _T]:
-        """A decorator: register a class or function under `name`, or under its own name.
-
-        Raises:
-            RegistrationError: as `add`.
-        """
-
-        def decorate(thing: _T) -> _T:
-            self.add(name or thing.__name__, thing)
-            return thing
-
-        return decorate
-
-    def add(self, name: str, thing: Any) -> None:
-        """Register `thing` as `name`; a module that is run again may register again.
+    def add(self, name: str, thing: _T) -> None:
+        """Register it; a module that is run again may register what it defines again.
 
         Raises:
-            RegistrationError: the name is empty, another component's, or `thing` cannot be called.
+            The error: the name is another's.
         """
-        if not isinstance(name, str) or not name or name != name.strip():
-            raise RegistrationError(f"{name!r} is no name for a {self.kind}")
-        if not callable(thing):
-            raise RegistrationError(
-                f"{self.kind} {name!r} is a {type(thing).__name__}: register a class or function"
+        known = self._things.get(name, thing)
+        if known is not thing and place_of(known) != place_of(thing):
+            raise self._error(
+                f"{name!r} is registered already, as {place_of(known)}; give this one another name"
             )
-        known = self._own.get(name, thing)
-        if name in self._builtin or (known is not thing and _place(known) != _place(thing)):
-            place = self._builtin.get(name) or _place(known)
-            raise RegistrationError(
-                f"a {self.kind} {name!r} is there already, {place}: give this one another name"
+        self._things[name] = thing
+
+    def get(self, name: str) -> _T | None:
+        """What is registered under a name, or None."""
+        return self._things.get(name)
+
+    def __getitem__(self, name: str) -> _T:
+        if name not in self._things:
+            raise self._error(
+                f"{self._kind} {name!r} is not registered; registered: {sorted(self)}{did_you_mean(name, self)}"
             )
-        self._own[name] = thing
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self._own:
-            return self._own[name]
-        if name in self._builtin:
-            module, _, attribute = self._builtin[name].partition(":")
-            return getattr(importlib.import_module(module), attribute)
-        offered = self._offered()
-        if name in offered:
-            return offered[name].load()
-        raise UnknownComponentError(
-            f"there is no {self.kind} {name!r}{did_you_mean(str(name), self)}; there are: {', '.join(self)}"
-        )
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The component, or `default`."""
-        return self[name] if name in self else default
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._own or name in self._builtin or name in self._offered()
+        return self._things[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted({*self._own, *self._builtin, *self._offered()}))
+        return iter(self._things)
 
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def describe(self, name: str) -> tuple[str, str]:
-        """(the first line of its docstring, its arguments as one would write them).
-
-        >>> Registry("text", {"wrap": "textwrap:fill"}).describe("wrap")
-        ('Fill a single paragraph of text, returning a new string.', '(text, width=70, **kwargs)')
-        """
-        thing = self[name]
-        line = (inspect.getdoc(thing) or "").split("\n", 1)[0]
-        return line, str(inspect.signature(thing))
-
-    def _offered(self) -> dict[str, EntryPoint]:
-        """What installed packages offer."""
-        return {point.name: point for point in entry_points(group=f"orbit.{self.kind}")}
+    def __contains__(self, name: object) -> bool:
+        return name in self._things
 
 
-def _place(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', thing)}"
+def place_of(thing: Callable[..., Any] | Any) -> str:
+    """Where a class or function is defined: `torch.nn.modules.linear.Linear`."""
+    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

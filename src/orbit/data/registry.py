@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from orbit.core.registry import Registry
+from orbit.core.components import Components
 
-DATASET_REGISTRY = Registry("dataset", {"QADataset": "orbit.data.qa:QADataset"})
-COLLATOR_REGISTRY = Registry("collator", {"SFTCollator": "orbit.data.collate:SFTCollator"})
+DATASET_REGISTRY = Components("dataset", {"QADataset": "orbit.data.qa:QADataset"})
+COLLATOR_REGISTRY = Components("collator", {"SFTCollator": "orbit.data.collate:SFTCollator"})
 
 
 def _register_data(name: str, handler: Any) -> None:

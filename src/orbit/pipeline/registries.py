@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from orbit.core.registry import Registry
+from orbit.core.components import Components
 from orbit.data.registry import COLLATOR_REGISTRY, DATASET_REGISTRY
 
-TRAINER_REGISTRY = Registry("trainer", {"finetune": "orbit.objective.causal_lm:CausalLM"})
+TRAINER_REGISTRY = Components("trainer", {"finetune": "orbit.objective.causal_lm:CausalLM"})
 
 
 def _register_trainer(name: str, handler: Any) -> None:
@@ -27,7 +27,7 @@ class register:
     trainer = TRAINER_REGISTRY.register
 
 
-REGISTRIES: dict[str, Registry] = {
+REGISTRIES: dict[str, Components] = {
     "datasets": DATASET_REGISTRY,
     "collators": COLLATOR_REGISTRY,
     "trainers": TRAINER_REGISTRY,
