@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from orbit.core.names import did_you_mean
+from orbit.core.registry import Names, place_of
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
@@ -66,7 +67,7 @@ class Registry:
     """
 
     def __init__(self, *, allow: tuple[str, ...] = ()) -> None:
-        self._objects: dict[str, Callable[..., Any]] = {}
+        self._objects = Names[Callable[..., Any]]("type", BuildError)
         self._allowed = {*_ALLOWED, *allow}
 
     def register(self, name: str | None = None) -> Callable[[_T], _T]:
@@ -82,14 +83,7 @@ class Registry:
             key = name or thing.__name__
             if ":" in key or "." in key:
                 raise BuildError(f"{key!r} cannot be registered: dots and colons have a meaning in a type")
-            known = self._objects.get(key, thing)
-            if known is not thing and _place(known) != _place(
-                thing
-            ):  # a module that is run again may register again
-                raise BuildError(
-                    f"{key!r} is registered already, as {_place(known)}; give this one another name"
-                )
-            self._objects[key] = thing
+            self._objects.add(key, thing)
             if thing.__module__ != "__main__":
                 self.allow(thing.__module__.split(".")[0])
             return thing
@@ -228,7 +222,9 @@ def _imported(path: str, allowed: set[str]) -> Callable[..., Any]:
             )
     if isinstance(found, ModuleType) or not callable(found):
         raise BuildError(f"type {path!r} is a {type(found).__name__}, which cannot be called")
-    if any((name + ".").startswith(f"{refused}.") for refused in _REFUSED for name in (path, _place(found))):
+    if any(
+        (name + ".").startswith(f"{refused}.") for refused in _REFUSED for name in (path, place_of(found))
+    ):
         raise BuildError(
             f"type {path!r} runs what it is given, so a config may not name it; register what you need"
         )
@@ -258,7 +254,3 @@ def _may_call(path: str, found: Any) -> bool:
         return True
     owner = getattr(found, "__self__", None)  # a classmethod: AutoModel.from_pretrained
     return isinstance(owner, type) or not {path.rpartition(".")[0], found.__module__}.isdisjoint(_FUNCTIONS)
-
-
-def _place(thing: Any) -> str:
-    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

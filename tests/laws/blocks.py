@@ -6,6 +6,7 @@ all laws; one that cannot keep a law says so in its row with `without`, and why.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orbit.model.attention import (
+    MultiHeadAttention,
+    RotaryPositionalEmbedding,
+    SinusoidalPositionalEmbedding,
+    rotate,
+)
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
+from orbit.model.mlp import MLP
+from orbit.model.moe import MoE, moe_aux_loss
+from orbit.model.patches import PatchEmbedding
+from orbit.model.registry import build_model
 
 
 def _call(block: Any, *inputs: Tensor) -> Tensor:
@@ -46,6 +57,9 @@ class Block:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(11)
             block = self.build(device=device, dtype=dtype)
+            if device != "meta" and dtype != torch.float32:  # whose random numbers are others
+                torch.manual_seed(11)
+                block.load_state_dict(self.build(device=device, dtype=torch.float32).state_dict())
             if device != "meta":
                 with torch.no_grad():
                     for p in block.parameters():
@@ -81,9 +95,139 @@ BLOCKS.update(
         ),
         "causal conv": Block(partial(CausalConv1d, 4, 6, dilation=2, groups=2), _signal, causal=2),
         "depthwise separable conv": Block(partial(DepthwiseSeparableConv, 4, 6, stride=2), _image),
+        "patch embedding": Block(partial(PatchEmbedding, 4, 6, (2, 5)), _image),
         "residual block": Block(partial(ResBasicBlock, 4, 4), _image),
         "residual block, projected": Block(partial(ResBasicBlock, 4, 6, stride=2, norm="group"), _image),
         "tcn": Block(partial(TCN, 4, (6, 6), dropout=0.0), _signal, causal=2),
         "tcn, layer norm": Block(partial(TCN, 4, (4, 6), dropout=0.0, norm="layer"), _signal, causal=2),
+    }
+)
+
+
+def _tokens() -> tuple[Tensor, ...]:
+    return (torch.randn(3, 6, 8),)
+
+
+def _context() -> tuple[Tensor, ...]:
+    real = torch.tensor([[True] * 5, [True] * 2 + [False] * 3, [False] * 4 + [True]])
+    return torch.randn(3, 6, 8), torch.randn(3, 5, 10), real
+
+
+def _padded() -> tuple[Tensor, ...]:
+    return torch.randn(3, 6, 8), torch.tensor(
+        [[True] * 6, [False] * 2 + [True] * 4, [True] * 4 + [False] * 2]
+    )
+
+
+def _causal(**settings: Any) -> Callable[..., nn.Module]:
+    def build(device: Any = None, dtype: Any = None) -> nn.Module:
+        rope = RotaryPositionalEmbedding(4)
+        return MultiHeadAttention(
+            8, 4, 2, head_dim=4, causal=True, rope=rope, **settings, device=device, dtype=dtype
+        )
+
+    return build
+
+
+def _decode(block: Any, x: Tensor) -> Tensor:
+    """A prompt, single tokens, and several at once."""
+    cache = block.make_cache()
+    return torch.cat([block(x[:, a:b], cache=cache) for a, b in ((0, 2), (2, 3), (3, 6))], 1)
+
+
+def _no_parameters(block: nn.Module) -> Callable[..., nn.Module]:
+    return lambda device=None, dtype=None: copy.deepcopy(block)
+
+
+BLOCKS.update(
+    {
+        "attention": Block(partial(MultiHeadAttention, 8, 2, bias=True), _tokens, tokens=1),
+        "attention, its weights": Block(
+            partial(MultiHeadAttention, 8, 2),
+            _tokens,
+            lambda block, x: block(x, need_weights=True)[0],
+            tokens=1,
+        ),
+        "attention, padded": Block(_causal(), _padded, lambda block, x, real: block(x, mask=real), causal=1),
+        "attention, cross": Block(
+            partial(MultiHeadAttention, 8, 4, 1, context_size=10),
+            _context,
+            lambda block, x, context, real: block(x, context, mask=real),
+            tokens=1,
+        ),
+        "attention, cached": Block(_causal(), _tokens, _decode, causal=1),
+        "attention, all settings": Block(
+            _causal(window=3, qk_norm=True, output_gate=True, bias=True), _tokens, causal=1
+        ),
+        "rotary positions": Block(
+            _no_parameters(RotaryPositionalEmbedding(8)),
+            _tokens,
+            lambda rope, x: rotate(x[:, None], rope(torch.arange(x.shape[1])))[:, 0],
+            causal=1,
+        ),
+        "rotary positions, dynamic": Block(
+            _no_parameters(
+                RotaryPositionalEmbedding(
+                    8, scaling={"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}
+                )
+            ),
+            _tokens,
+            lambda rope, x: rotate(x[:, None], rope(torch.arange(x.shape[1])))[:, 0],
+        ),
+        "sinusoidal positions": Block(_no_parameters(SinusoidalPositionalEmbedding(8)), _tokens, causal=1),
+        "mlp": Block(partial(MLP, 8, 12, 6), _tokens, tokens=1),
+        "mlp, gated": Block(partial(MLP, 8, gated=True, activation="silu", bias=False), _tokens, tokens=1),
+        "experts": Block(partial(MoE, 8, 16, 4), _tokens, tokens=1),
+        "experts, plain": Block(
+            partial(MoE, 8, 6, 4, gated=False, activation="gelu", capacity_factor=1.0), _tokens, tokens=1
+        ),
+        "experts, their loss": Block(
+            partial(MoE, 8, 16, 4),
+            _tokens,
+            call=lambda block, x: block(x) + moe_aux_loss(block, balance=1.0, z=1.0).to(x.dtype),
+            without={
+                law: "the loss is one number of the whole batch"
+                for law in ("rows", "no_rows", "tokens", "autocast", "bfloat16")
+            },
+        ),
+    }
+)
+
+
+def _decoder(**settings: Any) -> Callable[..., nn.Module]:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 4, "intermediate_size": 16}
+    return partial(build_model, "transformer", **{**sizes, "num_kv_heads": 2, "init_std": 0.2, **settings})
+
+
+def _ids() -> tuple[Tensor, ...]:
+    return (torch.randint(11, (3, 6)),)
+
+
+def _block_of(model: Any, h_BTD: Tensor) -> Tensor:
+    return model.blocks[0](h_BTD, model.model.rope(torch.arange(h_BTD.shape[1]), h_BTD.dtype))
+
+
+BLOCKS.update(
+    {
+        "transformer": Block(
+            _decoder(tie_embeddings=True, qk_norm=True, window=3, attention_bias=True, mlp_bias=True),
+            _ids,
+            call=lambda model, ids: model(ids).logits,
+        ),
+        "transformer of experts, its loss": Block(
+            _decoder(num_layers=1, num_experts=4),
+            _ids,
+            call=lambda model, ids: model(ids, labels=ids).loss,
+            without={
+                law: "the loss is one number of the whole batch" for law in ("rows", "no_rows", "bfloat16")
+            },
+        ),
+        "transformer block": Block(
+            _decoder(num_layers=1),
+            _tokens,
+            call=_block_of,
+            causal=1,
+            without={"every_parameter_gets_a_gradient": "embedding and head are outside of the block"},
+        ),
     }
 )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrizations, prune
 
-from orbit.model.init import auto_initialize
+from orbit import Engine
+from orbit.adapter import AdapterConfig, inject
+from orbit.model import auto_initialize, load_layer, save_layer
+from orbit.model.errors import SettingError, TargetError
+from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 
 def spoil(model: nn.Module) -> nn.Module:
@@ -222,3 +229,231 @@ def test_it_initialises_in_place_on_cuda():
     model = spoil(nn.Sequential(nn.LSTM(4, 8), nn.Linear(8, 2)).cuda())
     assert auto_initialize(model).counts == {"recurrent": 1, "linear": 1}
     assert all(p.is_cuda and not (p == 7).any() for p in model.parameters())
+
+
+MADE = {  # a small layer of every class of torch.nn that owns parameters, or is made of ones that do
+    "AdaptiveLogSoftmaxWithLoss": (64, 20, [5, 10]),
+    "Bilinear": (3, 4, 5),
+    "Embedding": (9, 4),
+    "EmbeddingBag": (9, 4),
+    "GroupNorm": (2, 6),
+    "LayerNorm": (6,),
+    "Linear": (3, 4),
+    "MultiheadAttention": (8, 2),
+    "PReLU": (3,),
+    "RMSNorm": (6,),
+    "SyncBatchNorm": (6,),
+    "Transformer": (8, 2, 1, 1, 16, 0.1, nn.functional.relu, None, None, 1e-5, True),
+    "TransformerDecoderLayer": (8, 2, 16),
+    "TransformerEncoderLayer": (8, 2, 16),
+    **{f"BatchNorm{d}d": (6,) for d in (1, 2, 3)},
+    **{f"Conv{d}d": (4, 6, 3) for d in (1, 2, 3)},
+    **{f"ConvTranspose{d}d": (4, 6, 3) for d in (1, 2, 3)},
+    **{f"InstanceNorm{d}d": (6, 1e-5, 0.1, True, True) for d in (1, 2, 3)},
+    **dict.fromkeys(("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"), (4, 6)),
+}
+WITHOUT = {  # bases that are not made themselves, what is made of given layers, and what holds given tensors
+    *("Module", "RNNBase", "RNNCellBase", "Container", "ParameterList", "ParameterDict"),
+    *("TransformerEncoder", "TransformerDecoder"),
+}
+
+
+def classes() -> dict[str, type[nn.Module]]:
+    return {n: c for n, c in vars(nn).items() if isinstance(c, type) and issubclass(c, nn.Module)}
+
+
+def test_the_table_holds_every_class_of_torch_that_owns_parameters() -> None:
+    makes = {cls for cls in classes().values() if "Parameter(" in inspect.getsource(cls.__init__)} - {
+        nn.Module
+    }
+    makes |= {torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._NormBase}
+    own = {
+        name
+        for name, cls in classes().items()
+        if makes.intersection(cls.__mro__) and not issubclass(cls, LazyModuleMixin)
+    }
+    assert own - MADE.keys() - WITHOUT == set()
+    assert len(own) > 25
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_nothing_of_a_layer_of_torch_is_forgotten(name: str) -> None:
+    layer = spoil(classes()[name](*MADE[name]))
+    report = auto_initialize(layer)
+    assert report.untouched == {}
+    for key, value in layer.state_dict().items():
+        assert not (value == 7).any(), key
+
+
+@pytest.mark.parametrize("name", sorted(n for n in classes() if n.startswith("Lazy")))
+def test_lazy_layers_are_refused(name: str) -> None:
+    arguments = {"LazyLinear": (2,)}.get(name, () if "Norm" in name else (2, 3))
+    lazy = classes()[name](*arguments)
+    with pytest.raises(ValueError, match="has no shape yet"):
+        auto_initialize(lazy)
+
+
+class Experts(nn.Module):
+    """Two stacked experts that say how they begin."""
+
+    initialized_as = "experts"
+
+    def __init__(self, padded: bool = False) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(2, 3, 4))
+        self.down = nn.Parameter(torch.empty(2, 4, 3))
+        self.register_buffer("uses", torch.empty(2))
+        self.router = nn.Linear(4, 2)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.up, 0.5)
+        nn.init.constant_(self.down, 0.25)
+        self.uses.zero_()
+
+
+def test_a_block_that_offers_a_rule_is_initialised_by_it() -> None:
+    model = nn.Sequential(spoil(Experts()), spoil(Experts()).requires_grad_(False))
+    report = auto_initialize(model, residual="0.down", keep="1.router.weight")
+    assert report.counts == {"experts": 1, "linear": 1}
+    assert (model[0].up == 0.5).all()
+    assert (model[0].uses == 0).all()
+    assert report.scaled == {"0.down": 1.0}
+    assert report.untouched == {
+        **dict.fromkeys(("1.up", "1.down", "1.router.bias"), "frozen"), "1.router.weight": "kept",
+    }  # fmt: skip
+    auto_initialize(model, residual="down", residual_depth=16)
+    assert (model[0].down == 0.25 / 4).all()
+
+
+def decoder(layers: int = 4) -> nn.Module:
+    block = {"o_proj": nn.Linear(32, 32), "up_proj": nn.Linear(32, 32), "down_proj": nn.Linear(32, 32)}
+    return nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleDict(copy.deepcopy(block)) for _ in range(layers))}
+    )
+
+
+def test_residual_scaling_is_one_over_the_root_of_the_number_of_writes() -> None:
+    model, plain = decoder(), decoder()
+    torch.manual_seed(0)
+    report = auto_initialize(model, residual=("o_proj", "down_proj"))
+    torch.manual_seed(0)
+    auto_initialize(plain)
+    assert report.scaled == {
+        f"layers.{i}.{n}.weight": 1 / math.sqrt(8) for i in range(4) for n in ("o_proj", "down_proj")
+    }
+    for name, value in plain.named_parameters():
+        assert torch.equal(model.get_parameter(name), value * report.scaled.get(name, 1.0)), name
+    assert str(report) == (
+        "initialised 12 linear\nscaled 8 by 0.354: layers.0.o_proj.weight, layers.0.down_proj.weight, ..."
+    )
+    assert set(auto_initialize(model, residual="*.o_proj", residual_depth=16).scaled.values()) == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        (
+            {"residual": "o_porj"},
+            TargetError,
+            r"'o_porj' matches nothing in ModuleDict; did you mean 'o_proj'\?",
+        ),
+        (
+            {"residual": "layers.0"},
+            TargetError,
+            r"names 'layers\.0', a ModuleDict without a weight of its own",
+        ),
+        ({"residual_depth": 2}, SettingError, "residual_depth=2: .* residual= must name"),
+        (
+            {"residual": "o_proj", "residual_depth": 0},
+            SettingError,
+            "residual_depth=0: it must be at least 1",
+        ),
+        ({"keep": ["layers.0", "layers.7"]}, TargetError, r"'layers\.7' matches nothing"),
+    ],
+)
+def test_settings_that_mean_nothing_change_nothing(settings, error, says) -> None:
+    model = spoil(decoder())
+    with pytest.raises(error, match=says):
+        auto_initialize(model, **settings)
+    assert all((p == 7).all() for p in model.parameters())
+
+
+def test_what_load_layer_loaded_stays_unless_told(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        return spoil(
+            nn.Sequential(
+                nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False), nn.Linear(2, 2)
+            )
+        )
+
+    for layer in "012":
+        save_layer(net(), layer, tmp_path / layer)
+    model = net()
+    for layer in "012":
+        load_layer(model, layer, tmp_path / layer)
+    model = copy.deepcopy(model)
+    report = auto_initialize(model)
+    assert report.counts == {"linear": 1}
+    assert report.untouched == dict.fromkeys(("0.weight", "0.bias", "1.weight", "1.bias"), "loaded")
+    assert all((v == 7).all() for v in (model[0].weight, model[1].running_mean, model[2].running_var))
+    assert auto_initialize(model, overwrite_loaded=True).counts == {"conv": 1, "norm": 2, "linear": 1}
+    assert not any((v == 7).any() for v in model.state_dict().values())
+
+
+def test_half_a_loaded_layer_and_a_tied_head(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+    model["head"].weight = model["embed"].weight
+    save_layer(spoil(model), "embed", tmp_path / "embed")
+    load_layer(model, "embed", tmp_path / "embed")
+    report = auto_initialize(model)
+    assert report.counts == {"linear": 1}
+    assert report.untouched == {"embed.weight": "loaded"}
+    assert (model["head"].weight == 7).all()
+    assert (model["head"].bias == 0).all()
+
+
+def test_what_transformers_loaded_stays_and_its_new_head_does_not(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModel, LlamaForSequenceClassification
+
+    tiny_llama(tiny_tokenizer()).save_pretrained(tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=3).to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    report = auto_initialize(model)
+    assert report.counts == {"linear": 1}
+    assert set(report.untouched.values()) == {"loaded"}
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"score.weight"}
+
+    fresh = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert auto_initialize(fresh).counts["linear"] > 5
+
+
+def test_a_checkpoint_that_orbit_restored_is_loaded(tmp_path: Path) -> None:
+    def engine() -> Engine:
+        model = nn.Linear(2, 2)
+        return Engine(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), plugins=[],
+            checkpoint_dir=tmp_path, device="cpu",
+        )  # fmt: skip
+
+    first, second = engine(), engine()
+    batches = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))]
+    for run in (first, second):
+        for _ in run.train(batches, num_epochs=1):
+            run.auto_update()
+    assert first.global_step == second.global_step == 1
+    assert set(auto_initialize(first.model).untouched) == set()
+    with pytest.warns(UserWarning, match=r"did nothing.*weight, \.\.\.: loaded"):
+        auto_initialize(second.model)
+    assert (second.model.weight != 0).all()
+
+
+def test_adapters_stay_and_wrappers_are_seen_through() -> None:
+    inner = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    inject(inner, AdapterConfig(r=2, targets=("0",), save_modules=("1",)))
+    inner.requires_grad_(True)
+    before = {name: p.clone() for name, p in inner.named_parameters() if ".lora_" in name}
+    report = auto_initialize(torch.compile(inner, backend="eager"))
+    assert report.counts == {"linear": 2}
+    assert report.untouched == dict.fromkeys(before, "attached to the model")
+    assert all(torch.equal(inner.get_parameter(name), value) for name, value in before.items())

@@ -11,7 +11,7 @@ from orbit.core.meters import Averages
 from orbit.core.nested import key_average, map_nested_tensor
 from orbit.core.options import RunOptions
 from orbit.core.outcome import Outcome
-from orbit.core.rng import seed_everything
+from orbit.core.rng import seed_everything, seed_worker
 from orbit.core.runtime import resolve_device, unwrap
 from orbit.core.state import TrainState
 from orbit.core.update import NonFiniteGradientError, Updater
@@ -41,5 +41,6 @@ __all__ = [
     "resolve_device",
     "save_checkpoint",
     "seed_everything",
+    "seed_worker",
     "unwrap",
 ]

@@ -10,6 +10,9 @@ the others of their module. (torch's batch norm writes its running mean without 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +54,20 @@ class Buffers:
                 torch._foreach_copy_([self._kept[i] for i in chosen], [now[i] for i in chosen])
         self._dropped, self._seen = False, [(buffer, buffer._version) for buffer in now]
 
+    @contextmanager
+    def put_back_after(self) -> Iterator[None]:
+        """What runs inside leaves them as they were; it moves those that the window has moved."""
+        before = self._now()
+        moving = range(len(before)) if self._moving is None or not self._seen else self._touched(before)
+        kept = [(i, before[i].clone()) for i in moving]
+        try:
+            yield
+        finally:
+            now = self._now()
+            with torch.no_grad():
+                for i, value in kept:
+                    self._set(i, now[i], value)
+
     @torch.no_grad()
     def put_back(self) -> None:
         """Make them what they were at the last `keep()`, if there was one."""
@@ -58,12 +75,15 @@ class Buffers:
             return
         now = self._now()
         for i in range(len(now)) if self._moving is None else self._touched(now):
-            if now[i].shape == self._kept[i].shape:
-                now[i].copy_(self._kept[i])
-            else:  # another tensor has taken its place
-                place, name = self._places[i]
-                place[name] = self._kept[i].clone()
+            self._set(i, now[i], self._kept[i])
         self._dropped = True
+
+    def _set(self, i: int, now: Tensor, value: Tensor) -> None:
+        if now.shape == value.shape:
+            now.copy_(value)
+        else:  # another tensor has taken its place
+            place, name = self._places[i]
+            place[name] = value.clone()
 
     def _now(self) -> list[Tensor]:
         nothing = torch.empty(0)

@@ -1,8 +1,9 @@
 """Runs that give the same bits each time, on CUDA too, for as long as they run.
 
 PyTorch's own switch (`torch.use_deterministic_algorithms`) is for the whole process; here it is on inside of the run's
-loops and stands as before outside of them. An operation that has no deterministic form raises and names itself. cuBLAS
-needs `CUBLAS_WORKSPACE_CONFIG` in the environment before CUDA starts; where it is not set, this sets it, in time.
+loops and stands as before outside of them; `seed_everything(deterministic=True)` turns it on for good. An operation
+that has no deterministic form raises and names itself. cuBLAS needs `CUBLAS_WORKSPACE_CONFIG` in the environment before
+CUDA starts; where it is not set, this sets it, in time.
 
 Seeds are another matter: `orbit.seed_everything(seed)`, before the model is made.
 """
@@ -38,6 +39,25 @@ def prepare() -> None:
     os.environ[_VARIABLE] = _VALUES[0]
 
 
+def switch_on(mode: bool | str) -> None:
+    """Deterministic algorithms alone from now on, if `mode` is True; with "warn", operations that have none warn.
+
+    Raises:
+        ValueError: `mode` is neither of these, nor False.
+        RuntimeError: see `prepare`.
+    """
+    if mode not in (True, False, "warn"):
+        raise ValueError(f'deterministic={mode!r}: give True, False or "warn"')
+    if mode is not False:
+        prepare()
+        _choose(mode)
+
+
+def _choose(mode: bool | str) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=mode == "warn")
+    torch.backends.cudnn.benchmark = False  # it picks the fastest algorithm of the moment
+
+
 @contextmanager
 def algorithms(mode: bool | str) -> Iterator[None]:
     """Deterministic algorithms alone inside, if `mode` is True; with "warn", operations that have none warn."""
@@ -49,8 +69,7 @@ def algorithms(mode: bool | str) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True, warn_only=mode == "warn")
-    torch.backends.cudnn.benchmark = False  # it picks the fastest algorithm of the moment
+    _choose(mode)
     try:
         yield
     finally:

@@ -14,13 +14,14 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from orbit.core import deterministic, rng, runtime, split
+from orbit.core import deterministic, rng, runtime, second_pass, split
 from orbit.core.base import Base
 from orbit.core.feeding.feed import Feed, FeedError
 from orbit.core.measuring.lr_find import LRFind, lr_find
@@ -162,18 +163,31 @@ class Core(Base):
             raise RuntimeError(
                 "there is no batch to update on: call this inside `for _ in trainer.train(loader)` or eval(loader)"
             )
+        second_pass.require_function(self, outcome)
         self._note(outcome)
         self.updater.add(outcome, last=self._closes_here)
         self._settle()
 
     def step_with(self, compute: Callable[[], Outcome]) -> None:
-        """`step_on(compute())`, where `compute` may be called again for parts of the batch (`core/split.py`)."""
-        if not self.options.split_on_oom or self.state.phase != "train":
+        """`step_on(compute())`, where `compute` may be called again: for parts of the batch (`core/split.py`), and for
+        the optimizer's second pass (`core/second_pass.py`).
+        """
+        twice = self._updater is not None and self._updater.passes > 1
+        if not (self.options.split_on_oom or twice) or self.state.phase != "train":
             self.step_on(compute())
             return
-        self._note(split.accumulate(self, compute))
-        self.updater.advance(self._closes_here)
+        kept = second_pass.MicroBatch(self, compute) if twice else None
+        self._note(self.accumulate(compute))
+        self.updater.advance(self._closes_here, None if kept is None else partial(kept.run_again, self))
         self._settle()
+
+    def accumulate(self, compute: Callable[[], Outcome]) -> Outcome:
+        """Back-propagate the batch at hand into the open window, and return what it came to."""
+        if self.options.split_on_oom:
+            return split.accumulate(self, compute)
+        outcome = self.weighed(compute())
+        self.updater.accumulate(outcome, alone=self.updater.is_alone(self._closes_here))
+        return outcome
 
     def weighed(self, outcome: Outcome) -> Outcome:
         """The outcome, of no weight if its batch only keeps this rank in step."""
@@ -446,7 +460,11 @@ class Core(Base):
             return nullcontext()
         closing = self._closes_here or self._updater.micro + 1 >= self._updater.accumulation
         self._updater.synchronised = closing
-        return nullcontext() if closing else runtime.unsynchronised(self.model)
+        return self.exchange(closing)
+
+    def exchange(self, now: bool) -> Any:
+        """A context in which a backward pass exchanges gradients between ranks, or leaves that to a later one."""
+        return nullcontext() if now else runtime.unsynchronised(self.model)
 
     def _after_optimizer_step(self) -> None:
         updater = self.updater

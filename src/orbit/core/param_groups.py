@@ -4,7 +4,8 @@ A plugin that injects adapters or freezes layers changes what trains, after the 
 are edited in place, so that a scheduler and the optimizer's identity stay: parameters that were frozen leave (with
 their state), and new ones join the group of the weight they adapt. Which weight that is follows from the
 structure: the nearest enclosing module that has parameters of its own in the optimizer. Below the weight's own
-layer, siblings come first: a new task's B joins the group of the other tasks' Bs.
+layer, siblings come first: a new task's B joins the group of the other tasks' Bs. An optimizer whose groups do not take
+everything has a method `group_for(parameter, group)`, which says the group of its that such a parameter joins instead.
 """
 
 from __future__ import annotations
@@ -86,12 +87,14 @@ def _group_of(
     name: str, model: nn.Module, home: dict[int, dict[str, Any]], optimizer: Optimizer
 ) -> dict[str, Any]:
     owner, *around = _enclosing(name, model)
+    decide = getattr(optimizer, "group_for", lambda parameter, group: group)
+    joining = model.get_parameter(name)
     for module in (owner, *_siblings(around), *around):
         own = dict(module.named_parameters(recurse=False))
         for p in [own["weight"], *own.values()] if "weight" in own else own.values():
             if id(p) in home:
-                return home[id(p)]
-    return optimizer.param_groups[0]
+                return decide(joining, home[id(p)])
+    return decide(joining, optimizer.param_groups[0])
 
 
 def _enclosing(name: str, model: nn.Module) -> Iterator[nn.Module]:

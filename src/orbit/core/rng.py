@@ -8,32 +8,90 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
+
+from orbit.core import deterministic as algorithms
 
 
-def seed_everything(seed: int = 42, deterministic: bool = False) -> int:
+def seed_everything(seed: int = 42, deterministic: bool | str = False) -> int:
     """Seed Python, NumPy and PyTorch (all devices); returns the seed.
+
+    The workers of a DataLoader follow: torch seeds the same three in each of them, every epoch anew, from the generator
+    that is seeded here. Generators that a dataset keeps for itself are another matter: `seed_worker`.
 
     Args:
         seed: 0 <= seed < 2**32 (NumPy's range).
-        deterministic: also choose deterministic algorithms (`torch.use_deterministic_algorithms`), which raise
-            where an operation has none. `CUBLAS_WORKSPACE_CONFIG` must then be set before CUDA starts.
+        deterministic: also choose deterministic algorithms from now on, for the whole process: True raises where an
+            operation has none, "warn" warns. Call it before CUDA starts. False leaves the choice as it is. A trainer's
+            `deterministic=` does the same while its loops run.
 
     Raises:
-        ValueError: the seed is outside its range.
+        ValueError: the seed is outside its range, or `deterministic` is none of the three.
+        RuntimeError: CUDA has started without `CUBLAS_WORKSPACE_CONFIG`, which deterministic algorithms need.
+        Nothing was changed then.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is outside 0 <= seed < 2**32, the range that NumPy accepts")
+    algorithms.switch_on(deterministic)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     return seed
+
+
+def seed_worker(worker: int) -> None:
+    """Give each worker of a DataLoader its own course of the generators that the dataset keeps:
+    `DataLoader(..., worker_init_fn=seed_worker)`.
+
+    A dataset that draws from a generator of its own, `self.rng = np.random.default_rng(0)` say, reaches every worker as
+    a copy: all workers draw the same numbers, and the same again in every epoch. Here such generators are seeded from
+    the seed that torch gives the worker. They are looked for in the attributes of the dataset, and of the objects in
+    these (wrapped datasets, transforms, lists of them).
+
+    Args:
+        worker: the worker's number, from 0.
+
+    Raises:
+        RuntimeError: called outside of a worker.
+    """
+    info = get_worker_info()
+    if info is None:
+        raise RuntimeError(
+            f"seed_worker({worker}) works inside of a DataLoader's worker: pass it as worker_init_fn=seed_worker"
+        )
+    for number, generator in enumerate(_kept_generators(info.dataset)):
+        seed = int(np.random.SeedSequence([info.seed, number]).generate_state(1)[0])
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        elif isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        else:
+            generator.seed(seed)
+
+
+_Kept = random.Random | np.random.RandomState | np.random.Generator | torch.Generator
+_NO_PARTS = (type, ModuleType, torch.Tensor, torch.nn.Module)
+_MOST = 100  # longer lists hold samples, not parts of a dataset
+
+
+def _kept_generators(dataset: Any) -> Iterator[_Kept]:
+    left, seen = [dataset], set()
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, _NO_PARTS):
+            continue
+        seen.add(id(value))
+        if isinstance(value, _Kept):
+            yield value
+        elif isinstance(value, (list, tuple, dict)):
+            left += (value.values() if isinstance(value, dict) else value) if len(value) <= _MOST else ()
+        else:
+            left += getattr(value, "__dict__", {}).values()
 
 
 def capture(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:

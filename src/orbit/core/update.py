@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from orbit.core import runtime
+from orbit.core import rng, runtime
 from orbit.core.buffers import Buffers
 from orbit.core.outcome import Outcome
 from orbit.core.ranks import Team, parallel, shards
@@ -92,6 +92,8 @@ class Updater:
         self.accumulation, self.grad_clip, self.retries = accumulation, grad_clip, retries
         self.before_step, self.after_step, self.dropped = before_step, after_step, dropped
         self.team, self.wishes, self.heard = team, wishes, heard
+        self.passes: int = getattr(optimizer, "passes", 1)  # 2: see `core/second_pass.py`
+        self._window: list[Callable[[], None]] = []  # then, how to run each micro-batch of the window again
         self.synchronised = True  # torch exchanges the gradients of the micro-batch at hand
         self._exchanged = True  # it did those of the last one added
         self.micro = 0  # micro-batches in the open window
@@ -190,53 +192,46 @@ class Updater:
                 self._total = self._total + share
                 self._loss_sum = self._loss_sum + loss.detach()
 
-    def advance(self, last: bool) -> bool:
-        """A micro-batch has been accumulated whole. Returns and raises as `add`."""
+    def advance(self, last: bool, again: Callable[[], None] | None = None) -> bool:
+        """A micro-batch has been accumulated whole; `again` does it once more. Returns and raises as `add`."""
+        self._window += [] if again is None else [again]
         self.micro, self._exchanged = self.micro + 1, self.synchronised
         return self.close() if last or self.micro >= self.accumulation else False
 
     def close(self) -> bool:
         """Step with what the open window holds. Returns and raises as `add`."""
-        total, ranks, told = self._total, 1, None
-        if self.team is not None:
-            self._average(self._apart if self._exchanged else self.parameters)
-            told = self.team.gather([total, *self.wishes()])
-            total, ranks = told[:, 0].sum(), self.team.size
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        scaler = self.scaler if gradients else None
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        if gradients and isinstance(total, Tensor):
-            widest = max((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize)
-            factor = torch.where(total > 0, ranks / total, 0.0).to(widest)
-            torch._foreach_mul_([shards.local(g) for g in gradients], factor)
-        elif gradients and total not in (0.0, 1.0):
-            torch._foreach_mul_(gradients, 1 / total)
-        self.grad_norm = norm = self._norm()
-        if not math.isfinite(self._read(norm, told)):
+        told = None if self.team is None else self.team.gather([self._total, *self.wishes()])
+        norm = self._gather(told, unscale=not self._window)
+        own, loss = self._total, self._loss_sum  # this rank's: meters average over ranks
+        finite = math.isfinite(self._read(norm, told))
+        if finite and self._window:
+            norm = self._second_pass(told)
+            finite = math.isfinite(norm.item())
+        elif self._window and self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)  # it learns that the scale was too large
+        self.grad_norm = norm
+        if not finite:
             self._drop(norm)
             return False
         if self.grad_clip is not None:
             for parameters in self._alike:
                 clip_grads_with_norm_(parameters, self.grad_clip, norm)
         self.before_step()
-        if scaler is not None:
-            scaler.step(self.optimizer)
-            scaler.update()
+        if self.scaler is not None and any(p.grad is not None for p in self.parameters):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         else:
             self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        if torch.is_autocast_enabled(norm.device.type):
-            torch.clear_autocast_cache()  # it holds casts of the weights as they were
-        own, loss = self._total, self._loss_sum  # this rank's: meters average over ranks
+        _forget_casts(norm)
         self.loss = (
             (loss if isinstance(own, float) and own == 1.0 else loss / own)
             if isinstance(loss, Tensor)
             else None
         )
         if told is not None:
-            self.share = torch.where(told[:, 0] > 0, told[:, 0] / total, 0.0)[runtime.rank()]
+            self.share = torch.where(told[:, 0] > 0, told[:, 0] / told[:, 0].sum(), 0.0)[runtime.rank()]
         elif isinstance(own, Tensor):
             self.share = (own > 0).to(own.dtype)
         self.failures = 0
@@ -244,10 +239,53 @@ class Updater:
         self.after_step()
         return True
 
-    def reset(self) -> None:
-        """Forget the open window and every gradient."""
+    def _gather(self, told: Tensor | None, unscale: bool) -> Tensor:
+        """Make the gradients those of the whole window, on all ranks; the norm of them."""
+        total: float | Tensor = self._total
+        ranks = 1
+        if told is not None and self.team is not None:
+            self._average(self._apart if self._exchanged else self.parameters)
+            total, ranks = told[:, 0].sum(), self.team.size
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients and unscale and self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if gradients and isinstance(total, Tensor):
+            widest = max((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize)
+            factor = torch.where(total > 0, ranks / total, 0.0).to(widest)
+            torch._foreach_mul_([shards.local(g) for g in gradients], factor)
+        elif gradients and total not in (0.0, 1.0):
+            torch._foreach_mul_(gradients, 1 / total)
+        return self._norm()
+
+    def _second_pass(self, told: Tensor | None) -> Tensor:
+        """Replace the gradients by those of the same window at w + e; its norm. Parameters and buffers are as before.
+
+        With a scaler the first gradients are still scaled: e does not depend on their size.
+        """
+        optimizer: Any = self.optimizer
+        place = self.parameters[0]
+        with self._buffers.put_back_after(), rng.preserved():
+            try:
+                optimizer.perturb()
+                _forget_casts(place)
+                self._forget_gradients()
+                self._total, self._loss_sum = 0.0, 0.0
+                for self.micro, again in enumerate(self._window):
+                    again()
+            finally:
+                self.micro = len(self._window)
+                optimizer.restore()
+                _forget_casts(place)
+        return self._gather(told, unscale=True)
+
+    def _forget_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+    def reset(self) -> None:
+        """Forget the open window and every gradient."""
+        self._forget_gradients()
+        self._window = []
         self.micro, self._total, self._loss_sum = 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -356,6 +394,12 @@ class Updater:
 
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+
+
+def _forget_casts(of: Tensor) -> None:
+    """Autocast holds casts of the weights as they were."""
+    if torch.is_autocast_enabled(of.device.type):
+        torch.clear_autocast_cache()
 
 
 def _unit(first: float | Tensor) -> float:

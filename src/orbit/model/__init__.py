@@ -12,7 +12,9 @@ from orbit.model.attention import (
 )
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.count import count_params
+from orbit.model.decoder import Transformer, TransformerConfig, TransformerOutput, load_llama_weights
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
+from orbit.model.gate import Routing, TopKGate, load_balancing_loss, router_z_loss
 from orbit.model.init import auto_initialize
 from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 from orbit.model.mask import (
@@ -22,11 +24,24 @@ from orbit.model.mask import (
     make_sliding_window_mask,
     positions_from_mask,
 )
+from orbit.model.mlp import MLP
+from orbit.model.moe import MoE, moe_aux_loss, set_moe_training_mode
+from orbit.model.patches import (
+    PatchEmbedding,
+    PatchOutput,
+    pad_to_patch_size,
+    patchify,
+    reconstruct_from_patches,
+    split_to_patches,
+    unpatchify,
+)
+from orbit.model.registry import build_model, list_models, register_model
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
 
 __all__ = [
+    "MLP",
     "TCN",
     "CausalConv1d",
     "Conv1dLoRA",
@@ -36,25 +51,46 @@ __all__ = [
     "EmbeddingLoRA",
     "KVCache",
     "LinearLoRA",
+    "MoE",
     "MultiHeadAttention",
+    "PatchEmbedding",
+    "PatchOutput",
     "ResBasicBlock",
     "RotaryPositionalEmbedding",
     "Rotation",
+    "Routing",
     "SinusoidalPositionalEmbedding",
+    "TopKGate",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerOutput",
     "auto_initialize",
+    "build_model",
     "count_params",
     "freeze_layers",
     "get_model_by_name",
     "get_trainable_params",
+    "list_models",
+    "load_balancing_loss",
     "load_layer",
+    "load_llama_weights",
     "make_causal_mask",
     "make_lookahead_mask",
     "make_padding_mask",
     "make_sliding_window_mask",
+    "moe_aux_loss",
+    "pad_to_patch_size",
+    "patchify",
     "positions_from_mask",
+    "reconstruct_from_patches",
+    "register_model",
     "rotate",
+    "router_z_loss",
     "save_layer",
+    "set_moe_training_mode",
+    "split_to_patches",
     "unfreeze_layers",
+    "unpatchify",
 ]
 
 

@@ -21,5 +21,9 @@ class TargetError(ValueError):
     """A name or pattern matches nothing in the model."""
 
 
+class WeightsError(ValueError):
+    """Weights are damaged, or do not belong to the model."""
+
+
 class LayerFileError(ValueError):
     """A file cannot be written from a layer, is damaged, or does not belong to the layer."""

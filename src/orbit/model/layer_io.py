@@ -62,7 +62,8 @@ def get_model_by_name(model: nn.Module, name: str) -> nn.Module:
     >>> get_model_by_name(model, "backbone.1")
     ReLU()
     """
-    module, passed = model, []
+    module = model
+    passed: list[str] = []
     for part in clean(name).split(".") if name else ():
         inner = module if part in module._modules else unwrap(module)
         child = inner._modules.get(part)

@@ -158,6 +158,34 @@ def positions_from_mask(mask_BS: Tensor) -> Tensor:
     return (mask_BS.long().cumsum(-1) - 1).clamp(min=0) * mask_BS
 
 
+def fit_mask(mask: Tensor, batch: int, heads: int, queries: int, keys: int) -> Tensor:
+    """A caller's mask with its four dimensions, those of size 1 left as they are.
+
+    (B, S) is for keys, (B, T, S) and (B, H, T, S) are per query. Two dimensions never mean (T, S): with as many rows
+    as queries nobody could tell.
+
+    Raises:
+        MaskError: the mask is not boolean or does not fit.
+    """
+    if mask.dtype != torch.bool:
+        raise MaskError(
+            f"a mask is boolean, True = attend, not {mask.dtype}: mask.bool() makes one of 0 and 1, "
+            "mask == 0 one of 0 and -inf"
+        )
+    full = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+    sizes = (batch, heads, queries, keys)
+    if (
+        full.dim() != 4
+        or full.shape[3] != keys
+        or any(n not in (1, s) for n, s in zip(full.shape, sizes, strict=True))
+    ):
+        raise MaskError(
+            f"mask of shape {tuple(mask.shape)} does not fit B={batch}, H={heads}, T={queries}, S={keys} "
+            f"(cached keys count): (B, S) for keys, (B, T, S) or (B, H, T, S) per query; a (T, S) mask is mask[None]"
+        )
+    return full
+
+
 def _ahead(queries: int, keys: int | None, device: torch.device | str | None) -> Tensor:
     """j − i for every query and key: (1, 1, queries, keys)."""
     keys = queries if keys is None else keys

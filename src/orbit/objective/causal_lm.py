@@ -59,15 +59,20 @@ class CausalLM:
         target_BT = labels_BT[:, 1:]
         column_C = (target_BT != self.ignore_index).any(dim=0).nonzero().squeeze(1)
         if _keeps_logits(model):
-            logits_BCV = _logits(model(**inputs, logits_to_keep=column_C), model)
+            output = model(**inputs, logits_to_keep=column_C)
+            logits_BCV = _logits(output, model)
         else:
-            logits_BCV = _logits(model(**inputs), model).index_select(1, column_C)
+            output = model(**inputs)
+            logits_BCV = _logits(output, model).index_select(1, column_C)
         target_BC = target_BT.index_select(1, column_C)
         row_BC = target_BC != self.ignore_index
         logits_NV, target_N = logits_BCV[row_BC], target_BC[row_BC]
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         count = target_N.shape[0]
         loss = F.cross_entropy(logits_NV, target_N) if count else logits_NV.sum()
+        added = getattr(output, "added_loss", None)  # what a model's own parts ask for, already weighted
+        if count and added is not None:
+            loss = loss + added
         return Outcome(loss=loss, weight=float(count))
 
     def _split(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -92,7 +92,9 @@ def split(model: nn.Module, *, conv: bool = False, exclude: Sequence[str] = ()) 
         elif p.ndim < 2:
             adamw[name] = "vector"
         elif id(p) in tables:
-            adamw[name] = "embedding" if isinstance(around[0], nn.Embedding | nn.EmbeddingBag) else "tied head"
+            adamw[name] = (
+                "embedding" if isinstance(around[0], nn.Embedding | nn.EmbeddingBag) else "tied head"
+            )
         elif heads & set(map(id, around)):
             adamw[name] = "head"
         else:

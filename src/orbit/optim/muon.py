@@ -210,7 +210,9 @@ class Muon(Optimizer):
         _require_matrix(p)
         assert p.grad is not None
         if p.grad.is_sparse:
-            raise RuntimeError(f"Muon cannot orthogonalise the sparse gradient of a parameter {tuple(p.shape)}")
+            raise RuntimeError(
+                f"Muon cannot orthogonalise the sparse gradient of a parameter {tuple(p.shape)}"
+            )
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)

@@ -122,7 +122,7 @@ def _unpickle(path: Path) -> Any:
     content = path.read_bytes()
     try:
         for opcode, number, _ in pickletools.genops(content):
-            if opcode.name in ("PUT", "LONG_BINPUT") and number > len(content):
+            if opcode.name in ("PUT", "LONG_BINPUT") and int(number or 0) > len(content):
                 raise pickle.UnpicklingError("it asks for more memory than it can need")
         return _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for

@@ -145,8 +145,12 @@ class KVCache:
 
     def _has_room(self, storage: Tensor, end: int) -> bool:
         """Whether rows up to `end` may be written in place: into what is ours, and no tensor of inference mode."""
-        frozen = storage.is_inference() and not torch.is_inference_mode_enabled()
-        return self._writable and end <= storage.shape[2] and not frozen
+        if not self._writable or end > storage.shape[2]:
+            return False
+        # The compiler knows no inference mode.
+        return (
+            torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not storage.is_inference()
+        )
 
     def _room(self, held: int, new: int) -> int:
         """Free rows in a new storage."""

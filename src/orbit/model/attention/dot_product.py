@@ -29,18 +29,21 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """(B, H, T, D) by `scaled_dot_product_attention`, with a mask only where its flags cannot say the same."""
-    queries, keys, heads, groups = q_BHTD.shape[2], k_BGSD.shape[2], q_BHTD.shape[1], k_BGSD.shape[1]
+    batch, heads, queries, width = q_BHTD.shape
+    groups, keys = k_BGSD.shape[1:3]
     # torch counts `is_causal` from the first key, so it is right for a square alone, and it excludes a mask.
-    square = causal and mask is None and 1 < queries == keys and (window is None or keys <= window)
-    if not square:
+    if causal and mask is None and 1 < queries == keys and (window is None or keys <= window):
+        square = True  # said by a branch: while compiling, the comparison itself is no plain bool
+    else:
+        square = False
         mask = visible(queries, keys, mask, causal, window, q_BHTD.device)
     grouped = False
     if heads != groups:
         if queries == 1:  # one query: the heads of a group stand in line as its queries
             if mask is not None and mask.shape[1] != 1:
-                mask = mask.view(-1, groups, heads // groups, mask.shape[3])
-            line = q_BHTD.view(-1, groups, heads // groups, q_BHTD.shape[3])
-            return F.scaled_dot_product_attention(line, k_BGSD, v_BGSD, mask, dropout).view(q_BHTD.shape)
+                mask = mask.reshape(mask.shape[0], groups, heads // groups, keys)
+            line = q_BHTD.reshape(batch, groups, heads // groups, width)
+            return F.scaled_dot_product_attention(line, k_BGSD, v_BGSD, mask, dropout).reshape(q_BHTD.shape)
         grouped = _takes_groups(q_BHTD, mask)
         if not grouped:
             k_BGSD, v_BGSD = _repeated(k_BGSD, heads // groups), _repeated(v_BGSD, heads // groups)

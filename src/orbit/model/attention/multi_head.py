@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from orbit.model.attention.cache import KVCache
+from orbit.model.attention.checks import check_inputs, check_positions, choose_head_dim
 from orbit.model.attention.dot_product import attend, attend_with_weights
 from orbit.model.attention.rope import RotaryPositionalEmbedding, Rotation, rotate
-from orbit.model.errors import CacheError, MaskError, SettingError, ShapeError
+from orbit.model.errors import SettingError
+from orbit.model.mask import fit_mask
 
 __all__ = ["MultiHeadAttention"]
 
@@ -75,9 +77,11 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        head_dim = _head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
+        head_dim = choose_head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
         if window is not None and window < 1:
             raise SettingError(f"window {window} leaves a query nothing to see: choose 1 (itself) or more")
+        if context_size is not None and context_size < 1:
+            raise SettingError(f"context_size {context_size} is below 1: leave it out for self-attention")
         if not 0 <= dropout < 1:
             raise SettingError(f"dropout {dropout} is no probability below 1")
         if rope is not None and rope.head_dim != head_dim:
@@ -88,13 +92,9 @@ class MultiHeadAttention(nn.Module):
             raise SettingError(
                 "a context has no order with the queries: causal, window and rope need context_size=None"
             )
-        self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = (
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-        )
-        self.causal, self.window, self.dropout, self.context_size = causal, window, dropout, context_size
+        self.hidden_size, self.context_size = hidden_size, context_size
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.causal, self.window, self.dropout = causal, window, dropout
         source = hidden_size if context_size is None else context_size
         heads, kv_heads = num_heads * head_dim, num_kv_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, heads, bias, device, dtype)
@@ -140,19 +140,14 @@ class MultiHeadAttention(nn.Module):
             CacheError: a cache that belongs elsewhere; it stays as it was.
             SettingError: arguments that this block cannot use.
         """
-        queries = x_BTD.shape[1]
-        past = 0 if cache is None else cache.length
-        recalled = self.context_size is not None and context_BSC is None  # keys that the cache has
-        self._check_inputs(x_BTD, context_BSC)
-        if cache is not None:
-            self._check_cache(cache, context_BSC)
-        elif recalled:
-            raise ShapeError("cross-attention needs a context, or a cache that holds one")
+        check_inputs(self, x_BTD, context_BSC, cache)
         if rotation is not None or positions is not None:
-            self._check_positions(x_BTD, context_BSC, rotation, positions)
+            check_positions(self, x_BTD, context_BSC, rotation, positions)
+        queries, past = x_BTD.shape[1], 0 if cache is None else cache.length
+        recalled = self.context_size is not None and context_BSC is None  # the cache holds the context
         if mask is not None:
             keys = past if recalled else past + queries if context_BSC is None else context_BSC.shape[1]
-            mask = _to_4d(mask, x_BTD.shape[0], self.num_heads, queries, keys)
+            mask = fit_mask(mask, x_BTD.shape[0], self.num_heads, queries, keys)
 
         q_BHTD = self._heads(self.q_proj(x_BTD), self.q_norm)
         if recalled and cache is not None:
@@ -169,9 +164,8 @@ class MultiHeadAttention(nn.Module):
                 q_BHTD, k_BGSD = rotate(q_BHTD, rotation), rotate(k_BGSD, rotation)
             if cache is not None:
                 k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
-                mask = (
-                    None if mask is None else mask[..., -k_BGSD.shape[2] :]
-                )  # a window holds the last keys alone
+                if mask is not None:
+                    mask = mask[..., -k_BGSD.shape[2] :]  # a window holds the last keys alone
 
         inputs = q_BHTD, k_BGSD, v_BGSD, mask
         dropout = self.dropout if self.training else 0.0
@@ -193,108 +187,10 @@ class MultiHeadAttention(nn.Module):
             f"causal={self.causal}, window={self.window}, dropout={self.dropout}"
         )
 
-    def _heads(self, x_BTW: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def _heads(self, x_BTW: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
         """(B, T, heads·D) → (B, heads, T, D), each head normed."""
-        x_BTHD = x_BTW.unflatten(-1, (-1, self.head_dim))
+        batch, tokens, width = x_BTW.shape
+        x_BTHD = x_BTW.reshape(batch, tokens, width // self.head_dim, self.head_dim)
         if norm is not None:
-            x_BTHD = norm(x_BTHD).to(x_BTW.dtype)  # autocast leaves norms in float32
+            x_BTHD = norm(x_BTHD.to(norm.weight.dtype)).to(x_BTW.dtype)  # under autocast they differ
         return x_BTHD.transpose(1, 2)
-
-    def _check_inputs(self, x_BTD: Tensor, context_BSC: Tensor | None) -> None:
-        if x_BTD.dim() != 3 or x_BTD.shape[-1] != self.hidden_size:
-            raise ShapeError(f"input of shape {tuple(x_BTD.shape)}: (B, T, {self.hidden_size}) is needed")
-        if context_BSC is None:
-            return
-        if self.causal or self.window is not None or self.rope is not None:
-            raise SettingError(
-                "a context has no order with the queries: leave it out, or build without causal, window and rope"
-            )
-        width = self.hidden_size if self.context_size is None else self.context_size
-        if context_BSC.dim() != 3 or context_BSC.shape[-1] != width or context_BSC.shape[0] != x_BTD.shape[0]:
-            raise ShapeError(
-                f"context of shape {tuple(context_BSC.shape)}: ({x_BTD.shape[0]}, S, {width}) is needed for input "
-                f"{tuple(x_BTD.shape)}"
-            )
-
-    def _check_cache(self, cache: KVCache, context_BSC: Tensor | None) -> None:
-        if self.context_size is not None:
-            if (context_BSC is None) == (cache.length == 0):
-                raise CacheError(
-                    "cross-attention fills its cache from the context once: give the context with an empty cache, "
-                    f"then the cache alone (this one holds {cache.length} keys)"
-                )
-        elif context_BSC is not None:
-            raise CacheError(
-                "a context goes into a cache only if it has its own size: build with context_size="
-            )
-        elif not self.causal:
-            raise CacheError("old tokens have not seen the new ones: a cache needs causal=True")
-        if cache.window != self.window:
-            raise CacheError(
-                f"the cache keeps a window of {cache.window}, this layer sees {self.window} (None: everything): "
-                "make it with attention.make_cache()"
-            )
-
-    def _check_positions(
-        self, x_BTD: Tensor, context_BSC: Tensor | None, rotation: Rotation | None, positions: Tensor | None
-    ) -> None:
-        if rotation is not None:
-            if positions is not None:
-                raise SettingError("a rotation holds its positions already: give one of the two")
-            if self.context_size is not None or context_BSC is not None:
-                raise SettingError("a context has no order with the queries: no rotation")
-            if not isinstance(rotation, Rotation):
-                raise SettingError(f"a rotation comes from rope(positions), not as {type(rotation).__name__}")
-        elif self.rope is None:
-            raise SettingError("positions need a rope: build with rope=RotaryPositionalEmbedding(...)")
-        elif positions is not None and tuple(positions.shape) not in (x_BTD.shape[1:2], x_BTD.shape[:2]):
-            raise ShapeError(
-                f"positions of shape {tuple(positions.shape)} do not fit input {tuple(x_BTD.shape)}: (T,) or (B, T)"
-            )
-
-
-def _head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
-    for name, value in (
-        ("hidden_size", hidden_size),
-        ("num_heads", num_heads),
-        ("num_kv_heads", num_kv_heads),
-    ):
-        if value < 1:
-            raise SettingError(f"{name} {value} is below 1")
-    if num_heads % num_kv_heads:
-        fits = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
-        raise SettingError(
-            f"num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}: choose one of {fits}"
-        )
-    if head_dim is None:
-        if hidden_size % num_heads:
-            below = hidden_size // num_heads * num_heads
-            fits = " or ".join(str(n) for n in (below, below + num_heads) if n)
-            raise SettingError(
-                f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}: choose {fits}, or give head_dim="
-            )
-        return hidden_size // num_heads
-    if head_dim < 1:
-        raise SettingError(f"head_dim {head_dim} is below 1")
-    return head_dim
-
-
-def _to_4d(mask: Tensor, batch: int, heads: int, queries: int, keys: int) -> Tensor:
-    """The caller's mask as (B, H, T, S), dimensions of 1 left as they are."""
-    if mask.dtype != torch.bool:
-        raise MaskError(
-            f"a mask is boolean, True = attend, not {mask.dtype}: mask.bool() makes one of 0 and 1, "
-            "mask == 0 one of 0 and -inf"
-        )
-    full = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
-    sizes = (batch, heads, queries, keys)
-    if (
-        full.dim() != 4
-        or full.shape[3] != keys
-        or any(n not in (1, s) for n, s in zip(full.shape, sizes, strict=True))
-    ):
-        raise MaskError(
-            f"mask of shape {tuple(mask.shape)} does not fit B={batch}, H={heads}, T={queries}, S={keys} "
-            f"(cached keys count): (B, S) for keys, (B, T, S) or (B, H, T, S) per query; a (T, S) mask is mask[None]"
-        )
-    return full

@@ -46,6 +46,8 @@ def rotate(x_BHTD: Tensor, rotation: Rotation) -> Tensor:
             f"a rotation of {cos.shape[-2]} positions and {dim} dimensions does not fit heads of shape "
             f"{tuple(x_BHTD.shape)}, (B, H, T, D): make it for these positions with rope(positions)"
         )
+    if cos.dim() == 4 and cos.shape[0] not in (1, x_BHTD.shape[0]):
+        raise ShapeError(f"a rotation of {cos.shape[0]} rows does not fit a batch of {x_BHTD.shape[0]}")
     turned = x_BHTD[..., :dim]
     turned = torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin)
     return turned if dim == x_BHTD.shape[-1] else torch.cat((turned, x_BHTD[..., dim:]), -1)

@@ -59,6 +59,8 @@ class SinusoidalPositionalEmbedding(nn.Module):
             raise ShapeError(
                 f"positions of shape {tuple(positions.shape)} do not fit input {tuple(x_BTD.shape)}: (T,) or (B, T)"
             )
+        elif positions.is_floating_point() or positions.dtype == torch.bool:
+            raise ShapeError(f"positions are integers, not {positions.dtype}")
         return x_BTD + self.encode(positions).to(x_BTD.dtype)
 
     def encode(self, positions: Tensor) -> Tensor:
