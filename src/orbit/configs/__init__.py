@@ -1,1 +1,1 @@
-"""The configs that ship: Hydra finds them as `pkg://orbit.configs`. A folder of your own goes before (`--config-dir`)."""
+"""The configs that ship, `pkg://orbit.configs` to Hydra. A folder of your own goes before them (`--config-dir`)."""

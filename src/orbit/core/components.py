@@ -69,7 +69,10 @@ class Components(Names[Any]):
 
     def get(self, name: str) -> Any:
         """The component, or None."""
-        return self[name] if name in self else None
+        try:
+            return self[name]
+        except ComponentError:
+            return None
 
     def __getitem__(self, name: str) -> Any:
         if name in self._builtin:

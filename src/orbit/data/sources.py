@@ -1,8 +1,8 @@
 """Rows from where they lie: a file, a folder, a hub, or memory.
 
-    read_rows(path="questions.jsonl")                          jsonl, json, csv, parquet
-    read_rows(path="locuslab/TOFU", name="full", split="train")   what `datasets.load_dataset` takes
-    read_rows(rows=[{"question": ..., "answer": ...}])
+read_rows(path="questions.jsonl")                          jsonl, json, csv, parquet
+read_rows(path="locuslab/TOFU", name="full", split="train")   what `datasets.load_dataset` takes
+read_rows(rows=[{"question": ..., "answer": ...}])
 """
 
 from __future__ import annotations

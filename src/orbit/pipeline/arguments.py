@@ -51,8 +51,8 @@ def read_arguments(given: Mapping[str, Any], strict: bool = False) -> Arguments:
     for name in given:
         if name not in known:
             raise ConfigError(
-                f"trainer.args has {name!r}, which driver orbit does not take{did_you_mean(name, known)}; driver=hf takes "
-                "whatever transformers.TrainingArguments takes"
+                f"trainer.args has {name!r}, which driver orbit does not take{did_you_mean(name, known)}; driver=hf "
+                "takes whatever transformers.TrainingArguments takes"
             )
     return Arguments(**given)
 

@@ -42,7 +42,9 @@ class RunFolder:
         name = cfg.get("run_name") or fingerprint(cfg)
         for part, what in ((name, "run_name"), (experiment or "train", "experiment")):
             if Path(part).is_absolute() or ".." in Path(part).parts:
-                raise ConfigError(f"{what} {part!r} leaves the folder of runs: give a name without '..' and '/'")
+                raise ConfigError(
+                    f"{what} {part!r} leaves the folder of runs: give a name without '..' and '/'"
+                )
         return cls(Path(paths["root"]) / (experiment or "train") / name, cfg)
 
     @property
@@ -85,7 +87,7 @@ def environment() -> dict[str, Any]:
     """Versions and the machine, for whoever reads the run later."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    found: dict[str, str | None] = {}
     for package in ("orbit-torch", "torch", "transformers", "datasets", "numpy"):
         try:
             found[package] = version(package)

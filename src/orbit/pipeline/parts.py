@@ -26,7 +26,9 @@ def load_tokenizer(cfg: Mapping[str, Any]) -> Any:
     from orbit.demo.smollm2 import resolve_model
 
     given = dict(cfg.get("tokenizer_args") or {})
-    path = given.pop("pretrained_model_name_or_path", None) or cfg["model_args"]["pretrained_model_name_or_path"]
+    path = (
+        given.pop("pretrained_model_name_or_path", None) or cfg["model_args"]["pretrained_model_name_or_path"]
+    )
     return AutoTokenizer.from_pretrained(resolve_model(path), **given)
 
 
@@ -38,7 +40,9 @@ def load_model(cfg: Mapping[str, Any]) -> nn.Module:
     from orbit.demo.smollm2 import resolve_model
 
     given = dict(cfg["model_args"])
-    return AutoModelForCausalLM.from_pretrained(resolve_model(given.pop("pretrained_model_name_or_path")), **given)
+    return AutoModelForCausalLM.from_pretrained(
+        resolve_model(given.pop("pretrained_model_name_or_path")), **given
+    )
 
 
 def adapt(model: nn.Module, cfg: Mapping[str, Any] | None, task: str) -> None:
@@ -50,17 +54,25 @@ def adapt(model: nn.Module, cfg: Mapping[str, Any] | None, task: str) -> None:
     known = [field.name for field in fields(AdapterConfig)]
     for key in settings:
         if key not in known:
-            raise ConfigError(f"adapter has no setting {key!r}{did_you_mean(key, known)}; it has: {', '.join(known)}")
+            raise ConfigError(
+                f"adapter has no setting {key!r}{did_you_mean(key, known)}; it has: {', '.join(known)}"
+            )
     if kind not in ("lora", "dora"):
         raise ConfigError(f"adapter.type {kind!r} is unknown{did_you_mean(kind, ('lora', 'dora'))}")
-    inject(model, AdapterConfig(**settings, **({"dora": True} if kind == "dora" else {})), task)
+    if kind == "dora":
+        settings["dora"] = True
+    inject(model, AdapterConfig(**settings), task)
 
 
-def build_dataset(name: str, section: Mapping[str, Any], tokenizer: Any, template_args: Mapping[str, Any]) -> Any:
-    """One dataset of `data.train` or `data.eval`: its handler (or its own name, if that is registered) with its args."""
+def build_dataset(
+    name: str, section: Mapping[str, Any], tokenizer: Any, template_args: Mapping[str, Any]
+) -> Any:
+    """One dataset of `data.train` or `data.eval`: its handler (or what is registered as its name) with its args."""
     handler = section.get("handler") or name
     args = dict(section.get("args") or {})
-    return call(DATASET_REGISTRY[handler], args, f"data {name!r}", template_args=template_args, tokenizer=tokenizer)
+    return call(
+        DATASET_REGISTRY[handler], args, f"data {name!r}", template_args=template_args, tokenizer=tokenizer
+    )
 
 
 def build_collator(section: Mapping[str, Any], tokenizer: Any) -> Any:
@@ -86,13 +98,17 @@ def call(component: Any, args: Mapping[str, Any], where: str, **given: Any) -> A
     for key in args:
         if key in given or (key not in parameters and not takes_any):
             free = [name for name in parameters if name not in given]
-            raise ConfigError(f"{where} takes no argument {key!r}{did_you_mean(key, free)}; it takes: {', '.join(free)}")
+            raise ConfigError(
+                f"{where} takes no argument {key!r}{did_you_mean(key, free)}; it takes: {', '.join(free)}"
+            )
     passed = {key: value for key, value in given.items() if takes_any or key in parameters}
     missing = [
         name
         for name, p in parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in {*args, *passed}
+        if p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and name not in {*args, *passed}
     ]
     if missing:
-        raise ConfigError(f"{where} needs {', '.join(missing)}: write {'it' if len(missing) == 1 else 'them'} into its args")
+        raise ConfigError(f"{where} needs {', '.join(missing)}: write that into its args")
     return component(**args, **passed)

@@ -1,7 +1,7 @@
 """`orbit train`: a config to a trained model.
 
-    check the config → build tokenizer, data, objective → (nothing is written until here) → model, adapter → folder
-    → train → save → done
+check the config → build tokenizer, data, objective → (nothing is written until here) → model, adapter → folder
+→ train → save → done
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from orbit.pipeline.folder import RunFolder
 TASK = "default"
 
 
-def train(cfg: Mapping[str, Any], experiment: str | None = None, console: Console | None = None) -> dict[str, Any]:
+def train(
+    cfg: Mapping[str, Any], experiment: str | None = None, console: Console | None = None
+) -> dict[str, Any]:
     """Run the training that `cfg` describes, or say that it is done. Returns what it came to.
 
     Raises:
@@ -35,7 +37,8 @@ def train(cfg: Mapping[str, Any], experiment: str | None = None, console: Consol
         console.print(f"{folder.path} is done: {done}", highlight=False)
         return done
     arguments = read_arguments(
-        {key: value for key, value in cfg["trainer"]["args"].items() if key != "output_dir"}, bool(cfg.get("strict"))
+        {key: value for key, value in cfg["trainer"]["args"].items() if key != "output_dir"},
+        bool(cfg.get("strict")),
     )
     tokenizer = parts.load_tokenizer(cfg["model"])
     template = cfg["model"].get("template_args") or {}
