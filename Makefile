@@ -20,7 +20,7 @@ PINS    := pyproject.toml constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check faults bench bench-adapters bench-xlora bench-blocks bench-checkpoints gpu docs
+.PHONY: help demo test check faults bench bench-adapters bench-xlora bench-blocks bench-muon bench-checkpoints gpu docs
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -53,6 +53,9 @@ bench-xlora: $(VENV)/.bench ## mixtures of experts against PEFT's: time, memory,
 
 bench-blocks: $(VENV)/.bench ## building blocks against hand-written ones and transformers': attention, RoPE, experts
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.blocks --out benchmarks/blocks.md $(ARGS)
+
+bench-muon: $(VENV)/.dev ## Muon against AdamW on a small decoder: steps to the same loss; ten minutes, curve in benchmarks/muon.md
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(BIN)/python -m benchmarks.muon --out benchmarks/muon.md $(ARGS)
 
 bench-checkpoints: $(VENV)/.dev ## how long a save holds up training, in the loop and beside it
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.checkpointing --out benchmarks/checkpointing.md $(ARGS)

@@ -27,6 +27,10 @@ class Sizes:
     kv_heads: int = 2
     batch: int = 4
     length: int = 256
+    experts: int = 8
+    top_k: int = 2
+    intermediate: int = 1024
+    tokens: int = 2048  # through the experts
     vocabulary: int = 32768  # of the model that is initialised, of 100 million parameters
     layers: int = 21
 
@@ -67,6 +71,55 @@ def rotation_of(head_dim: int, length: int, device: str, dtype: torch.dtype) -> 
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angle = torch.arange(length, device=device).float()[:, None] * frequency.repeat(2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class Expert(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Loop(nn.Module):
+    """A mixture of experts as a careful loop: tokens sorted by expert once, every expert runs its own alone."""
+
+    def __init__(self, hidden: int, intermediate: int, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.experts = nn.ModuleList(Expert(hidden, intermediate) for _ in range(experts))
+        self.top_k = top_k
+
+    def take(self, state: dict[str, Tensor]) -> None:
+        """The weights of our block."""
+        with torch.no_grad():
+            self.router.weight.copy_(state["gate.weight"])
+            for number, expert in enumerate(self.experts):
+                gate, up = state["experts.gate_up_proj"][number].chunk(2)
+                expert.load_state_dict(
+                    {
+                        "gate_proj.weight": gate,
+                        "up_proj.weight": up,
+                        "down_proj.weight": state["experts.down_proj"][number],
+                    }
+                )
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, -2)
+        probability = self.router(x_ND).softmax(-1, dtype=torch.float32)
+        weight_NK, expert_NK = probability.topk(self.top_k, dim=-1)
+        weight_NK = (weight_NK / weight_NK.sum(-1, keepdim=True)).to(x_ND.dtype)
+        order = expert_NK.flatten().argsort(stable=True)
+        token = order // self.top_k
+        counts = torch.bincount(expert_NK.flatten(), minlength=len(self.experts)).tolist()
+        parts = x_ND.index_select(0, token).split(counts)
+        y = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        y = y * weight_NK.flatten().index_select(0, order)[:, None]
+        return torch.zeros_like(x_ND).index_add(0, token, y).view_as(x_BTD)
 
 
 class Pass:

@@ -4,6 +4,8 @@
                grouped queries, grouped queries with rotary positions (cosine and sine made once, for both)
     rope       cosine, sine and the rotation of q and k against transformers' LlamaRotaryEmbedding and
                `apply_rotary_pos_emb`
+    moe        a routed mixture, forward and backward, against a careful loop over experts and against transformers'
+               MixtralSparseMoeBlock, as a loop and by `grouped_mm`
     init       `auto_initialize` of a decoder of 100 million parameters against `normal_` on each of them
 
 Every figure is a ratio, ours over theirs, taken as `measuring.py` says. `block_pairs.py` has the hand-written blocks;
@@ -18,9 +20,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.block_pairs import HandWrittenAttention, Pass, Sizes, check_same, rotation_of
+from benchmarks.block_pairs import HandWrittenAttention, Loop, Pass, Sizes, check_same, rotation_of
 from benchmarks.measuring import DTYPES, Groups, Line, Setting, measure, timed
-from orbit.model import MultiHeadAttention, RotaryPositionalEmbedding, auto_initialize, rotate
+from orbit.model import MoE, MultiHeadAttention, RotaryPositionalEmbedding, auto_initialize, rotate
 
 
 def noise(setting: Setting[Sizes], dtype: torch.dtype, *shape: int, seed: int = 1) -> Tensor:
@@ -91,6 +93,49 @@ def rope(setting: Setting[Sizes]) -> Iterator[Line]:
         yield from both_ways(setting, f"RoPE, {kind}", *passes, bar=1.0, other="transformers")
 
 
+def mixtral(mine: MoE, size: Sizes, form: str) -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_local_experts=size.experts,
+        num_experts_per_tok=size.top_k,
+    )
+    config._experts_implementation = form
+    block: nn.Module = MixtralSparseMoeBlock(config)
+    block.load_state_dict(mine.state_dict())
+    return block
+
+
+def moe(setting: Setting[Sizes]) -> Iterator[Line]:
+    size = setting.shape
+    for kind, dtype in DTYPES.items():
+        torch.manual_seed(0)
+        x = noise(setting, dtype, 1, size.tokens, size.hidden)
+        mine = MoE(size.hidden, size.intermediate, size.experts, size.top_k)
+        loop = Loop(size.hidden, size.intermediate, size.experts, size.top_k)
+        loop.take(mine.state_dict())
+        blocks = {
+            "a careful loop": loop,
+            "Mixtral's loop": mixtral(mine, size, "eager"),
+            "Mixtral's grouped_mm": mixtral(mine, size, "grouped_mm"),
+        }
+        them = {}
+        for name, block in blocks.items():
+            block.to(setting.device, dtype)
+            them[name] = Pass(block, [x], block.parameters())
+        mine.to(setting.device, dtype)
+        us = Pass(mine, [x], mine.parameters())
+        for name, other in them.items():
+            check_same(us, other, f"MoE and {name}, {kind}")
+        t = setting.times({"us": us.backward, **{name: other.backward for name, other in them.items()}})
+        for name in them:
+            what = f"MoE, forward and backward, against {name}, {kind}"
+            yield timed(what, t["us"], t[name], 1.0, other="theirs")
+
+
 def decoder(size: Sizes) -> nn.Module:
     """The layers of a decoder, never run."""
     kinds: list[nn.Module] = [nn.Embedding(size.vocabulary, size.hidden)]
@@ -115,7 +160,7 @@ def init(setting: Setting[Sizes]) -> Iterator[Line]:
     yield timed(f"auto_initialize, {count:.0f} million parameters", t["us"], t["them"], 1.3, "normal_")
 
 
-GROUPS: Groups[Sizes] = {"attention": attention, "rope": rope, "init": init}
+GROUPS: Groups[Sizes] = {"attention": attention, "rope": rope, "moe": moe, "init": init}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -265,6 +265,8 @@ def test_make_speaks_the_whole_vocabulary():
         "bench",
         "bench-adapters",
         "bench-xlora",
+        "bench-blocks",
+        "bench-muon",
         "bench-checkpoints",
         "gpu",
         "docs",

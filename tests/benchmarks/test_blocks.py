@@ -12,8 +12,8 @@ from benchmarks.block_pairs import HandWrittenAttention, Pass, Sizes, check_same
 from benchmarks.blocks import GROUPS
 from benchmarks.measuring import Setting
 
-TINY = Sizes(hidden=32, heads=4, batch=2, length=8, vocabulary=64, layers=1)
-LINES = {"attention": 12, "rope": 4, "init": 1}
+TINY = Sizes(hidden=32, heads=4, batch=2, length=8, intermediate=16, tokens=64, vocabulary=64, layers=1)
+LINES = {"attention": 12, "rope": 4, "moe": 6, "init": 1}
 
 
 @pytest.mark.parametrize("group", GROUPS)

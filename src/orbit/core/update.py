@@ -270,7 +270,8 @@ class Updater:
                 _forget_casts(place)
                 self._forget_gradients()
                 self._total, self._loss_sum = 0.0, 0.0
-                for self.micro, again in enumerate(self._window):
+                for number, again in enumerate(self._window):
+                    self.micro = number
                     again()
             finally:
                 self.micro = len(self._window)

@@ -333,3 +333,20 @@ def test_bad_caches():
     assert cache.length == T
     with pytest.raises(CacheError, match="exceed max_length 10"):
         windowed(x, cache=windowed.make_cache(10))
+
+
+def test_adapters_graft_onto_the_projections():
+    from orbit.adapter import AdapterConfig, inject
+
+    model = nn.ModuleList([MultiHeadAttention(HIDDEN, H, 2, causal=True, rope=RotaryPositionalEmbedding(D))])
+    x = torch.randn(B, T, HIDDEN)
+    before = model[0](x)
+    names = set(model.state_dict())
+    inject(model, AdapterConfig(r=2, targets=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    assert {n.split(".")[1] for n in set(model.state_dict()) - names} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert torch.equal(model[0](x), before)

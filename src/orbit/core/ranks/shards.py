@@ -139,7 +139,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all tensors together: of whole ones, of pieces over all ranks, and of both. 0-d, the same on all ranks."""
+    """The norm of all tensors together, whole ones and pieces over all ranks: 0-d, the same on every rank."""
     cut = [t for t in tensors if is_sharded(t)]
     return norm_of_kinds([cut, [t for t in tensors if not is_sharded(t)]] if cut else [tensors])
 

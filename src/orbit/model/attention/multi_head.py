@@ -121,7 +121,8 @@ class MultiHeadAttention(nn.Module):
         positions: Tensor | None = None,
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y (B, T, hidden), with `need_weights` also the weights (B, H, T, S) before dropout.
+        """y (B, T, hidden), with `need_weights` also the weights (B, H, T, S) before dropout, S as the
+        cache holds them.
 
         Args:
             x_BTD: queries, and without a context also keys and values.
