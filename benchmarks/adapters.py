@@ -49,6 +49,8 @@ from benchmarks.measuring import (
     timed,
 )
 
+DECODED = 32  # steps of one decoding
+
 
 def floor(alone: list[float], products: list[float], theirs: list[float]) -> Line:
     """The least that any adapter takes here: the model alone and the products by A and B."""
@@ -133,7 +135,10 @@ def rows(setting: Setting[Shape]) -> Iterator[Line]:
         base = setting.shape.model(dtype, setting.device)
         mine = ours(base, names).eval()
         theirs = pefts(base, mine, names).eval()
-        for what, count, length, bar, repeat in (("prefill", 8, 128, 0.85, 1), ("decode", 32, 1, 0.60, 32)):
+        for what, count, length, bar, repeat in (
+            ("prefill", 8, 128, 0.85, 1),
+            ("decode", 32, 1, 0.60, DECODED),
+        ):
             tokens = setting.shape.tokens(setting.device, count, length)
             chosen = [names[row % len(names)] for row in range(count)]
 

@@ -2,9 +2,9 @@
 
 How many of AdamW's steps does Muon need to come to AdamW's final loss? Both train the same decoder on bytes of real
 English (`examples/data`, the texts of `train`) with the same batches, schedule (short warm-up, linear to zero) and
-length. Each is tuned over a range of learning rates of its own, equally many of equal distance, and the
-best of each by the final loss on held-out texts, the mean over seeds, is compared. Muon's matrices are those that
-`Muon.for_model` finds; the rest has AdamW's own best rate. Absolute times mean nothing here and are not taken.
+length. Each is tuned over a range of learning rates of its own, equally many at equal distances, by the final loss on
+held-out texts of one seed; what is compared is the mean over seeds at the best rate of each. Muon's matrices are those
+that `Muon.for_model` finds, and the rest trains with AdamW's own best rate. Times are not taken.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from benchmarks.__main__ import table, verdict
 from orbit.core import seed_everything
 from orbit.engine import Engine
+from orbit.model import Transformer, TransformerConfig
 from orbit.optim import Muon
 
 BAR = 0.9
@@ -46,19 +47,7 @@ def texts(split: str) -> Tensor:
 
 
 def decoder() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=176,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=LENGTH,
-        )
-    )
+    return Transformer(TransformerConfig(vocab_size=256, hidden_size=64, num_layers=3, num_heads=4))
 
 
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
@@ -107,19 +96,21 @@ def muon(lr: float, adamw_lr: float) -> Maker:
 
 
 def tuned(
-    optimizer_of: Callable[[float], Maker],
-    rates: tuple[float, ...],
-    steps: int,
-    seeds: int,
-    say: Callable[[str], None],
+    optimizer_of: Callable[[float], Maker], rates: tuple[float, ...], steps: int
 ) -> dict[float, list[float]]:
-    """Rate → the curve of its runs, the mean over seeds."""
+    """Rate → the curve of its run of seed 0."""
     curves = {}
     for lr in rates:
-        runs = [curve(optimizer_of(lr), steps, seed) for seed in range(seeds)]
-        curves[lr] = [statistics.fmean(losses) for losses in zip(*runs, strict=True)]
-        say(f"lr {lr:g}: {curves[lr][-1]:.4f} (of seeds: {', '.join(f'{run[-1]:.4f}' for run in runs)})")
+        curves[lr] = curve(optimizer_of(lr), steps, seed=0)
+        print(f"  lr {lr:g}: {curves[lr][-1]:.4f}", flush=True)
     return curves
+
+
+def of_seeds(first: list[float], optimizer_of: Maker, steps: int, seeds: int) -> list[float]:
+    """The mean of the curve of seed 0 and those of further seeds, each with weights and batches of its own."""
+    runs = [first, *(curve(optimizer_of, steps, seed) for seed in range(1, seeds))]
+    print(f"  of seeds: {', '.join(f'{run[-1]:.4f}' for run in runs)}", flush=True)
+    return [statistics.fmean(losses) for losses in zip(*runs, strict=True)]
 
 
 def best(curves: dict[float, list[float]]) -> float:
@@ -156,14 +147,12 @@ def drawn(curves: dict[str, list[float]], target: float, height: int = 14) -> st
     return "\n".join(["```", *lines, f"      {names}; the last nine tenths of the run", "```"])
 
 
-def report(curves: dict[str, dict[float, list[float]]], steps: int) -> str:
-    chosen = {name: best(part) for name, part in curves.items()}
-    winners = {name: curves[name][lr] for name, lr in chosen.items()}
+def report(tried: dict[str, dict[float, list[float]]], winners: dict[str, list[float]], steps: int) -> str:
     target = winners["AdamW"][-1]
     part = reached(winners["Muon"], target)
     rates = [
-        [f"{name}, best {chosen[name]:g}", *(f"{lr:g}: {losses[-1]:.3f}" for lr, losses in tried.items())]
-        for name, tried in curves.items()
+        [f"{name}, best lr {best(curves):g}", *(f"{lr:g}: {losses[-1]:.3f}" for lr, losses in curves.items())]
+        for name, curves in tried.items()
     ]
     every = EVALUATIONS // 10
     course = [
@@ -172,8 +161,8 @@ def report(curves: dict[str, dict[float, list[float]]], steps: int) -> str:
     ]
     return "\n\n".join(
         [
-            table(["held-out loss at the end, nats a byte", *["lr: loss"] * len(rates[0][1:])], rows=rates),
-            table(["step", *winners], course),
+            table(["held-out loss of seed 0, nats a byte", *["lr: loss"] * len(rates[0][1:])], rates),
+            table(["step, mean over seeds", *winners], course),
             drawn(winners, target),
             verdict(
                 f"part of AdamW's {steps} steps after which Muon has AdamW's final loss of {target:.3f}",
@@ -187,7 +176,7 @@ def report(curves: dict[str, dict[float, list[float]]], steps: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.muon", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="of a run (default 300, at least 30)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each rate (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the best rate (default 3)")
     parser.add_argument("--rates", type=int, default=5, help="rates of each optimizer (default 5)")
     parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
     args = parser.parse_args(argv)
@@ -198,15 +187,18 @@ def main(argv: list[str] | None = None) -> None:
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()} CPU"
     )
     print(title, flush=True)
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
-    print("AdamW", flush=True)
-    first = tuned(adamw, ADAMW_LRS[: args.rates], args.steps, args.seeds, say)
-    print("Muon", flush=True)
-    second = tuned(lambda lr: muon(lr, best(first)), MUON_LRS[: args.rates], args.steps, args.seeds, say)
-    text = report({"AdamW": first, "Muon": second}, args.steps)
+    makers: dict[str, tuple[Callable[[float], Maker], tuple[float, ...]]] = {
+        "AdamW": (adamw, ADAMW_LRS),
+        "Muon": (lambda lr: muon(lr, best(tried["AdamW"])), MUON_LRS),
+    }
+    tried: dict[str, dict[float, list[float]]] = {}
+    winners: dict[str, list[float]] = {}
+    for name, (maker, rates) in makers.items():
+        print(name, flush=True)
+        tried[name] = tuned(maker, rates[: args.rates], args.steps)
+        lr = best(tried[name])
+        winners[name] = of_seeds(tried[name][lr], maker(lr), args.steps, args.seeds)
+    text = report(tried, winners, args.steps)
     print("\n" + text, flush=True)
     if args.out:
         args.out.write_text(f"{title}\n\n{text}\n", encoding="utf-8")

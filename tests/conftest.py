@@ -24,6 +24,7 @@ os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a database of its own takes ML
 os.environ["TRACKIO_TELEMETRY"] = "0"
 os.environ["TRACKIO_DIR"] = os.path.join(tempfile.gettempdir(), f"orbit-trackio-{os.getpid()}")
 
+import gc
 import random
 import shutil
 import signal
@@ -64,6 +65,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+
+
+def pytest_collection_finish() -> None:
+    set_aside()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and nextitem.path != item.path:
+        set_aside()
+
+
+def set_aside() -> None:
+    """Garbage goes; what stays, a million objects of imported packages, no later collection looks through."""
+    gc.collect()
+    gc.freeze()
 
 
 def process_state() -> dict[str, Any]:

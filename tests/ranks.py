@@ -2,14 +2,17 @@
 
     results = on_ranks("tests.core.parallel_cases:train", 2, folder, "ddp")     one value a rank, any picklable one
 
-Starting two interpreters that import PyTorch takes seconds; forking takes milliseconds. The server is a process of its
-own, since the test process may have threads. A rank that raises fails the test with its traceback; ranks that do not
-end in time are killed.
+Starting two interpreters that import PyTorch takes seconds; forking takes milliseconds. The server imports the
+function's module too before it forks: what that imports at its top, no rank has to import again. The server is a
+process of its own, since the test process may have threads. A rank that raises fails the test with its traceback;
+ranks that do not end in time are killed.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib
 import os
 import pickle
 import signal
@@ -70,6 +73,7 @@ def _server() -> subprocess.Popen[str]:
 
 def _serve() -> None:
     import torch
+    import torch._dynamo
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
 
@@ -81,6 +85,8 @@ def _serve() -> None:
     for line in sys.stdin:
         request = Path(line.strip())
         function, ranks, args, seconds = pickle.loads(request.read_bytes())
+        with contextlib.suppress(Exception):  # each rank finds it again, and says so
+            importlib.import_module(function.split(":")[0])
         children = [_fork(request.parent, function, rank, ranks, args, seconds) for rank in range(ranks)]
         _wait(children, seconds)
         print("done", flush=True)
@@ -102,8 +108,6 @@ def _fork(folder: Path, function: str, rank: int, ranks: int, args: Any, seconds
 
 
 def _work(folder: Path, function: str, rank: int, ranks: int, args: Any, seconds: float) -> Any:
-    import importlib
-
     import torch.distributed as dist
 
     module, name = function.split(":")

@@ -55,3 +55,61 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     commands = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert commands == ["demo", "test"]
     assert all(re.search(rf"^{command}:", makefile, re.MULTILINE) for command in commands)
+
+
+# ── the list of features ──────────────────────────────────────────────────────────────────────────────────────────
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = (ROOT / "tests" / "documents" / "000_features.md").read_text().partition("## Features")[2]
+SECTION = README.partition("## Features")[2].partition("\n## ")[0]
+ITEMS = re.findall(r"^- \[([x ])\] (.*)", SECTION, re.MULTILINE)
+
+
+def names_in(text: str) -> set[str]:
+    """What stands in backticks, by its first word, without paths such as `orbit.model`."""
+    return {
+        name for name in re.findall(r"`(\w[\w.]*)[^`]*`", text) if not name.startswith(("orbit.", "tests/"))
+    }
+
+
+def titles_in(text: str) -> set[str]:
+    return {re.sub(r"\W+$", "", title) for title in re.findall(r"\*\*(.+?)\*\*", text)}
+
+
+def why_no_tick(item: str) -> list[str]:
+    """What an entry of the list lacks to be ticked."""
+    links = re.findall(r"\]\((\S+?)\)", item)
+    found = {link: (ROOT / link).read_text() if (ROOT / link).is_file() else "" for link in links}
+    sources = "\n".join(text for link, text in found.items() if link.startswith("src/orbit/"))
+    tests = "\n".join(text for link, text in found.items() if re.fullmatch(r"tests/.*/test_\w+\.py", link))
+    lacks = [f"{link} is not there" for link, text in found.items() if not text]
+    lacks += [] if re.search(r"^def test_", tests, re.MULTILINE) else ["no test"]
+    for name in names_in(item):
+        lacks += [] if re.search(rf"\b{name}", sources) else [f"{name} is not in the linked source"]
+        lacks += [] if re.search(rf"\b{name}", tests) else [f"{name} is not in the linked tests"]
+    return lacks
+
+
+def test_the_list_of_features_is_that_of_document_000() -> None:
+    listed = [item for _, item in ITEMS]
+    assert len(ITEMS) == SECTION.count("\n- ") > 25
+    missing = names_in(DOCUMENT) - names_in("\n".join(listed))
+    assert missing == set()
+    assert titles_in(DOCUMENT) - titles_in("\n".join(listed)) == set()
+
+
+@pytest.mark.parametrize(("mark", "item"), ITEMS, ids=lambda part: part.partition(":")[0][:24])
+def test_a_feature_is_ticked_by_its_tests_alone(mark: str, item: str) -> None:
+    assert (mark, why_no_tick(item)) == ("x", [])
+
+
+def test_a_tick_without_a_test_is_seen() -> None:
+    item = "`freeze_layers`: [freeze.py](src/orbit/model/freeze.py); [test_freeze.py](tests/model/test_freeze.py)"
+    assert why_no_tick(item) == []
+    assert why_no_tick(item.replace("test_freeze.py)", "test_gone.py)")) == [
+        "tests/model/test_gone.py is not there", "no test", "freeze_layers is not in the linked tests",
+    ]  # fmt: skip
+    assert why_no_tick(item.replace("`freeze_layers`", "`melt_layers`")) == [
+        "melt_layers is not in the linked source", "melt_layers is not in the linked tests",
+    ]  # fmt: skip
+    assert why_no_tick(item.partition(";")[0]) == ["no test", "freeze_layers is not in the linked tests"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +31,7 @@ from orbit.adapter import (
 from orbit.core.param_groups import reconcile, snapshot
 from orbit.engine import Engine
 from orbit.trainer import BaseTrainer
+from tests.ranks import on_ranks
 
 Make = Callable[..., nn.Module]
 Fill = Callable[..., None]
@@ -582,30 +581,24 @@ def three_tasks() -> tuple[nn.Module, Tensor]:
     return model, torch.randn(3, 2, 4, 5, dtype=torch.float64)
 
 
-def on_a_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=60), rank=rank, world_size=2
-    )
-    try:
-        model, x = three_tasks()
-        parts = {t: SGD(adapter_parameters(model, t).values(), lr=0.1, momentum=0.9) for t in "abc"}
-        optimizer = TaskOptimizers(parts)
-        parallel = DistributedDataParallel(model, find_unused_parameters=True)
-        for step, rows in enumerate(ROWS_OF_RANKS):
-            out = optimizer.outcome(parallel(x[step, rank], task=rows[rank]).square().mean(1), rows[rank])
-            units = torch.tensor(float(out.weight))
-            dist.all_reduce(units)
-            (out.loss * out.weight / units * 2).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def train_on_a_rank() -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    model, x = three_tasks()
+    parts = {t: SGD(adapter_parameters(model, t).values(), lr=0.1, momentum=0.9) for t in "abc"}
+    optimizer = TaskOptimizers(parts)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    for step, rows in enumerate(ROWS_OF_RANKS):
+        out = optimizer.outcome(parallel(x[step, rank], task=rows[rank]).square().mean(1), rows[rank])
+        units = torch.tensor(float(out.weight))
+        dist.all_reduce(units)
+        (out.loss * out.weight / units * 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
 
 
-def test_ranks_train_together_what_one_process_would_train(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(on_a_rank, (str(tmp_path),), nprocs=2)
+def test_ranks_train_together_what_one_process_would_train() -> None:
+    ranks = on_ranks("tests.adapter.test_optimizers:train_on_a_rank", 2)
     model, x = three_tasks()
     for task in "abc":
         optimizer = SGD(adapter_parameters(model, task).values(), lr=0.1, momentum=0.9)
@@ -615,7 +608,6 @@ def test_ranks_train_together_what_one_process_would_train(tmp_path: Path) -> No
                 model(torch.cat(own), task=task).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    for rank in range(2):
-        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for got in ranks:
         for name, expected in model.state_dict().items():
             torch.testing.assert_close(got[name], expected)

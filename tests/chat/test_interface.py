@@ -1,11 +1,14 @@
 """ChatInterface on a tiny model: what programs get, and what a typist sees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from orbit import adapter, xlora
 from orbit.chat import ChatError, ChatInterface, Settings
 from orbit.data import encode, render
+from orbit.model import Transformer, TransformerConfig, load_llama_weights
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 
@@ -246,6 +249,26 @@ def test_a_mixture_answers_unless_somebody_else_is_chosen(model, tokenizer, tmp_
     assert fresh.respond("hello", on_text=pieces.append) == mixed == "".join(pieces)
     with pytest.raises(adapter.TaskError, match="without x="):
         ChatInterface(model=tiny_llama(tokenizer), tokenizer=tokenizer, adapter=f"x={tmp_path / 'mixture'}")
+
+
+@pytest.mark.parametrize(
+    "settings", [Settings(), Settings(temperature=2.0, top_k=9, top_p=0.9, seed=1)], ids=str
+)
+def test_a_transformer_of_ours_says_what_transformers_says(model, tokenizer, settings):
+    strong_task(model, "one", seed=1)
+    settings = replace(settings, repetition_penalty=1.2, max_new_tokens=12, stop=("mali",))
+    ours = Transformer(TransformerConfig.from_llama(model.config))
+    load_llama_weights(ours, adapter.base_state_dict(model))
+    strong_task(ours, "one", seed=1)
+    chats = [ChatInterface(model=each, tokenizer=tokenizer, settings=settings) for each in (model, ours)]
+    for message in ("hello", "when"):
+        pieces = []
+        replies = [chat.respond(message, on_text=pieces.append) for chat in chats]
+        assert replies[0] == replies[1]
+        assert "".join(pieces) == 2 * replies[0]
+    one, other = (chat.compare(["one", None]) for chat in chats)
+    assert one == other
+    assert one["one"] != one["off"]
 
 
 def test_a_model_that_knows_no_end_gets_the_tokenizers(model, tokenizer):

@@ -8,6 +8,7 @@ import pytest
 
 from orbit import adapter
 from orbit.chat import ChatInterface
+from orbit.model import Transformer, TransformerConfig
 from tests.chat.test_interface import strong_task
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
@@ -211,3 +212,13 @@ def test_what_the_model_raises_is_passed_on(chat):
     chat.model.lm_head.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory, say"):
         chat.interact(input=["hello"], output=io.StringIO())
+
+
+def test_a_conversation_too_long_for_the_model_is_answered():
+    tokenizer = tiny_tokenizer()
+    model = Transformer(TransformerConfig(len(tokenizer), 16, num_layers=1, num_heads=2, max_length=12))
+    chat = ChatInterface(model=model, tokenizer=tokenizer, max_new_tokens=100)
+    refused, reply = typed(chat, "hello " * 12, "hello")
+    assert "leaves no room in the model's max_length 12" in refused
+    assert reply
+    assert len(chat.messages) == 2

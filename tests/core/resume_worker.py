@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which the first optimizer imports: here, and not in every process
 from torch import nn
 
 from orbit.core import seed_everything

@@ -22,6 +22,8 @@ from orbit.model.attention import (
     rotate,
 )
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
+from orbit.model.film import FiLM
+from orbit.model.gate import ContextGate, GLUGate, SigmoidGate, SoftmaxGate, TanhGate, TopKGate
 from orbit.model.mlp import MLP
 from orbit.model.moe import MoE, moe_aux_loss
 from orbit.model.patches import PatchEmbedding
@@ -186,8 +188,7 @@ BLOCKS.update(
             _tokens,
             call=lambda block, x: block(x) + moe_aux_loss(block, balance=1.0, z=1.0).to(x.dtype),
             without={
-                law: "the loss is one number of the whole batch"
-                for law in ("rows", "no_rows", "tokens", "autocast", "bfloat16")
+                law: "the loss is one number of the whole batch" for law in ("rows", "no_rows", "tokens")
             },
         ),
     }
@@ -205,6 +206,10 @@ def _ids() -> tuple[Tensor, ...]:
 
 def _block_of(model: Any, h_BTD: Tensor) -> Tensor:
     return model.blocks[0](h_BTD, model.model.rope(torch.arange(h_BTD.shape[1]), h_BTD.dtype))
+
+
+def _tokens_and_context() -> tuple[Tensor, ...]:
+    return torch.randn(3, 5, 8), torch.randn(3, 4)
 
 
 BLOCKS.update(
@@ -228,6 +233,23 @@ BLOCKS.update(
             call=_block_of,
             causal=1,
             without={"every_parameter_gets_a_gradient": "embedding and head are outside of the block"},
+        ),
+        "sigmoid gate": Block(partial(SigmoidGate, 8, 6), _tokens, tokens=1),
+        "tanh gate": Block(partial(TanhGate, 8), _tokens, tokens=1),
+        "softmax gate": Block(partial(SoftmaxGate, 8, 6, temperature=0.5), _tokens, tokens=1),
+        "glu gate": Block(partial(GLUGate, 8, 6), _tokens, tokens=1),
+        "context gate": Block(partial(ContextGate, 8, 4), _tokens_and_context, tokens=1),
+        "top-k gate": Block(
+            partial(TopKGate, 8, 4),
+            _tokens,
+            call=lambda gate, x: (gate(x).weights @ torch.ones(2, 1).to(gate(x).weights) + gate(x).logits).to(
+                x.dtype
+            ),
+            tokens=1,
+        ),
+        "film": Block(partial(FiLM, 4, 8), _tokens_and_context, tokens=1),
+        "film, channels first": Block(
+            partial(FiLM, 4, 8, channel_dim=1), lambda: (torch.randn(3, 8, 5), torch.randn(3, 4)), tokens=2
         ),
     }
 )

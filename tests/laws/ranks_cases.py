@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.tensorboard
+import torchmetrics  # noqa: F401 (what plugins import when they begin: here once for all ranks)
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 

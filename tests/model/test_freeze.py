@@ -114,6 +114,12 @@ def test_names_mean_the_model_and_not_the_adapters_that_hang_on_it() -> None:
     }
 
 
+def test_a_layer_with_two_names_is_found_by_both() -> None:
+    model = Net()
+    model.final_norm = model.norm
+    assert freeze_layers(model, "final_norm") == ["norm.weight", "norm.bias"]
+
+
 def test_wrapped_models_are_seen_through() -> None:
     inner = Net()
     inner.encoder = torch.compile(inner.encoder, backend="eager")  # its names gain a segment

@@ -15,7 +15,15 @@ from torch.nn.utils import parametrizations, prune
 
 from orbit import Engine
 from orbit.adapter import AdapterConfig, inject
-from orbit.model import auto_initialize, load_layer, save_layer
+from orbit.model import (
+    MoE,
+    Transformer,
+    TransformerConfig,
+    auto_initialize,
+    load_layer,
+    load_llama_weights,
+    save_layer,
+)
 from orbit.model.errors import SettingError, TargetError
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
@@ -428,6 +436,17 @@ def test_what_transformers_loaded_stays_and_its_new_head_does_not(tmp_path: Path
     assert auto_initialize(fresh).counts["linear"] > 5
 
 
+def test_a_decoder_scales_its_residual_writes_and_keeps_the_weights_of_a_llama() -> None:
+    llama = tiny_llama(tiny_tokenizer())
+    model = Transformer(TransformerConfig.from_llama(llama.config))
+    report = auto_initialize(spoil(model), residual=("o_proj", "down_proj"))
+    assert report.untouched == {}
+    assert set(report.scaled.values()) == {1 / math.sqrt(2 * model.config.num_layers)}
+    load_llama_weights(model, llama)
+    with pytest.warns(UserWarning, match=r"did nothing.*loaded"):
+        assert set(auto_initialize(model).untouched.values()) == {"loaded"}
+
+
 def test_a_checkpoint_that_orbit_restored_is_loaded(tmp_path: Path) -> None:
     def engine() -> Engine:
         model = nn.Linear(2, 2)
@@ -457,3 +476,12 @@ def test_adapters_stay_and_wrappers_are_seen_through() -> None:
     assert report.counts == {"linear": 2}
     assert report.untouched == dict.fromkeys(before, "attached to the model")
     assert all(torch.equal(inner.get_parameter(name), value) for name, value in before.items())
+
+
+def test_a_mixture_of_experts_is_initialised_whole() -> None:
+    model = nn.ModuleList(spoil(MoE(8, 16, num_experts=4, top_k=2)) for _ in range(3))
+    report = auto_initialize(model, residual="experts.down_proj")
+    assert report.untouched == {}
+    assert report.counts == {"experts": 3, "gate": 3}
+    assert list(report.scaled.values()) == [1 / math.sqrt(3)] * 3
+    assert not any((p == 7).any() for p in model.parameters())

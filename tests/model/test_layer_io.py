@@ -14,7 +14,8 @@ from torch.nn.parallel import DataParallel
 from orbit.adapter import AdapterConfig, inject
 from orbit.core.loaded import loaded_names
 from orbit.model import get_model_by_name, load_layer, save_layer
-from orbit.model.errors import LayerFileError, TargetError
+from orbit.model.errors import TargetError, WeightsError
+from tests.ranks import on_ranks
 
 
 class Net(nn.Module):
@@ -78,7 +79,7 @@ def test_tied_weights_lie_in_the_file_once_and_load_into_models_tied_or_not(tmp_
     save_layer(untied, "lm", path)
     before = state(tied)
     with pytest.raises(
-        LayerFileError, match=r"embed\.weight and head\.weight are one tensor here and two different"
+        WeightsError, match=r"embed\.weight and head\.weight are one tensor here and two different"
     ):
         load_layer(tied, "lm", path)
     assert same(tied, before)
@@ -111,12 +112,12 @@ def test_what_does_not_fit_changes_nothing(change: str, says: str, tmp_path: Pat
     save_file(tensors, path)
     model = Net()
     before = state(model)
-    with pytest.raises(LayerFileError, match=says):
+    with pytest.raises(WeightsError, match=says):
         load_layer(model, "backbone", path)
     assert same(model, before)
 
     if change in ("shape", "dtype"):
-        with pytest.raises(LayerFileError, match=says):
+        with pytest.raises(WeightsError, match=says):
             load_layer(model, "backbone", path, strict=False)
         assert same(model, before)
         return
@@ -127,7 +128,7 @@ def test_what_does_not_fit_changes_nothing(change: str, says: str, tmp_path: Pat
 
 def test_a_file_that_shares_no_name_is_refused_also_without_strict(tmp_path: Path) -> None:
     path = save_layer(Net(), "lm", tmp_path / "lm.safetensors")
-    with pytest.raises(LayerFileError, match="no name is the layer's"):
+    with pytest.raises(WeightsError, match="no name is the layer's"):
         load_layer(Net(), "backbone", path, strict=False)
 
 
@@ -135,13 +136,11 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     model = Net()
     before = state(model)
     torch.save(model.backbone.state_dict(), tmp_path / "b.pth")
-    with pytest.raises(LayerFileError, match=r"b\.pth is no readable safetensors file.*weights_only=True"):
+    with pytest.raises(WeightsError, match=r"b\.pth is no readable safetensors file.*weights_only=True"):
         load_layer(model, "backbone", tmp_path / "b.pth")
     whole = save_layer(model, "backbone", tmp_path / "b.safetensors").read_bytes()
     (tmp_path / "b.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(
-        LayerFileError, match="no readable safetensors file: tensor '3.weight' lies from byte"
-    ):
+    with pytest.raises(WeightsError, match="no readable safetensors file: tensor '3.weight' lies from byte"):
         load_layer(model, "backbone", tmp_path / "b.safetensors")
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors is not there"):
         load_layer(model, "backbone", tmp_path / "none.safetensors")
@@ -150,7 +149,7 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
 def test_a_name_that_promises_a_pickle_is_refused(suffix: str, tmp_path: Path) -> None:
-    with pytest.raises(LayerFileError, match=r"call the file backbone\.safetensors"):
+    with pytest.raises(WeightsError, match=r"call the file backbone\.safetensors"):
         save_layer(Net(), "backbone", tmp_path / f"backbone{suffix}")
     assert list(tmp_path.iterdir()) == []
 
@@ -187,7 +186,7 @@ NO_NUMBERS = nn.Parameter(torch.empty(2, dtype=torch.bits8), requires_grad=False
 def test_what_cannot_be_saved_leaves_the_old_file(layer: nn.Module, says: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
-    with pytest.raises(LayerFileError, match=says):
+    with pytest.raises(WeightsError, match=says):
         save_layer(nn.ModuleDict({"x": layer}), "x", path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -195,7 +194,7 @@ def test_what_cannot_be_saved_leaves_the_old_file(layer: nn.Module, says: str, t
 
 def test_a_layer_on_the_meta_device_is_not_filled_in_silence(tmp_path: Path) -> None:
     path = save_layer(nn.ModuleDict({"x": nn.Linear(2, 2)}), "x", tmp_path / "x.safetensors")
-    with pytest.raises(LayerFileError, match=r"weight is on the meta device \(call to_empty"):
+    with pytest.raises(WeightsError, match=r"weight is on the meta device \(call to_empty"):
         load_layer(nn.ModuleDict({"x": nn.Linear(2, 2, device="meta")}), "x", path)
     lazy = nn.ModuleDict({"x": nn.LazyLinear(2)})
     load_layer(lazy, "x", path)  # a lazy layer takes its shape from the file
@@ -237,12 +236,12 @@ def test_adapters_go_along_and_survive_a_file_without_them(tmp_path: Path) -> No
     assert all(torch.equal(model.lm.state_dict()[name], value) for name, value in kept.items())
     assert torch.equal(model.lm["embed"].weight, load_file(plain)["embed.weight"])
     load_layer(model, "lm", adapted)
-    with pytest.raises(LayerFileError, match=r"embed\.lora_embedding_A\.default\.weight is unexpected"):
+    with pytest.raises(WeightsError, match=r"embed\.lora_embedding_A\.default\.weight is unexpected"):
         load_layer(Net(), "lm", adapted)
     tensors = load_file(adapted)
     del tensors["embed.lora_embedding_A.default.weight"]
     save_file(tensors, adapted)
-    with pytest.raises(LayerFileError, match=r"embed\.lora_embedding_A\.default\.weight is missing"):
+    with pytest.raises(WeightsError, match=r"embed\.lora_embedding_A\.default\.weight is missing"):
         load_layer(model, "lm", adapted)
 
 
@@ -274,3 +273,22 @@ def test_a_name_that_leads_nowhere_says_where_it_ended(name: str, says: str, tmp
         save_layer(Net(), name, tmp_path / "x.safetensors")
     with pytest.raises(TargetError, match=says):
         load_layer(Net(), name, tmp_path / "x.safetensors")
+
+
+def test_a_sharded_layer_is_written_whole_by_the_first_rank(tmp_path: Path) -> None:
+    assert on_ranks("tests.model.rank_cases:save_and_load", 2, str(tmp_path)) == [True, True]
+    tensors = load_file(tmp_path / "layer.safetensors")
+    assert tensors["0.weight"].shape == (3, 5)
+    assert ("2.weight" in tensors) != ("4.weight" in tensors)
+    assert [file.name for file in tmp_path.iterdir()] == ["layer.safetensors"]
+
+
+def test_tensors_that_share_a_part_of_their_memory_come_back(tmp_path: Path) -> None:
+    def shared() -> nn.Module:
+        layer = nn.Linear(2, 3)
+        layer.register_buffer("first_row", layer.weight.detach()[0])
+        return nn.ModuleDict({"x": layer})
+
+    source, model = shared(), shared()
+    load_layer(model, "x", save_layer(source, "x", tmp_path / "x.safetensors"))
+    assert same(model, state(source))

@@ -40,6 +40,16 @@ def test_definitions(queries: int, keys: int):
         same(make_sliding_window_mask(queries, w, keys, causal=False), lambda i, j, w=w: abs(i - j) < w)
 
 
+def test_windows_count_as_mistrals():
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    sees = sliding_window_causal_mask_function(4)
+    theirs = torch.tensor(
+        [[bool(sees(0, 0, torch.tensor(i), torch.tensor(j))) for j in range(9)] for i in range(9)]
+    )
+    assert torch.equal(make_sliding_window_mask(9, 4)[0, 0], theirs)
+
+
 def test_keys_are_as_many_as_queries_unless_given():
     assert make_causal_mask(4).shape == make_lookahead_mask(4).shape == make_sliding_window_mask(4, 2).shape
     assert torch.equal(make_causal_mask(4)[0, 0], torch.ones(4, 4).tril().bool())

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM  # noqa: F401 (here it is imported once for all ranks)
 
 from orbit.engine import Engine
 from tests.xlora.oracle import VOCABULARY, mixture

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import orbit.xlora as xlora
 from orbit.adapter import AdapterConfig, AdapterError, inject, set_trainable
+from orbit.model import Transformer, TransformerConfig
 from orbit.xlora import XLoRAError
 from tests.xlora.folders import assert_same, base, experts, logits, mixture, photograph, write_expert
 from tests.xlora.test_files import as_public
@@ -138,7 +139,14 @@ def test_a_model_that_is_no_language_model(folders: dict[str, Path]) -> None:
     body = nn.Module()
     body.model = base().model
     refused(add(folders), XLoRAError, "Module is no causal language model", body)
-    refused(add(folders), AdapterError, "belongs to no adaptable layer", base().model)
+
+
+def test_a_decoder_of_our_own_blocks() -> None:
+    model = Transformer(TransformerConfig(vocab_size=20, hidden_size=8, num_layers=1, num_heads=2))
+    for name in ("a", "b"):
+        inject(model, AdapterConfig(r=2), name)
+    mix = lambda model: xlora.mix(model, ("a", "b"), xlora.xLoRAConfig(8))  # noqa: E731
+    refused(mix, XLoRAError, "Transformer is no causal language model of transformers", model)
 
 
 def test_a_mixture_is_no_base(folders: dict[str, Path], written: Path) -> None:

@@ -13,6 +13,7 @@ from orbit.adapter import AdapterError
 from orbit.chat.commands import run_command
 from orbit.chat.errors import ChatError
 from orbit.chat.reading import Typed, read_message
+from orbit.model.errors import ShapeError
 
 if TYPE_CHECKING:
     from orbit.chat.interface import ChatInterface
@@ -78,5 +79,10 @@ class Session:
         except KeyboardInterrupt:
             self.say("\n")
             self.note("stopped; the conversation is as it was before")
-        except (ChatError, AdapterError, OSError) as error:
+        except (
+            ChatError,
+            AdapterError,
+            ShapeError,
+            OSError,
+        ) as error:  # a ShapeError: too long for the model
             self.note(str(error))

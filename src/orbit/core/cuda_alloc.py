@@ -53,25 +53,9 @@ def cuda_alloc(size: int | None = 128, expandable_segments: bool | None = None) 
     settings = {key: value for key, value in new.items() if value is not None}
     text = ""
     for name in [name for name in _NAMES if os.environ.get(name)] or [_NAMES[0]]:
-        others = [
-            e for e in _entries(os.environ.get(name, "")) if e.partition(":")[0].strip() not in settings
-        ]
+        # A list in brackets is cut up too, and put together again: none of its items begins like a setting.
+        entries = [entry.strip() for entry in os.environ.get(name, "").split(",") if entry.strip()]
+        others = [entry for entry in entries if entry.partition(":")[0].strip() not in settings]
         text = ",".join([*others, *(f"{key}:{value}" for key, value in settings.items())])
         os.environ[name] = text
     return text
-
-
-def _entries(text: str) -> list[str]:
-    """The settings of a variable; a value may be a list in brackets, whose commas divide nothing.
-
-    >>> _entries("garbage_collection_threshold:0.8, roundup_power2_divisions:[256:1,512:2]")
-    ['garbage_collection_threshold:0.8', 'roundup_power2_divisions:[256:1,512:2]']
-    """
-    entries, depth = [""], 0
-    for letter in text:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and depth == 0:
-            entries.append("")
-        else:
-            entries[-1] += letter
-    return [entry.strip() for entry in entries if entry.strip()]

@@ -14,7 +14,13 @@ _NOTE = "_orbit_loaded"
 
 
 def mark_loaded(model: nn.Module, names: Collection[str] | None = None) -> None:
-    """Note that these parameters and buffers (None: all) hold what was loaded."""
+    """Note that these parameters and buffers (None: all) hold what was loaded.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> mark_loaded(model, ["1.weight"])
+    >>> loaded_names(model[0]), loaded_names(model[1])
+    (frozenset(), frozenset({'weight'}))
+    """
     for path, layer in model.named_modules(remove_duplicate=False):
         own = (*layer._parameters, *layer._buffers)
         new = {name for name in own if names is None or (f"{path}.{name}" if path else name) in names}

@@ -46,7 +46,7 @@ class MicroBatch:
 
     def __init__(self, trainer: Core, compute: Callable[[], Outcome]) -> None:
         self._compute = compute
-        self._hands = _hands(trainer)
+        self._hands = {name: getattr(trainer, name) for name in trainer._bracketed}
         self._variables = {} if trainer.updater.accumulation == 1 else _variables(compute)
         self._rng = rng.capture()
         self._synchronised = trainer.updater.synchronised
@@ -65,23 +65,16 @@ class MicroBatch:
                     f"variable {name!r} that the function reads is the last micro-batch's by then: read engine.data, "
                     f"target or batch in it, or keep the value, update(lambda {name}={name}: ...)"
                 )
-        before = _hands(trainer)
         updater = trainer.updater
         exchanging, updater.synchronised = updater.synchronised, self._synchronised
         try:
-            for name, value in self._hands.items():
-                setattr(trainer, name, value)
-            rng.restore(self._rng)
-            with trainer.exchange(self._synchronised), trainer.autocast():
+            with trainer.bracketed(), trainer.exchange(self._synchronised), trainer.autocast():
+                for name, value in self._hands.items():
+                    setattr(trainer, name, value)
+                rng.restore(self._rng)
                 trainer.accumulate(self._compute)
         finally:
             updater.synchronised = exchanging
-            for name, value in before.items():
-                setattr(trainer, name, value)
-
-
-def _hands(trainer: Core) -> dict[str, Any]:
-    return {name: getattr(trainer, name) for name in trainer._bracketed}
 
 
 def _variables(function: Callable[..., Any]) -> dict[str, Any]:

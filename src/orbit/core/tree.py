@@ -14,7 +14,13 @@ class Attached:
 
 
 def tree(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module | None]]:
-    """Every module of the model but attached ones, each once, by name; and each one's parent."""
+    """Every module of the model but attached ones, each once, by name; and each one's parent.
+
+    >>> class Adapter(nn.Linear, Attached): ...
+    >>> modules, parents = tree(nn.Sequential(nn.Linear(2, 2), nn.Sequential(Adapter(2, 2), nn.ReLU())))
+    >>> list(modules), parents["1.1"] is modules["1"]
+    (['', '0', '1', '1.1'], True)
+    """
     modules: dict[str, nn.Module] = {}
     parents: dict[str, nn.Module | None] = {}
     seen: set[nn.Module] = set()

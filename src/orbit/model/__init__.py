@@ -13,8 +13,27 @@ from orbit.model.attention import (
 from orbit.model.conv import TCN, CausalConv1d, ConvBlock, DepthwiseSeparableConv, ResBasicBlock
 from orbit.model.count import count_params
 from orbit.model.decoder import Transformer, TransformerConfig, TransformerOutput, load_llama_weights
+from orbit.model.errors import (
+    CacheError,
+    MaskError,
+    SettingError,
+    ShapeError,
+    TargetError,
+    WeightsError,
+)
+from orbit.model.film import FiLM
 from orbit.model.freeze import freeze_layers, get_trainable_params, unfreeze_layers
-from orbit.model.gate import Routing, TopKGate, load_balancing_loss, router_z_loss
+from orbit.model.gate import (
+    ContextGate,
+    GLUGate,
+    Routing,
+    SigmoidGate,
+    SoftmaxGate,
+    TanhGate,
+    TopKGate,
+    load_balancing_loss,
+    router_z_loss,
+)
 from orbit.model.init import auto_initialize
 from orbit.model.layer_io import get_model_by_name, load_layer, save_layer
 from orbit.model.mask import (
@@ -43,14 +62,19 @@ if TYPE_CHECKING:
 __all__ = [
     "MLP",
     "TCN",
+    "CacheError",
     "CausalConv1d",
+    "ContextGate",
     "Conv1dLoRA",
     "Conv2dLoRA",
     "ConvBlock",
     "DepthwiseSeparableConv",
     "EmbeddingLoRA",
+    "FiLM",
+    "GLUGate",
     "KVCache",
     "LinearLoRA",
+    "MaskError",
     "MoE",
     "MultiHeadAttention",
     "PatchEmbedding",
@@ -59,11 +83,18 @@ __all__ = [
     "RotaryPositionalEmbedding",
     "Rotation",
     "Routing",
+    "SettingError",
+    "ShapeError",
+    "SigmoidGate",
     "SinusoidalPositionalEmbedding",
+    "SoftmaxGate",
+    "TanhGate",
+    "TargetError",
     "TopKGate",
     "Transformer",
     "TransformerConfig",
     "TransformerOutput",
+    "WeightsError",
     "auto_initialize",
     "build_model",
     "count_params",

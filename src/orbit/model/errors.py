@@ -22,8 +22,4 @@ class TargetError(ValueError):
 
 
 class WeightsError(ValueError):
-    """Weights are damaged, or do not belong to the model."""
-
-
-class LayerFileError(ValueError):
-    """A file cannot be written from a layer, is damaged, or does not belong to the layer."""
+    """Weights are damaged, do not belong to the model, or cannot be written."""

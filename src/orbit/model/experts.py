@@ -42,6 +42,8 @@ class Experts(nn.Module):
         SettingError: an unknown activation, or a size below 1.
     """
 
+    initialized_as = "experts"  # by auto_initialize, which calls reset_parameters
+
     def __init__(
         self,
         hidden_size: int,
@@ -90,7 +92,8 @@ class Experts(nn.Module):
         Returns:
             (T, D), in the dtype of x, or in autocast's.
         """
-        up, down = self.gate_up_proj if self.gated else self.up_proj, self.down_proj
+        up: Tensor = self.gate_up_proj if self.gated else self.up_proj
+        down: Tensor = self.down_proj
         if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
@@ -102,7 +105,7 @@ class Experts(nn.Module):
         if _one_kernel(x, up, down):
             return grouped_experts(x, up, down, weights, order_S, ends_E, self.activation)
         token_S = order_S % max(len(x), 1)
-        return experts(x, up, down, weights.T.reshape(-1)[order_S], token_S, ends_E, self.activation)[0]
+        return experts(x, up, down, weights.T.reshape(-1)[order_S], token_S, ends_E, self.activation)
 
     def extra_repr(self) -> str:
         experts, hidden, inner = self.down_proj.shape

@@ -1,40 +1,11 @@
-"""Initial weights by layer kind: `auto_initialize(model)`.
+"""Initial weights for a whole model: `auto_initialize(model)`.
 
-Every layer that is known below gets the scheme that the field uses for its kind. A layer cannot know which
-activation follows it, so the choice is made per kind: convolutions expect a ReLU-like unit after them, linear
-layers (attention, gates and outputs as often as hidden layers) expect none.
-
-    kind         layers                            weights                                      bias
-    linear       Linear, Bilinear                  Glorot uniform, U(±√(6/(in+out))) [1]        0
-    conv         Conv1d/2d/3d                      He normal, N(0, 2/fan), fan = in/g·∏k [2]    0
-    conv         ConvTranspose1d/2d/3d             the same with fan = in/g·∏(k/s), the         0
-                                                   number of terms in one output
-    embedding    Embedding, EmbeddingBag           N(0, 0.02²) [3]; the padding row is 0
-    norm         Layer-, RMS-, Group-, Batch-,     1; running statistics reset                  0
-                 SyncBatch-, InstanceNorm
-    attention    MultiheadAttention                Glorot uniform for each of q, k, v alone,    0
-                                                   as three Linear layers would have it;
-                                                   bias_k and bias_v Glorot normal
-    recurrent    RNN, LSTM, GRU and their cells    per gate: input Glorot uniform, recurrent    0; 1 for an
-                                                   orthogonal [4]; an LSTM's projection as      LSTM's forget
-                                                   an input                                     gate [5]
-    prelu        PReLU                             0.25 [2]
-
-g = groups, k = kernel size, s = stride, in/out = channels or features.
-
-[1] Glorot & Bengio 2010, eq. 16   [2] He et al. 2015, https://arxiv.org/abs/1502.01852, eq. 10
-[3] Radford et al. 2019 (GPT-2)    [4] Saxe et al. 2014, https://arxiv.org/abs/1312.6120
-[5] Jozefowicz et al. 2015; torch adds two biases, so b_ih carries the 1 and b_hh stays 0
-
-Transformer layers, AdaptiveLogSoftmaxWithLoss and the like own nothing but such layers.
-
-Blocks that own further parameters (stacked experts, say) take part by two things that their class offers: a name for
-their kind, `initialized_as = "experts"`, and `reset_parameters()`, which fills their own parameters and buffers and
-leaves their children's alone. It stands above the table.
+Each layer gets the weights of its kind (`init_rules.py` has the table: every class of `torch.nn` that owns parameters,
+and blocks that bring a rule of their own).
 
 Left as they are, and named in the report with the reason:
 
-    loaded      what came from a file by `orbit.model.load_layer` or an Orbit checkpoint, or by transformers'
+    loaded      what came by `load_layer`, `load_llama_weights` or an Orbit checkpoint, or by transformers'
                 `from_pretrained` (a head that it made anew is initialised); unless `overwrite_loaded=True`.
                 There is no sign by which to know what a plain `load_state_dict` wrote, and a deep copy loses
                 transformers' sign: name such layers in `keep=`.
@@ -46,9 +17,9 @@ Weights tied between layers are set once, by the embedding's rule where one of t
 tied output head does not undo it.
 
 `residual=` names the layers that write into a residual stream, whose variance grows with each of them. After its rule,
-the weight of each is scaled by 1/√n [3], n being the number of layers that the names match: 2 · blocks in a decoder
-whose blocks each have one after attention and one after the MLP. Where several write side by side (experts), n is to be
-said: `residual_depth=`.
+the weight of each is scaled by 1/√n (Radford et al. 2019, GPT-2), n being the number of layers that the names match:
+2 · blocks in a decoder whose blocks each have one after attention and one after the MLP. Where several write side by
+side (experts), n is to be said: `residual_depth=`.
 """
 
 from __future__ import annotations
@@ -56,15 +27,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from orbit.core.loaded import loaded_names
@@ -73,6 +41,7 @@ from orbit.core.runtime import unwrap
 from orbit.core.tree import tree
 from orbit.model.errors import SettingError, TargetError
 from orbit.model.freeze import select
+from orbit.model.init_rules import Rule, rule_of
 
 __all__ = ["InitReport", "auto_initialize"]
 
@@ -82,7 +51,7 @@ class InitReport:
     """What `auto_initialize` did.
 
     Attributes:
-        counts: kind → number of layers initialised, kinds as in the table above.
+        counts: kind → number of layers initialised, kinds as in the table of `init_rules.py`.
         untouched: name of each parameter that was left as it was → the reason.
         scaled: name of each weight that was scaled for the residual stream → its factor.
     """
@@ -111,7 +80,7 @@ def auto_initialize(
     keep: str | Sequence[str] = (),
     overwrite_loaded: bool = False,
 ) -> InitReport:
-    """Initialise `model` in place, each layer by its kind; the table is at the top of this file.
+    """Initialise `model` in place, each layer by its kind; `init_rules.py` has the table.
 
     Draws from torch's global generator, layer by layer in a fixed order: seed first for reproducible weights.
     Prints nothing.
@@ -232,7 +201,7 @@ def _reasons(modules: Iterable[nn.Module], kept: set[int], overwrite_loaded: boo
 
 def _why(layer: nn.Module) -> str:
     """Why `_plan` has left out the layer."""
-    if _rule_of(layer) is None:
+    if rule_of(layer) is None:
         return f"of class {type(layer).__name__}"
     own = list(layer.parameters(recurse=False))
     if not all(p.is_floating_point() for p in own):
@@ -245,21 +214,10 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
-Rule = Callable[[Any], None]
-
-
 def _plan(modules: Iterable[nn.Module]) -> list[tuple[str, Rule, nn.Module]]:
     """(kind, rule, layer) in the order to initialise: embeddings first, since they decide tied weights."""
-    plan = [(*rule, layer) for layer in modules if (rule := _rule_of(layer)) is not None and _is_plain(layer)]
+    plan = [(*rule, layer) for layer in modules if (rule := rule_of(layer)) is not None and _is_plain(layer)]
     return sorted(plan, key=lambda step: step[0] != "embedding")  # stable: else the model's own order
-
-
-def _rule_of(layer: nn.Module) -> tuple[str, Rule] | None:
-    """The layer's kind and how to initialise it; None for an unknown class."""
-    own_kind = getattr(type(layer), "initialized_as", None)
-    if own_kind is not None:
-        return own_kind, type(layer).reset_parameters
-    return next(((kind, rule) for kind, classes, rule in _KINDS if isinstance(layer, classes)), None)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -289,82 +247,3 @@ def _refuse_without_storage(model: nn.Module) -> None:
                     f"{where} is on the meta device: auto_initialize() needs storage to fill; call "
                     "model.to_empty(device=...) first"
                 )
-
-
-def _linear(layer: nn.Linear | nn.Bilinear) -> None:
-    nn.init.xavier_uniform_(layer.weight)
-    _zero(layer.bias)
-
-
-def _conv(layer: _ConvNd) -> None:
-    fan = layer.in_channels / layer.groups * math.prod(layer.kernel_size)
-    if isinstance(layer, _ConvTransposeNd):
-        fan = max(1.0, fan / math.prod(layer.stride))
-    nn.init.normal_(layer.weight, std=math.sqrt(2 / fan))
-    _zero(layer.bias)
-
-
-def _embedding(layer: nn.Embedding | nn.EmbeddingBag) -> None:
-    nn.init.normal_(layer.weight, std=0.02)
-    if layer.padding_idx is not None:
-        layer.weight[layer.padding_idx].zero_()
-
-
-def _norm(layer: nn.Module) -> None:
-    if isinstance(layer, _NormBase):
-        layer.reset_running_stats()
-    if isinstance(weight := getattr(layer, "weight", None), Tensor):
-        weight.fill_(1.0)
-    _zero(getattr(layer, "bias", None))
-
-
-def _attention(layer: nn.MultiheadAttention) -> None:
-    # out_proj is a Linear of its own and is initialised as one
-    if layer.in_proj_weight is not None:
-        projections = list(layer.in_proj_weight.chunk(3))
-    else:
-        projections = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
-    for weight in projections:
-        nn.init.xavier_uniform_(weight)
-    _zero(layer.in_proj_bias)
-    for bias in (layer.bias_k, layer.bias_v):
-        if bias is not None:
-            nn.init.xavier_normal_(bias)
-
-
-def _recurrent(layer: nn.RNNBase | nn.RNNCellBase) -> None:
-    hidden = layer.hidden_size
-    for name, p in layer.named_parameters(recurse=False):
-        if name.startswith("weight_hh"):
-            for gate in p.split(hidden):
-                exact = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, torch.float32))
-                gate.copy_(nn.init.orthogonal_(exact))  # QR has no half-precision kernels
-        elif name.startswith("weight_ih"):
-            for gate in p.split(hidden):
-                nn.init.xavier_uniform_(gate)
-        elif name.startswith("weight_hr"):
-            nn.init.xavier_uniform_(p)
-        else:
-            p.zero_()
-            if isinstance(layer, (nn.LSTM, nn.LSTMCell)) and name.startswith("bias_ih"):
-                p[hidden : 2 * hidden] = 1.0  # gates lie in the order input, forget, cell, output
-
-
-def _prelu(layer: nn.PReLU) -> None:
-    layer.weight.fill_(0.25)
-
-
-def _zero(bias: Tensor | None) -> None:
-    if bias is not None:
-        bias.zero_()
-
-
-_KINDS: tuple[tuple[str, tuple[type[nn.Module], ...], Rule], ...] = (
-    ("linear", (nn.Linear, nn.Bilinear), _linear),
-    ("conv", (_ConvNd,), _conv),
-    ("embedding", (nn.Embedding, nn.EmbeddingBag), _embedding),
-    ("norm", (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase), _norm),
-    ("attention", (nn.MultiheadAttention,), _attention),
-    ("recurrent", (nn.RNNBase, nn.RNNCellBase), _recurrent),
-    ("prelu", (nn.PReLU,), _prelu),
-)

@@ -33,7 +33,7 @@ from orbit.core.ranks import shards
 from orbit.core.runtime import is_main_process, unwrap
 from orbit.core.safetensors_header import check_header
 from orbit.core.tree import Attached
-from orbit.model.errors import LayerFileError, TargetError
+from orbit.model.errors import TargetError, WeightsError
 
 __all__ = ["LoadedLayer", "get_model_by_name", "load_layer", "save_layer"]
 
@@ -89,12 +89,12 @@ def save_layer(model: nn.Module, layer_name: str, path: str | os.PathLike[str]) 
 
     Raises:
         TargetError: there is no such layer.
-        LayerFileError: the layer has nothing to save, or something that no safetensors file holds; `path` ends like
+        WeightsError: the layer has nothing to save, or something that no safetensors file holds; `path` ends like
             the pickles of `torch.save`, which this is not. A file that was there is as it was.
     """
     path = Path(path)
     if path.suffix in _PICKLED:
-        raise LayerFileError(
+        raise WeightsError(
             f"{path}: save_layer writes safetensors, which torch.load does not read: call the file "
             f"{path.with_suffix('.safetensors').name}"
         )
@@ -102,19 +102,19 @@ def save_layer(model: nn.Module, layer_name: str, path: str | os.PathLike[str]) 
     state = _state(layer)
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise LayerFileError(
+            raise WeightsError(
                 f"{_full(layer_name, key)} is a {type(value).__name__}, and the file holds tensors"
             )
         if value.layout is not torch.strided:
-            raise LayerFileError(
+            raise WeightsError(
                 f"{_full(layer_name, key)} is {value.layout}, and the file holds dense tensors"
             )
         if is_lazy(value) or value.is_meta:
-            raise LayerFileError(
+            raise WeightsError(
                 f"{_full(layer_name, key)} has no values yet ({value.device}): there is nothing to save"
             )
     if not state:
-        raise LayerFileError(
+        raise WeightsError(
             f"{layer_name!r} is a {type(layer).__name__} without weights: there is nothing to save"
         )
     first: dict[Any, str] = {}
@@ -130,7 +130,7 @@ def save_layer(model: nn.Module, layer_name: str, path: str | os.PathLike[str]) 
         try:
             save_file({key: _dense(value) for key, value in kept.items()}, partial, metadata)
         except (SafetensorError, KeyError, ValueError) as error:  # of a dtype that the format has not
-            raise LayerFileError(f"{layer_name!r} cannot be written as safetensors: {error}") from error
+            raise WeightsError(f"{layer_name!r} cannot be written as safetensors: {error}") from error
         sync_file(partial)
         os.replace(partial, path)
     sync_folder(path.parent)
@@ -156,7 +156,7 @@ def load_layer(
     Raises:
         FileNotFoundError: there is no such file.
         TargetError: there is no such layer.
-        LayerFileError: the file is damaged or of another kind, its names or shapes are not the layer's, or it has
+        WeightsError: the file is damaged or of another kind, its names or shapes are not the layer's, or it has
             nothing for it. The layer is as it was.
     """
     path = Path(path)
@@ -184,7 +184,7 @@ def load_layer(
         problems.append("no name is the layer's")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise LayerFileError(
+        raise WeightsError(
             f"{path} does not fit {layer_name!r}, a {type(layer).__name__}: {'; '.join(problems[:5])}{more}. "
             "Nothing was loaded"
         )
@@ -209,7 +209,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata: Mapping[str, str] = file.metadata() or {}
     except (ValueError, SafetensorError, OSError) as error:
-        raise LayerFileError(
+        raise WeightsError(
             f"{path} is no readable safetensors file: {error}. What torch.save wrote is loaded by "
             "layer.load_state_dict(torch.load(path, weights_only=True))"
         ) from error
@@ -274,7 +274,7 @@ def _full(layer_name: str, key: str) -> str:
 
 def _no_child(name: str, passed: str, part: str, module: nn.Module) -> str:
     here = f"{passed or 'the model'}, a {type(module).__name__}, has no "
-    have = list(module._modules)
+    have = [key for key, child in module._modules.items() if child is not None]
     near = nearest(part, have)
     if not have:
         return f"there is no layer {name!r}: {here}layers of its own"

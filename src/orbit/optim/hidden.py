@@ -73,8 +73,9 @@ def split(model: nn.Module, *, conv: bool = False, exclude: Sequence[str] = ()) 
     excluded = {pattern: {name for name in names if _matches(name, pattern)} for pattern in exclude}
     for pattern, found in excluded.items():
         if not found:
+            known = [*names, *(name for name, _ in model.named_modules() if name)]
             raise ValueError(
-                f"exclude={pattern!r} matches no parameter that trains{did_you_mean(pattern, names)}"
+                f"exclude={pattern!r} matches no parameter that trains{did_you_mean(pattern, known)}"
             )
     tables = {
         id(p): "embedding"

@@ -12,7 +12,9 @@
 
 Matrices are stepped by `torch.optim.Muon` and the rest by `torch.optim.AdamW`, which look at the groups and the state
 of this optimizer; so there is one `param_groups` for a scheduler, one `state_dict()` and one `step()`. Stacks of
-matrices (…, m, n), which torch's Muon does not take, are stepped here, all matrices of a stack at once.
+matrices (…, m, n), which torch's Muon does not take, are stepped here, all matrices of a stack at once; and so is what
+lies in pieces on several ranks (FSDP2): the momentum is gathered once, where torch's would exchange and round every
+product of NS.
 
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; "match_rms_adamw": Liu et al. 2025, arXiv:2502.16982.
 """
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from orbit.core.ranks import shards
 from orbit.optim.hidden import Split, split
 
 
@@ -196,9 +199,11 @@ class Muon(Optimizer):
             if not group["use_muon"]:
                 others.append(group)
                 continue
-            matrices.append({**group, "params": [p for p in group["params"] if p.ndim == 2]})
+            plain = [p for p in group["params"] if p.ndim == 2 and not shards.is_sharded(p)]
+            matrices.append({**group, "params": plain})
+            taken = set(map(id, plain))
             for p in group["params"]:
-                if p.ndim != 2 and p.grad is not None:
+                if id(p) not in taken and p.grad is not None:
                     self._step_stack(p, group)
         for part, groups in ((self._muon, matrices), (self._adamw, others)):
             part.param_groups, part.state = groups, self.state
@@ -222,10 +227,11 @@ class Muon(Optimizer):
         if group["nesterov"]:
             update = p.grad.lerp(update, momentum)
         rows, columns = (p.shape[0], prod(p.shape[1:])) if group["flatten"] else p.shape[-2:]
-        matrices = update.reshape(-1, rows, columns)
+        matrices = shards.gathered(update).reshape(-1, rows, columns)
         update = orthogonalised(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
         p.mul_(1 - lr * group["weight_decay"])
-        p.add_(update.view(p.shape), alpha=-lr * _ratio(group["adjust_lr_fn"], rows, columns))
+        update = shards.cut_like(p, update.view(p.shape))
+        p.add_(update, alpha=-lr * _ratio(group["adjust_lr_fn"], rows, columns))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

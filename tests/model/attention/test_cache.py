@@ -86,15 +86,17 @@ def test_crop(mode: type):
 
 
 def test_crop_never_touches_what_others_hold():
-    """With autograd on, the first storage is the caller's own tensor."""
-    keys, values = tokens(4)
-    before = keys.clone()
+    """What was given back under autograd stays, and its backward goes through."""
+    whole, query = tokens(4), torch.randn(B, H, 4, D, requires_grad=True)
     cache = KVCache()
-    cache.append(keys, values)
+    keys, _ = cache.append(*whole)
+    before, score = keys.clone(), (query * keys).sum()
     cache.crop(2)
     with torch.no_grad():
         cache.append(*tokens(2))
+    assert torch.equal(whole[0], before)
     assert torch.equal(keys, before)
+    score.backward()
 
 
 def test_crop_of_a_window():
@@ -102,14 +104,14 @@ def test_crop_of_a_window():
     with torch.no_grad():
         for t in range(0, 16, 4):
             cache.append(*part(whole, t, t + 4))
-        cache.crop(13)  # the newest call can be taken back
-        assert same(cache.append(*part(whole, 13, 14)), part(whole, 10, 14))
-        with pytest.raises(CacheError, match="dropped the first 10 tokens"):
-            cache.crop(12)
-    assert cache.length == 14
-    assert same(cache.held(), part(whole, 10, 14))
-    with pytest.raises(CacheError, match="cannot crop to 15"):
-        cache.crop(15)
+        cache.crop(12)  # the newest call can be taken back
+        assert same(cache.append(*part(whole, 12, 13)), part(whole, 9, 13))
+        with pytest.raises(CacheError, match="dropped the first 9 tokens"):
+            cache.crop(11)
+    assert cache.length == 13
+    assert same(cache.held(), part(whole, 9, 13))
+    with pytest.raises(CacheError, match="cannot crop to 14"):
+        cache.crop(14)
     with pytest.raises(CacheError, match="cannot crop to -1"):
         cache.crop(-1)
 
@@ -126,6 +128,17 @@ def test_select(mode: type):
         wanted = [torch.cat((old[rows], new), 2) for old, new in zip(whole, more, strict=True)]
         assert same(found, (wanted[0], wanted[1]))
         KVCache().select(rows)  # nothing yet
+
+
+def test_selected_rows_keep_their_backward():
+    cache, query = KVCache(), torch.randn(1, H, 3, D, requires_grad=True)
+    with torch.no_grad():
+        cache.append(*tokens(3))
+    cache.select(torch.tensor([1]))
+    score = (query * cache.held()[0]).sum()
+    with torch.no_grad():
+        cache.append(torch.randn(1, H, 1, D), torch.randn(1, H, 1, D))
+    score.backward()
 
 
 def test_reset():

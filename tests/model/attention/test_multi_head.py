@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ def reference_layer(kind: str, groups: int, window: int | None = None) -> tuple[
         attn_implementation="eager",
         **({"sliding_window": window} if window else {}),
     )
-    module = __import__(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}", fromlist=["x"])
+    module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
     layer = getattr(module, f"{kind}Attention")(config, layer_idx=0)
     return layer.eval(), getattr(module, f"{kind}RotaryEmbedding")(config)
 

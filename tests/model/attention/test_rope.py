@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orbit.model import RotaryPositionalEmbedding, Rotation, rotate
+from orbit.model import RotaryPositionalEmbedding, rotate
 from orbit.model.errors import SettingError, ShapeError
 
 H, D, TRAINED = 3, 16, 32
@@ -22,13 +22,14 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn, all settings": {
         "rope_type": "yarn",
         "factor": 40.0,
-        "original_max_position_embeddings": TRAINED,
+        "original_max_position_embeddings": 500,
         "beta_fast": 8.0,
         "beta_slow": 2.0,
         "mscale": 0.7,
         "mscale_all_dim": 0.4,
         "truncate": False,
     },
+    "yarn, a ramp of no width": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6},
     "yarn, its own amplitude": {
         "rope_type": "yarn",
         "factor": 4.0,
@@ -173,4 +174,5 @@ def test_bad_inputs():
         rotate(torch.randn(1, 1, 3, 8), rotation)
     with pytest.raises(ShapeError, match="2 rows"):
         rotate(torch.randn(3, 1, 3, D), rope(torch.zeros(2, 3).long()))
-    assert isinstance(rotation, Rotation)
+    with pytest.raises(SettingError, match="not as tuple"):
+        rotate(torch.randn(1, 1, 3, D), tuple(rotation))

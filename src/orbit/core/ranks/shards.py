@@ -132,6 +132,12 @@ def cut_optimizer_state(optimizer: torch.optim.Optimizer, given: dict[str, Any])
     return {**given, "state": state}
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that lies in pieces, on every rank; all ranks call it. The tensor itself if it does not."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece, sharing its memory; the tensor itself if it is not sharded."""
     sharded: Any = tensor

@@ -108,8 +108,6 @@ def check_positions(
             raise SettingError("a rotation holds its positions already: give one of the two")
         if layer.context_size is not None or context_BSC is not None:
             raise SettingError("a context has no order with the queries: no rotation")
-        if not isinstance(rotation, Rotation):
-            raise SettingError(f"a rotation comes from rope(positions), not as {type(rotation).__name__}")
     elif layer.rope is None:
         raise SettingError("positions need a rope: build with rope=RotaryPositionalEmbedding(...)")
     elif positions is not None and tuple(positions.shape) not in (x_BTD.shape[1:2], x_BTD.shape[:2]):

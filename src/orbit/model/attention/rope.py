@@ -37,8 +37,11 @@ def rotate(x_BHTD: Tensor, rotation: Rotation) -> Tensor:
     """Turn queries or keys: the first d dimensions of each head, the rest is passed on. Same dtype as `x_BHTD`.
 
     Raises:
-        ShapeError: heads are narrower than the rotation, or have another number of tokens.
+        SettingError: cos and sin of another origin, whose signs are theirs.
+        ShapeError: heads are narrower than the rotation, or have another number of tokens or rows.
     """
+    if not isinstance(rotation, Rotation):
+        raise SettingError(f"a rotation comes from rope(positions), not as {type(rotation).__name__}")
     cos, sin = (part.to(x_BHTD.dtype) for part in rotation)
     dim = cos.shape[-1]
     if dim > x_BHTD.shape[-1] or cos.shape[-2] != x_BHTD.shape[-2]:

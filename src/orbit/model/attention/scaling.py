@@ -106,7 +106,7 @@ class Yarn(Default):
     @property
     def amplitude(self) -> float:
         def gain(mscale: float) -> float:
-            return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+            return 0.1 * mscale * math.log(self.factor) + 1.0
 
         if self.attention_factor is not None:
             return self.attention_factor

@@ -1,4 +1,4 @@
-"""What a `Transformer` is made of, checked when it is written down."""
+"""What a `Transformer` is made of, checked as far as it concerns more than one block, and read from a Llama's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orbit.model.activation import activation_of
 from orbit.model.attention.scaling import read_scaling
 from orbit.model.errors import SettingError
 
@@ -18,6 +19,11 @@ _DIFFERENT: dict[str, tuple[str, ...]] = {  # the settings by which a family dif
     "mistral": ("window",),
     "qwen3": ("qk_norm",),
 }
+_ACTIVATIONS = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "swish": "silu",
+}  # transformers' names
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class TransformerConfig:
             if not getattr(self, name) >= least:
                 raise SettingError(f"{name} {getattr(self, name)!r} is below {least}")
         read_scaling(self.rope_scaling)
+        activation_of(self.activation)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -158,7 +165,7 @@ class TransformerConfig:
             attention_bias=given.get("attention_bias", False),
             mlp_bias=given.get("mlp_bias", False),
             attention_dropout=given.get("attention_dropout") or 0.0,
-            activation=given.get("hidden_act", "silu"),
+            activation=_ACTIVATIONS.get(act := given.get("hidden_act", "silu"), act),
             init_std=given.get("initializer_range", 0.02),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=given.get("pad_token_id"),

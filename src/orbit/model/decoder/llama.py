@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from orbit.core.loaded import mark_loaded
 from orbit.core.safetensors_header import check_header
 from orbit.model.decoder.config import TransformerConfig
 from orbit.model.decoder.transformer import Transformer
@@ -84,6 +85,7 @@ def load_llama_weights(
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(theirs[name].read())
+    mark_loaded(model)
     return model
 
 

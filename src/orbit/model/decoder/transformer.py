@@ -78,6 +78,9 @@ class TransformerBlock(nn.Module):
             dropout=c.attention_dropout,
             **made,
         )
+        for norm in (self.self_attn.q_norm, self.self_attn.k_norm):
+            if norm is not None:
+                norm.eps = c.norm_eps
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.norm_eps, **made)
         sizes = c.hidden_size, c.intermediate_size
         self.mlp: MLP | MoE
@@ -96,10 +99,9 @@ class TransformerBlock(nn.Module):
         seen = self.self_attn(self.input_layernorm(h_BTD), mask=mask, cache=cache, rotation=rotation)
         h_BTD = h_BTD + seen
         x_BTD = self.post_attention_layernorm(h_BTD)
-        if isinstance(self.mlp, MLP):
-            return h_BTD + self.mlp(x_BTD)
-        real_BT = mask[:, -x_BTD.shape[1] :] if mask is not None and mask.dim() == 2 else None
-        return h_BTD + self.mlp(x_BTD, real_BT)
+        if isinstance(self.mlp, MoE) and mask is not None and mask.dim() == 2:
+            return h_BTD + self.mlp(x_BTD, mask[:, -x_BTD.shape[1] :])  # padding takes no expert's room
+        return h_BTD + self.mlp(x_BTD)
 
 
 class Decoder(nn.Module):
@@ -271,6 +273,8 @@ class Transformer(nn.Module):
             )
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ShapeError("a loss needs the logits of all columns: leave out labels or logits_to_keep")
+        if not isinstance(logits_to_keep, Tensor) and logits_to_keep < 0:
+            raise ShapeError(f"logits_to_keep {logits_to_keep} keeps no columns: 0 is all, 1 the last")
         if cache is not None and len(cache) != self.config.num_layers:
             raise CacheError(
                 f"the cache has {len(cache)} layers and the model {self.config.num_layers}: make it with make_cache()"

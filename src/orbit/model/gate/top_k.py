@@ -69,6 +69,8 @@ class TopKGate(nn.Module):
     (torch.Size([3, 2]), True)
     """
 
+    initialized_as = "gate"  # by auto_initialize, which calls reset_parameters
+
     def __init__(
         self,
         in_features: int,

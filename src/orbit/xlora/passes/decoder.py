@@ -51,4 +51,9 @@ def hidden_size(model: nn.Module) -> int:
         raise XLoRAError(
             f"{type(model).__name__} is no causal language model of transformers: it has no hidden_size"
         )
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise XLoRAError(
+            f"{type(model).__name__} is no causal language model of transformers, whose caches a mixture makes two of: "
+            "its config is another's"
+        )
     return found
