@@ -72,7 +72,6 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    import fsspec  # noqa: F401
     import torch
     import torch._dynamo
     import torch.distributed.checkpoint

@@ -247,6 +247,8 @@ def test_everything_that_make_installs_is_pinned():
         + extras["llm"]
         + extras["plot"]
         + extras["metrics"]
+        + extras["sweep"]
+        + extras["eval"]
         + extras["quant"]
         + extras["board"]
         + extras["wandb"]

@@ -1,0 +1,56 @@
+"""A config trains, finds its own run again, and is refused in one line where it is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from orbit import adapter
+from orbit.config import ConfigError
+from orbit.pipeline import compose, train
+
+
+def overrides(tiny_model: Path, *more: str) -> list[str]:
+    return [
+        "experiment=sft",
+        f"model.model_args.pretrained_model_name_or_path={tiny_model}",
+        "trainer.args.max_steps=2",
+        *more,
+    ]
+
+
+def test_a_run_leaves_an_adapter_and_is_found_again(tiny_model: Path, elsewhere: Path, capsys) -> None:
+    cfg = compose("train", overrides(tiny_model))
+    train(cfg, "sft")
+    [folder] = (elsewhere / "runs" / "sft").iterdir()
+    assert {"config.yaml", "env.json", "metrics.jsonl", "checkpoints", "adapters", "done.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapter.load(model, folder / "adapters" / "default")
+    capsys.readouterr()
+    train(cfg, "sft")
+    assert "is done" in capsys.readouterr().out
+    assert [folder] == list((elsewhere / "runs" / "sft").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.args.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("trainer.drivr=hf", "did you mean 'driver'"),
+        ("modl.x=1", "did you mean 'model'"),
+        ("experiment=sftt", "did you mean 'sft'"),
+        ("adapter.alpa=1", "did you mean 'alpha'"),
+        ("model.template_args.x=${nope}", "nope"),
+        ("run_name=../x", "leaves the folder"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_a_folder_is_made(
+    tiny_model: Path, elsewhere: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(compose("train", overrides(tiny_model, override)), "sft")
+    assert list(elsewhere.iterdir()) == []
