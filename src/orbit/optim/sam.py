@@ -12,8 +12,10 @@ your own:
     loss.backward(); optimizer.first_step(zero_grad=True)          # now at w + e
     loss_of(batch).backward(); optimizer.second_step(zero_grad=True)
 
-or `optimizer.step(closure)`. What the loss depends on besides the batch must be asked for inside of the forward or of the
-function given to `update`: a `with` block around the call is not entered again. Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600 (adaptive).
+or `optimizer.step(closure)`. What the loss depends on besides the batch must be asked for inside the forward, or inside
+the function given to `update`: a `with` block around the call is not entered again.
+
+Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600 (adaptive).
 """
 
 from __future__ import annotations
