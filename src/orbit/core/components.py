@@ -79,7 +79,7 @@ class Components(Names[Any]):
 
     def get(self, name: str) -> Any:
         """The component, or None."""
-        return self[name] if name in self else None
+        return self[name] if name in self else None  # noqa: SIM401 (this is that `get`)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._things and name in self._builtin:
