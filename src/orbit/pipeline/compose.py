@@ -220,7 +220,7 @@ def _refuse_more_than_a_launcher(own: Mapping[str, Any]) -> None:
             "hydra.launcher may name a launcher of Hydra's or of an installed plugin, and nothing else: "
             f"hydra/launcher=joblib, say; here it is {own['launcher']!r}"
         )
-    expected = {
+    expected: dict[str, Any] = {
         "callbacks": {},
         "job_logging": _SILENT,
         "hydra_logging": _SILENT,
