@@ -14,7 +14,7 @@ from orbit.config import ConfigError
 from orbit.core.extras import need
 from orbit.core.names import did_you_mean
 from orbit.data.registry import COLLATOR_REGISTRY, DATASET_REGISTRY
-from orbit.pipeline.registries import TRAINER_REGISTRY
+from orbit.pipeline.registries import find_trainer
 from orbit.pipeline.schema import named
 
 
@@ -84,7 +84,7 @@ def build_collator(section: Mapping[str, Any], tokenizer: Any) -> Any:
 def build_objective(section: Mapping[str, Any]) -> Any:
     """The objective of the section `trainer`."""
     handler, _ = named(section, "trainer")
-    return call(TRAINER_REGISTRY[handler], dict(section.get("method_args") or {}), f"trainer {handler!r}")
+    return call(find_trainer(handler), dict(section.get("method_args") or {}), f"trainer {handler!r}")
 
 
 def call(component: Any, args: Mapping[str, Any], where: str, **given: Any) -> Any:
