@@ -63,6 +63,7 @@ class SFTCollator:
 
     def _row(self, index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
         known = {"input_ids", "attention_mask", "labels"}
+        sample = {key: value for key, value in sample.items() if key != "index"}
         if not {"input_ids", "labels"} <= sample.keys() <= known:
             raise ValueError(
                 f"sample {index} has keys {sorted(sample)}: SFTCollator takes 'input_ids', 'labels' and "

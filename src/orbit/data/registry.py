@@ -6,7 +6,20 @@ from typing import Any
 
 from orbit.core.components import Components
 
-DATASET_REGISTRY = Components("dataset", {"QADataset": "orbit.data.qa:QADataset"})
+DATASET_REGISTRY = Components(
+    "dataset",
+    {
+        "ChatDataset": "orbit.data.chat:ChatDataset",
+        "CompletionDataset": "orbit.data.completion:CompletionDataset",
+        "ForgetRetainDataset": "orbit.data.forget_retain:ForgetRetainDataset",
+        "PreferenceDataset": "orbit.data.preference:PreferenceDataset",
+        "PretrainingDataset": "orbit.data.pretraining:PretrainingDataset",
+        "QADataset": "orbit.data.qa:QADataset",
+        "QAwithIdk": "orbit.data.idk:QAwithIdk",
+        "RatedDataset": "orbit.data.preference:RatedDataset",
+        "TaskMixture": "orbit.data.mixture:TaskMixture",
+    },
+)
 COLLATOR_REGISTRY = Components("collator", {"SFTCollator": "orbit.data.collate:SFTCollator"})
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from orbit import adapter
 from orbit.config import ConfigError
 from orbit.core.rng import seed_everything
+from orbit.data.build import build_dataset
 from orbit.pipeline import orbit_driver, parts, schema
 from orbit.pipeline.arguments import read_arguments
 from orbit.pipeline.folder import RunFolder
@@ -56,7 +57,7 @@ def train(
     if len(sections) != 1:
         raise ConfigError(f"data.train names {len(sections)} datasets ({', '.join(sections)}): give it one")
     [(name, section)] = sections.items()
-    data = parts.build_dataset(name, section, tokenizer, template)
+    data = build_dataset(name, section, template, tokenizer)
     collate = parts.build_collator(cfg["collator"], tokenizer)
     objective = parts.build_objective(cfg["trainer"])
     seed_everything(arguments.seed)
