@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from orbit.core.components import Components
-from orbit.data.registry import COLLATOR_REGISTRY, DATASET_REGISTRY
+from orbit.data.registry import COLLATOR_REGISTRY, DATASET_REGISTRY, SOURCE_REGISTRY
 
 TRAINER_REGISTRY = Components("trainer", {"finetune": "orbit.objective.causal_lm:CausalLM"})
 
@@ -24,11 +24,13 @@ class register:
 
     dataset = DATASET_REGISTRY.register
     collator = COLLATOR_REGISTRY.register
+    source = SOURCE_REGISTRY.register
     trainer = TRAINER_REGISTRY.register
 
 
 REGISTRIES: dict[str, Components] = {
     "datasets": DATASET_REGISTRY,
     "collators": COLLATOR_REGISTRY,
+    "sources": SOURCE_REGISTRY,
     "trainers": TRAINER_REGISTRY,
 }
