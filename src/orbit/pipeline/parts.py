@@ -81,10 +81,16 @@ def build_collator(section: Mapping[str, Any], tokenizer: Any) -> Any:
     return call(COLLATOR_REGISTRY[handler], args, f"collator {handler!r}", tokenizer=tokenizer)
 
 
+def trainer_of(section: Mapping[str, Any]) -> Any:
+    """What the section `trainer` names: the class of an objective, or a subclass of `transformers.Trainer`."""
+    handler, _ = named(section, "trainer")
+    return TRAINER_REGISTRY[handler]
+
+
 def build_objective(section: Mapping[str, Any]) -> Any:
     """The objective of the section `trainer`."""
     handler, _ = named(section, "trainer")
-    return call(TRAINER_REGISTRY[handler], dict(section.get("method_args") or {}), f"trainer {handler!r}")
+    return call(trainer_of(section), dict(section.get("method_args") or {}), f"trainer {handler!r}")
 
 
 def call(component: Any, args: Mapping[str, Any], where: str, **given: Any) -> Any:
