@@ -26,4 +26,4 @@ def train_sft(engine: Engine, objective: CausalLM = CausalLM()) -> None:  # noqa
         engine: inside the body of its `train` or `eval` loop, on dict batches with "labels".
         objective: the loss; give your own to ignore another index.
     """
-    engine.step_on(objective(engine.model, engine.data))
+    engine.step_with(lambda: objective(engine.model, engine.data))  # may be called again: SAM, split_on_oom
