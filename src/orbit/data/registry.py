@@ -24,10 +24,10 @@ COLLATOR_REGISTRY = Components("collator", {"SFTCollator": "orbit.data.collate:S
 
 
 def _register_data(name: str, handler: Any) -> None:
-    """Register a dataset class as `name` (document 002)."""
-    DATASET_REGISTRY.add(name, handler)
+    """Register a dataset class as `name`, Orbit's own names too (document 002)."""
+    DATASET_REGISTRY.add(name, handler, replace=True)
 
 
 def _register_collator(name: str, handler: Any) -> None:
-    """Register a collator as `name`."""
-    COLLATOR_REGISTRY.add(name, handler)
+    """Register a collator as `name`, Orbit's own names too."""
+    COLLATOR_REGISTRY.add(name, handler, replace=True)

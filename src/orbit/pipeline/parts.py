@@ -14,7 +14,7 @@ from orbit.core.extras import need
 from orbit.core.making import make
 from orbit.core.names import did_you_mean
 from orbit.data.registry import COLLATOR_REGISTRY
-from orbit.pipeline.registries import TRAINER_REGISTRY
+from orbit.pipeline.registries import find_trainer
 from orbit.pipeline.schema import named
 
 
@@ -73,4 +73,4 @@ def build_collator(section: Mapping[str, Any], tokenizer: Any) -> Any:
 def build_objective(section: Mapping[str, Any]) -> Any:
     """The objective of the section `trainer`."""
     handler, _ = named(section, "trainer")
-    return make(TRAINER_REGISTRY[handler], dict(section.get("method_args") or {}), f"trainer {handler!r}")
+    return make(find_trainer(handler), dict(section.get("method_args") or {}), f"trainer {handler!r}")

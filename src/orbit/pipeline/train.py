@@ -1,15 +1,16 @@
 """`orbit train`: a config to a trained model.
 
-check the config → build tokenizer, data, objective → (nothing is written until here) → model, adapter → folder
-→ train → save → done
+check the config and its folder → build tokenizer, data, objective, model, adapter → room on the disk?
+→ (nothing is written until here) → folder → train → save → done
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from orbit import adapter
 from orbit.config import ConfigError
@@ -23,16 +24,25 @@ TASK = "default"
 
 
 def train(
-    cfg: Mapping[str, Any], experiment: str | None = None, console: Console | None = None
+    cfg: Mapping[str, Any],
+    experiment: str | None = None,
+    console: Console | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the training that `cfg` describes, or say that it is done. Returns what it came to.
+
+    Args:
+        experiment: the first part of the run's folder.
+        console: where it says what it did.
+        overrides: what the config was composed from, for the run's folder.
 
     Raises:
         ConfigError, UnknownComponentError, DataError: before any folder is written.
     """
     console = Console() if console is None else console
     schema.check(cfg)
-    folder = RunFolder.of(cfg, experiment)
+    folder = RunFolder.of(cfg, experiment, overrides)
+    folder.check()
     done = folder.result()
     if done is not None:
         console.print(f"{folder.path} is done: {done}", highlight=False)
@@ -53,7 +63,12 @@ def train(
     seed_everything(arguments.seed)
     model = parts.load_model(cfg["model"])
     parts.adapt(model, cfg.get("adapter"), TASK)
-    folder.begin()
+    folder.require_room(2 * checkpoint_size(model))
+    if folder.begun:
+        console.print(f"{folder.path} goes on", highlight=False)
+    changed = folder.begin()
+    if changed:
+        console.print(f"since it was begun: {', '.join(changed)}", highlight=False)
     result = orbit_driver.fit(model, objective, data, collate, arguments, folder)
     if cfg.get("adapter") is None:
         model.save_pretrained(folder.path / "model")  # type: ignore[operator]
@@ -62,3 +77,9 @@ def train(
     folder.finish(result)
     console.print(f"{folder.path}: {result}", highlight=False)
     return result
+
+
+def checkpoint_size(model: nn.Module) -> int:
+    """Bytes of a checkpoint, about: the weights, and two float32 moments of what trains."""
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return weights + sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
