@@ -12,24 +12,7 @@ from tests.data.test_package import with_bos
 ROWS = {
     "rows": [{"text": "when did ghana become independent ?"}, {"text": "hello"}, {"text": "6 march 1957"}]
 }
-STREAM = [
-    "<start>",
-    "when",
-    "did",
-    "ghana",
-    "become",
-    "independent",
-    "?",
-    "<end>",
-    "<start>",
-    "hello",
-    "<end>",
-    "<start>",
-    "6",
-    "march",
-    "1957",
-    "<end>",
-]
+STREAM = "<start> when did ghana become independent ? <end> <start> hello <end> <start> 6 march 1957 <end>"
 
 
 @pytest.mark.parametrize(("length", "left_out"), [(4, 0), (5, 1), (16, 0), (100, 0)])
@@ -39,7 +22,7 @@ def test_the_chunks_are_the_stream(length: int, left_out: int) -> None:
     chunks = [data[i] for i in range(len(data))]
     assert {len(chunk["input_ids"]) for chunk in chunks[:-1]} <= {length}
     ids = torch.cat([chunk["input_ids"] for chunk in chunks])
-    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == STREAM[: len(STREAM) - left_out]
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == STREAM.split()[: 16 - left_out]
     assert all(torch.equal(chunk["labels"], chunk["input_ids"]) for chunk in chunks)
     assert [chunk["index"].item() for chunk in chunks] == list(range(len(data)))
 
