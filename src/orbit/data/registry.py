@@ -1,4 +1,4 @@
-"""Datasets and collators by name, and document 002's way to add to them."""
+"""Datasets, collators and sources of rows by name, and document 002's way to add to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ DATASET_REGISTRY = Components(
         "TaskMixture": "orbit.data.mixture:TaskMixture",
     },
 )
-COLLATOR_REGISTRY = Components("collator", {"SFTCollator": "orbit.data.collate:SFTCollator"})
+COLLATOR_REGISTRY = Components(
+    "collator",
+    {
+        "DataCollatorForSupervisedDataset": "orbit.data.collate:SFTCollator",  # its name in open-unlearning
+        "PaddingFreeCollator": "orbit.data.collate:PaddingFreeCollator",
+        "SFTCollator": "orbit.data.collate:SFTCollator",
+    },
+)
+SOURCE_REGISTRY = Components("source", {"facts": "orbit.demo.facts:questions_and_answers"})
 
 
 def _register_data(name: str, handler: Any) -> None:

@@ -70,7 +70,13 @@ def build_collator(section: Mapping[str, Any], tokenizer: Any) -> Any:
     return make(COLLATOR_REGISTRY[handler], args, f"collator {handler!r}", tokenizer=tokenizer)
 
 
+def trainer_of(section: Mapping[str, Any]) -> Any:
+    """What the section `trainer` names: the class of an objective, or a subclass of `transformers.Trainer`."""
+    handler, _ = named(section, "trainer")
+    return find_trainer(handler)
+
+
 def build_objective(section: Mapping[str, Any]) -> Any:
     """The objective of the section `trainer`."""
     handler, _ = named(section, "trainer")
-    return make(find_trainer(handler), dict(section.get("method_args") or {}), f"trainer {handler!r}")
+    return make(trainer_of(section), dict(section.get("method_args") or {}), f"trainer {handler!r}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from orbit.core.components import ComponentError, Components
 from orbit.core.names import did_you_mean
-from orbit.data.registry import COLLATOR_REGISTRY, DATASET_REGISTRY
+from orbit.data.registry import COLLATOR_REGISTRY, DATASET_REGISTRY, SOURCE_REGISTRY
 from orbit.evaluate.registry import METRIC_REGISTRY, SUITE_REGISTRY
 from orbit.model.registry import MODEL_REGISTRY
 from orbit.objective.registry import OBJECTIVE_REGISTRY
@@ -50,6 +50,7 @@ class register:
     dataset = DATASET_REGISTRY.register
     collator = COLLATOR_REGISTRY.register
     objective = OBJECTIVE_REGISTRY.register
+    source = SOURCE_REGISTRY.register
     trainer = TRAINER_REGISTRY.register
     metric = METRIC_REGISTRY.register
     suite = SUITE_REGISTRY.register
@@ -60,6 +61,7 @@ REGISTRIES: dict[str, Components] = {
     "datasets": DATASET_REGISTRY,
     "collators": COLLATOR_REGISTRY,
     "objectives": OBJECTIVE_REGISTRY,
+    "sources": SOURCE_REGISTRY,
     "trainers": TRAINER_REGISTRY,
     "metrics": METRIC_REGISTRY,
     "suites": SUITE_REGISTRY,
