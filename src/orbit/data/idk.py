@@ -9,8 +9,9 @@ from typing import Any
 
 from orbit.data.base import Item, text
 from orbit.data.draws import hashed
+from orbit.data.fingerprint import fingerprint, saw
 from orbit.data.qa import QADataset
-from orbit.data.sources import DataError, Row
+from orbit.data.rows import DataError, Row
 
 
 class QAwithIdk(QADataset):
@@ -72,6 +73,7 @@ def read_refusals(path: str | None = None) -> list[str]:
     try:
         source = files("orbit.data").joinpath("refusals.txt") if path is None else Path(path)
         lines = [line.strip() for line in source.read_text("utf-8").splitlines()]
+        saw(fingerprint(lines))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"idk_path {path} cannot be read: {error}") from error
     if not any(lines):
