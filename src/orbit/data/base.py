@@ -44,6 +44,9 @@ class Counts:
 class TextDataset(Dataset[Item], ABC):
     """Rows of text that become token ids when they are asked for. Subclasses say how, in `encode`.
 
+    A class that sets `tokenised_once = True` promises that an item follows from its row, the arguments and the
+    tokenizer alone: runs from a config then keep the items (`orbit.data.once`).
+
     An item holds "input_ids", "attention_mask" and "labels", each (length,) int64, and its row's number as "index"
     (0-d). The first item that is cut warns; `truncated` counts those seen, `counts()` reads all.
 
@@ -56,10 +59,6 @@ class TextDataset(Dataset[Item], ABC):
         ValueError: `max_length` is below 1.
         TemplateArgsError: `template_args` cannot be read.
     """
-
-    tokenised_once = (
-        True  # an item follows from its row, the arguments and the tokenizer: it may be kept (cache.py)
-    )
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ class QAwithIdk(QADataset):
         TemplateArgsError: as `TextDataset`.
     """
 
+    tokenised_once = True
+
     def __init__(
         self,
         hf_args: Mapping[str, Any],
