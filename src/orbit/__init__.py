@@ -6,7 +6,8 @@ orbit.adapter    LoRA and DoRA, many tasks a layer       orbit.objective  losses
 orbit.xlora      a mixture of LoRA experts               orbit.multitask  many tasks on any module
 orbit.data       SFT samples and batches                 orbit.chat       talk to the result
 orbit.config     configs in Python, yaml and json        orbit.builder    objects from them
-orbit.model      initialisation, building blocks         orbit.utils, orbit.kit    documented import paths
+orbit.model      initialisation, building blocks         orbit.optim      Muon, SAM
+orbit.utils, orbit.kit    documented import paths
 """
 
 from orbit.core import Outcome, Plugin, seed_everything

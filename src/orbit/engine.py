@@ -231,12 +231,16 @@ class Engine(Core):
 
         Args:
             loss: a scalar (a mean), or a function that computes it (or an `Outcome`) from `engine.batch`, `data` and
-                `target`, which lets the engine compute it again, or in parts. None skips the backward of this
-                micro-batch.
+                `target`, which lets the engine compute it again (SAM does, when the window is full), or in parts. None
+                skips the backward of this micro-batch.
             weight: how many units the mean is over. A window's gradient is Σ wᵢ·∇lossᵢ / Σ wᵢ; equal weights give the
                 plain mean over micro-batches.
 
         Returns the loss, detached.
+
+        Raises:
+            SecondPassError: the optimizer takes the gradient twice, and the loss is a tensor, or a function that reads
+                variables of the loop's body. ValueError, NonFiniteGradientError: see `Updater.add`.
         """
         self._require_batch("update()")
         if not callable(loss):

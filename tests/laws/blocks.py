@@ -215,7 +215,9 @@ def _tokens_and_context() -> tuple[Tensor, ...]:
 BLOCKS.update(
     {
         "transformer": Block(
-            _decoder(tie_embeddings=True, qk_norm=True, window=3, attention_bias=True, mlp_bias=True),
+            _decoder(
+                num_layers=1, tie_embeddings=True, qk_norm=True, window=3, attention_bias=True, mlp_bias=True
+            ),
             _ids,
             call=lambda model, ids: model(ids).logits,
         ),

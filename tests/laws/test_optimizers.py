@@ -177,6 +177,31 @@ def test_both_faces_come_to_the_same_bits(name: str) -> None:
 
 
 @LAW
+def test_states_by_parameters_names(name: str) -> None:
+    """torch.distributed.checkpoint's way, which steps an optimizer without a state once, with zero gradients."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole, stop = run("trainer", name, state_dict_options=options), StopAt(5)
+    run("trainer", name, [stop], state_dict_options=options)
+    resumed = run(
+        "trainer", name, state=torch.load(stop.state, weights_only=True), state_dict_options=options
+    )
+    assert tiny.same(resumed.model, whole.model)
+
+
+@LAW
+def test_a_learning_rate_is_looked_for_without_a_trace(name: str) -> None:
+    model = tiny.model()
+    engine = Engine(model, make(name, model), nn.CrossEntropyLoss(), plugins=[], device="cpu")
+    before = deepcopy(model.state_dict())
+    found = engine.lr_find(tiny.loader(), steps=4)
+    assert len(found.losses) == 4
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not engine.optimizer.state
+
+
+@LAW
 def test_a_scheduler_keeps_the_ratios_of_the_groups(name: str) -> None:
     groups = run("engine", name).optimizer.param_groups
     factors = [group["lr"] / group["initial_lr"] for group in groups]

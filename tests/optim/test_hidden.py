@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from orbit.adapter import AdapterConfig, inject
 from orbit.model import Transformer, TransformerConfig
 from orbit.optim import split
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
@@ -73,6 +74,17 @@ def test_a_head_that_comes_before_the_table_it_shares() -> None:
     )
     model["out"].weight = model["table"].weight
     assert split(model).adamw["out.weight"] == "tied head"
+
+
+def test_adapters_follow_what_they_adapt() -> None:
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    inject(model, AdapterConfig(r=2, targets=["0", "1", "2"], dora=True))
+    found = split(model)
+    assert set(found.muon) == {"1.lora_A.default.weight", "1.lora_B.default.weight"}
+    assert found.adamw["1.lora_magnitude.default.weight"] == "vector"
+    assert found.adamw["2.lora_A.default.weight"] == "head"
+    table = {why for name, why in found.adamw.items() if name.startswith("0.")}
+    assert table == {"part of an embedding", "vector"}
 
 
 def test_exclude_and_freezing() -> None:

@@ -73,6 +73,20 @@ def test_restore_gives_back_the_very_bits() -> None:
         assert torch.equal(p, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_gradient_of_zero_moves_nothing(dtype: torch.dtype) -> None:
+    p, other = nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(2))
+    optimizer = SAM([p, other], torch.optim.SGD, lr=0.1)
+    p.grad, other.grad = torch.zeros(3, dtype=dtype), torch.zeros(2)
+    optimizer.perturb()
+    assert (p == 1).all()
+    assert (other == 1).all()
+    optimizer.restore()
+    p.grad.fill_(2.0)
+    optimizer.perturb()
+    assert p.tolist() == pytest.approx([1 + 0.05 / 3**0.5] * 3, rel=1e-2)
+
+
 def test_groups_have_their_own_distance() -> None:
     near, far, still = (nn.Parameter(torch.ones(3)) for _ in range(3))
     groups = [

@@ -13,6 +13,7 @@ from orbit.core.options import RunOptions
 from orbit.core.outcome import Outcome
 from orbit.core.rng import seed_everything, seed_worker
 from orbit.core.runtime import resolve_device, unwrap
+from orbit.core.second_pass import SecondPassError
 from orbit.core.state import TrainState
 from orbit.core.update import NonFiniteGradientError, Updater
 
@@ -30,6 +31,7 @@ __all__ = [
     "Outcome",
     "Plugin",
     "RunOptions",
+    "SecondPassError",
     "TrainState",
     "Updater",
     "WorkerError",

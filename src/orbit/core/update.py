@@ -12,7 +12,8 @@ the weight cancels and the loss is back-propagated as it is: bit for bit a bare 
 On several ranks both sums go over all of them. torch averages gradients over the R ranks, so the factor is
 R·c/Σ wᵢ; Σ wᵢ comes with the one exchange that ends a window (`core/ranks/team.py`), and c is the same on all ranks.
 
-Whether the gradient is finite is read off its norm, which clipping needs anyway: one number a step comes to the host.
+Whether the gradient is finite is read off its norm, which clipping needs anyway: one number a step comes to the host;
+two where the optimizer takes the gradient twice (`core/second_pass.py`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Updater:
     """Accumulates a window of micro-batches and closes it with one optimizer step.
 
     Args:
-        optimizer: its parameters are stepped.
+        optimizer: its parameters are stepped. With `passes = 2` each window is run again between its `perturb()` and
+            `restore()`, and stepped with the second gradient.
         model: says in which order gradient norms add up, and names a gradient that is not finite. Gradients of
             parameters that the optimizer does not hold are left alone.
         scheduler: stepped once after each optimizer step.

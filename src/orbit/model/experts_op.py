@@ -86,7 +86,7 @@ def _backward(
         dh = d_e @ down[e]  # of the output before it is weighted
         p = phi.forward(gate[e] if gate else value[e])
         h = p * value[e] if gate else p
-        torch.linalg.vecdot(h.to(dw[e].dtype), dh.to(dw[e].dtype), out=dw[e])
+        dw[e].copy_(torch.linalg.vecdot(h, dh))
         w_e = w[e][:, None].to(d.dtype)
         dh.mul_(w_e)
         if not frozen:

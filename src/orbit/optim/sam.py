@@ -12,7 +12,10 @@ your own:
     loss.backward(); optimizer.first_step(zero_grad=True)          # now at w + e
     loss_of(batch).backward(); optimizer.second_step(zero_grad=True)
 
-or `optimizer.step(closure)`. Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600 (adaptive).
+or `optimizer.step(closure)`. What the loss depends on besides the batch must be asked for inside the forward, or inside
+the function given to `update`: a `with` block around the call is not entered again.
+
+Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600 (adaptive).
 """
 
 from __future__ import annotations
@@ -112,16 +115,19 @@ class SAM(Optimizer):
             raise ValueError("SAM needs dense gradients: make the embedding with sparse=False")
         # Elementwise, so that on a rank's piece of a parameter it gives the piece of the whole's direction.
         directions = [p.grad * p.abs() if group["adaptive"] else p.grad for p, group in held]
-        norm = shards.total_norm(directions) + 1e-12
+        norm = shards.total_norm(directions)
+        norm = norm.to(torch.promote_types(norm.dtype, torch.float32)) + 1e-12
         weights = [shards.local(p) for p, _ in held]
         self._kept = [(weight, weight.clone()) for weight in weights]
-        for rho, adaptive in {(group["rho"], group["adaptive"]) for _, group in held}:
-            chosen = [i for i, (_, g) in enumerate(held) if (g["rho"], g["adaptive"]) == (rho, adaptive)]
-            for_these = [weights[i] for i in chosen]
-            e = torch._foreach_mul([shards.local(directions[i]) for i in chosen], rho / norm)
+        kinds = [(g["rho"], g["adaptive"], w.device) for (_, g), w in zip(held, weights, strict=True)]
+        for kind in dict.fromkeys(kinds):
+            rho, adaptive, device = kind
+            chosen = [i for i, other in enumerate(kinds) if other == kind]
+            theirs = [weights[i] for i in chosen]
+            e = torch._foreach_mul([shards.local(directions[i]) for i in chosen], rho / norm.to(device))
             if adaptive:
-                torch._foreach_mul_(e, torch._foreach_abs(for_these))
-            torch._foreach_add_(for_these, e)
+                torch._foreach_mul_(e, torch._foreach_abs(theirs))
+            torch._foreach_add_(theirs, e)
         self._ready = True
 
     @torch.no_grad()

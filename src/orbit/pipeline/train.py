@@ -1,20 +1,22 @@
 """`orbit train`: a config to a trained model.
 
-check the config → build tokenizer, data, trainer → (nothing is written until here) → model, adapter → folder
-→ train → save → done
+check the config and its folder → build tokenizer, data, trainer, model, adapter → room on the disk?
+→ (nothing is written until here) → folder → train → save → done
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from orbit import adapter
 from orbit.config import ConfigError
 from orbit.core.ranks import on_main, shards
 from orbit.core.rng import seed_everything
+from orbit.data.build import build_dataset
 from orbit.pipeline import orbit_driver, parts, schema
 from orbit.pipeline.arguments import read_arguments
 from orbit.pipeline.folder import RunFolder
@@ -25,16 +27,25 @@ TASK = "default"
 
 
 def train(
-    cfg: Mapping[str, Any], experiment: str | None = None, console: Console | None = None
+    cfg: Mapping[str, Any],
+    experiment: str | None = None,
+    console: Console | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the training that `cfg` describes, or say that it is done. Returns what it came to.
+
+    Args:
+        experiment: the first part of the run's folder.
+        console: where it says what it did.
+        overrides: what the config was composed from, for the run's folder.
 
     Raises:
         ConfigError, UnknownComponentError, DataError: before any folder is written.
     """
     console = Console() if console is None else console
     schema.check(cfg)
-    folder = RunFolder.of(cfg, experiment)
+    folder = RunFolder.of(cfg, experiment, overrides)
+    folder.check()
     done = folder.result()
     if done is not None:
         console.print(f"{folder.path} is done: {done}", highlight=False)
@@ -48,7 +59,7 @@ def train(
     template = cfg["model"].get("template_args") or {}
     datasets = {
         part: {
-            name: parts.build_dataset(name, dataset, tokenizer, template)
+            name: build_dataset(name, dataset, template, tokenizer)
             for name, dataset in (cfg["data"].get(part) or {}).items()
         }
         for part in ("train", "eval")
@@ -65,6 +76,9 @@ def train(
         orbit_driver.several_processes(arguments)  # before anything is written: one rank writes
     model = parts.load_model(cfg["model"])
     parts.adapt(model, cfg.get("adapter"), TASK)
+    folder.require_room(2 * checkpoint_size(model))
+    if folder.begun:
+        console.print(f"{folder.path} goes on", highlight=False)
     work = Work(
         model=model,
         trainer=trainer,
@@ -77,7 +91,9 @@ def train(
         method_args=method_args,
         resume=resume,
     )
-    on_main(folder.begin)
+    changed = on_main(folder.begin)
+    if changed:
+        console.print(f"since it was begun: {', '.join(changed)}", highlight=False)
     if driver == "hf":
         from orbit.pipeline import hf_driver
 
@@ -88,6 +104,12 @@ def train(
     on_main(lambda: folder.finish(result))
     console.print(f"{folder.path}: {result}", highlight=False)
     return result
+
+
+def checkpoint_size(model: nn.Module) -> int:
+    """Bytes of a checkpoint, about: the weights, and two float32 moments of what trains."""
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return weights + sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _save(model: Any, folder: RunFolder, adapted: bool) -> None:

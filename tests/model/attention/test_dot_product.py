@@ -51,7 +51,9 @@ def masks(queries: int) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("queries", [1, 4, S])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3), (False, 3), (True, S - 1)])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, None), (True, None), (True, 3), (False, 3), (True, S - 1)]
+)
 def test_formula(causal: bool, window: int | None, groups: int, queries: int):
     q, k, v = torch.randn(B, H, queries, D), torch.randn(B, groups, S, D), torch.randn(B, groups, S, D)
     for name, mask in masks(queries).items():
