@@ -101,7 +101,12 @@ def by_hand() -> Way:
 def by_engine() -> Way:
     way = Way()
     engine = Engine(
-        way.model, way.optimizer, plugins=[], grad_clip_norm=1.0, gradient_accumulation_steps=EVERY, device="cpu"
+        way.model,
+        way.optimizer,
+        plugins=[],
+        grad_clip_norm=1.0,
+        gradient_accumulation_steps=EVERY,
+        device="cpu",
     )
     seed_everything(ARGUMENTS.seed)
     for _ in engine.train(way.loader(), max_steps=STEPS):
