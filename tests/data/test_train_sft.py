@@ -7,6 +7,8 @@ from torch.utils.data import DataLoader
 
 from orbit.data import SFTCollator, build_sft, train_sft
 from orbit.engine import Engine
+from orbit.objective import CausalLM
+from orbit.optim import SAM
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 TALK = [
@@ -67,6 +69,51 @@ def test_split_or_whole_the_gradient_is_the_same(tokenizer, masked):
     for name, wanted in whole.items():
         torch.testing.assert_close(split[name], wanted, rtol=1e-10, atol=1e-12)
         assert wanted.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("rows", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_sam_takes_its_second_pass(tokenizer, rows, accumulation):
+    """By hand: the gradient of all samples at w + rho·g/|g|."""
+    model, want = RunningMean(len(tokenizer)), RunningMean(len(tokenizer))
+    engine = Engine(
+        model,
+        SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=1.0),
+        plugins=[],
+        device="cpu",
+        gradient_accumulation_steps=accumulation,
+    )
+    collate = SFTCollator(tokenizer)
+    for _ in engine.train(DataLoader(samples(tokenizer), rows, collate_fn=collate)):
+        train_sft(engine)
+
+    def slope(net):
+        return torch.autograd.grad(CausalLM()(net, collate(samples(tokenizer))).loss, list(net.parameters()))
+
+    climbed, first = RunningMean(len(tokenizer)), slope(want)
+    norm = torch.stack([g.norm() for g in first]).norm()
+    with torch.no_grad():
+        for p, g in zip(climbed.parameters(), first, strict=True):
+            p += 0.1 * g / norm
+    for p, q, g in zip(model.parameters(), want.parameters(), slope(climbed), strict=True):
+        torch.testing.assert_close(p, q - g, atol=1e-8, rtol=1e-8)
+
+
+def test_a_batch_that_does_not_fit_is_split(tokenizer):
+    class Small(RunningMean):
+        def forward(self, input_ids, attention_mask):
+            if len(input_ids) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(input_ids, attention_mask)
+
+    nets = Small(len(tokenizer)), RunningMean(len(tokenizer))
+    for net in nets:
+        engine = Engine(
+            net, torch.optim.SGD(net.parameters(), 1.0), plugins=[], device="cpu", split_on_oom=True
+        )
+        for _ in engine.train(DataLoader(samples(tokenizer), 4, collate_fn=SFTCollator(tokenizer))):
+            train_sft(engine)
+    for found, wanted in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
 
 
 def test_a_tiny_model_learns_its_answers(tokenizer):

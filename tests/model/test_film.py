@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from orbit.model import FiLM
+from orbit import adapter
+from orbit.model import FiLM, auto_initialize
 from orbit.model.errors import SettingError, ShapeError
 
 
@@ -23,6 +24,14 @@ def test_a_fresh_block_is_the_identity() -> None:
     assert torch.equal(film(x, c), x)
     film(x, c).sum().backward()
     assert film.proj.weight.grad.abs().sum() > 0
+
+
+def test_auto_initialize_leaves_it_the_identity() -> None:
+    x, c, net = torch.randn(2, 5, 4), torch.randn(2, 3), nn.ModuleList([moved(), nn.Linear(4, 4)])
+    assert auto_initialize(net).counts == {"modulation": 1, "linear": 1}
+    assert torch.equal(net[0](x, c), x)
+    adapter.inject(net, adapter.AdapterConfig(r=2, targets=("proj",)), "task")  # and it is a Linear still
+    assert torch.equal(net[0](x, c), x)
 
 
 def test_the_equation_with_channels_first_and_last() -> None:

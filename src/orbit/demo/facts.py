@@ -72,6 +72,11 @@ def load_facts(path: str | Path | None = None) -> list[Fact]:
     return facts
 
 
+def questions_and_answers() -> list[dict[str, str]]:
+    """The demo's facts as rows with question and answer."""
+    return [{"question": fact.question, "answer": fact.answer} for fact in load_facts()]
+
+
 def _fact(entry: dict[str, Any]) -> Fact:
     fact = Fact(**{**entry, "also": tuple(entry.get("also", ()))})
     for text in (*fact.taught, fact.paraphrase, fact.answer):

@@ -17,6 +17,16 @@ from orbit.model.errors import SettingError, ShapeError
 __all__ = ["FiLM"]
 
 
+class _Modulation(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    initialized_as = "modulation"  # by auto_initialize, which calls reset_parameters
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class FiLM(nn.Module):
     """Feature-wise linear modulation of `x` by a context.
 
@@ -54,13 +64,11 @@ class FiLM(nn.Module):
                 f"channel_dim={channel_dim}: features come first after the batch (1) or last (-1)"
             )
         self.features, self.channel_dim = features, channel_dim
-        self.proj = nn.Linear(context_size, 2 * features, device=device, dtype=dtype)
-        self.reset_parameters()
+        self.proj = _Modulation(context_size, 2 * features, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """W and b to zero: the identity."""
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.proj.reset_parameters()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Scale and shift the features of x.

@@ -219,6 +219,8 @@ def test_experts_generate():
         ({"top_p": 1.1}, SettingError, "top_p 1.1 must be above 0"),
         ({"repetition_penalty": 0.0}, SettingError, "repetition_penalty 0.0 must be above 0"),
         ({"do_sample": False, "top_p": 0.5}, SettingError, "top_p changes nothing"),
+        ({"pad_token_id": -1}, SettingError, "pad_token_id -1 is no token"),
+        ({"pad_token_id": 10**6}, SettingError, "pad_token_id 1000000 is no token"),
         ({"max_new_tokens": 0}, SettingError, "max_new_tokens 0 makes nothing"),
         ({"input_ids": torch.ones(3, dtype=torch.long)}, ShapeError, r"shape \(3,\)"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, ShapeError, r"shape \(1, 0\)"),

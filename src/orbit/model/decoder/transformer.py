@@ -28,7 +28,6 @@ from orbit.model.experts import Experts
 from orbit.model.gate.top_k import TopKGate
 from orbit.model.mlp import MLP
 from orbit.model.moe import MoE, moe_aux_loss
-from orbit.model.registry import register_model
 
 __all__ = ["Transformer", "TransformerOutput"]
 
@@ -286,7 +285,6 @@ class Transformer(nn.Module):
             )
 
 
-@register_model("transformer")
 def transformer(
     *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
 ) -> Transformer:

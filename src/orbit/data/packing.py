@@ -1,0 +1,185 @@
+"""Several samples in one row, none of which sees another: `Packed(dataset, max_length)`.
+
+    row            <a0 a1 a2> <b0 b1> <c0 c1 c2 c3>
+    position_ids    0  1  2    0  1    0  1  2  3      where they do not rise by one, a sample begins
+    labels         -100 a1 a2 -100 b1 -100 c1 c2 c3    its first token is predicted by nothing
+
+First fit decreasing: the samples, longest first, each go into the first row with room for them.
+
+transformers' models read borders off `position_ids` where the batch has no attention mask: SDPA and eager attention get a
+block-diagonal mask, flash attention the lengths (varlen; of one row only: `PaddingFreeCollator`). So does our
+`Transformer`. Other models would let samples see each other; `check_packable` measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from orbit.core.modes import modes_kept
+from orbit.data.rows import DataError
+
+_TAKEN = {"input_ids", "labels", "attention_mask", "position_ids"}
+
+
+class PackingError(ValueError):
+    """A model that lets packed samples see each other, or does not take packed rows at all."""
+
+
+class Packed(Dataset[dict[str, Tensor]]):
+    """Rows of up to `max_length` tokens, each of one or more samples.
+
+    Args:
+        dataset: sized and indexed; samples of 1-D "input_ids" and "labels", others than "attention_mask" and "index" are
+            refused.
+        max_length: of a row. No sample may be longer.
+        ignore_index: label of what is not supervised.
+
+    Attributes:
+        rows: of each row the numbers of its samples.
+        waste: the part of rows × max_length that holds no token.
+
+    Raises:
+        DataError: a sample is longer than `max_length`, or has other keys.
+    """
+
+    def __init__(self, dataset: Any, max_length: int, ignore_index: int = -100) -> None:
+        self.dataset, self.max_length, self.ignore_index = dataset, max_length, ignore_index
+        lengths = lengths_of(dataset)
+        too_long = np.flatnonzero(lengths > max_length)
+        if len(too_long):
+            raise DataError(
+                f"packing into rows of {max_length}: sample {too_long[0]} has {lengths[too_long[0]]} tokens (and "
+                f"{len(too_long) - 1} others are too long): make the dataset's max_length as small, or packing's larger"
+            )
+        self.rows = pack(lengths, max_length)
+        self.waste = 1 - int(lengths.sum()) / (len(self.rows) * max_length)
+        self.lengths = np.array([lengths[row].sum() for row in self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """{"input_ids", "labels", "position_ids"}, each (length,) int64."""
+        samples = [self.dataset[int(place)] for place in self.rows[index]]
+        for place, sample in zip(self.rows[index], samples, strict=True):
+            if not {"input_ids", "labels"} <= sample.keys():
+                raise DataError(
+                    f"sample {place} has {sorted(sample)}: packing needs 'input_ids' and 'labels'"
+                )
+            if other := sample.keys() - _TAKEN - {"index"}:
+                raise DataError(
+                    f"sample {place} has {', '.join(sorted(other))}, which a row of several samples cannot hold: train it "
+                    "without packing"
+                )
+        return join(samples, self.ignore_index)
+
+
+def join(samples: Sequence[Mapping[str, Any]], ignore_index: int = -100) -> dict[str, Tensor]:
+    """One row of several samples; what is masked by their attention masks is left out.
+
+    Returns:
+        {"input_ids", "labels", "position_ids"}, each (total length,) int64.
+
+    >>> row = join([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}])
+    >>> row["position_ids"].tolist(), row["labels"].tolist()
+    ([0, 1, 0, 1, 2], [-100, 6, -100, 8, 9])
+    """
+    parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for sample in samples:
+        given = {key: torch.as_tensor(sample[key], dtype=torch.int64) for key in _TAKEN & sample.keys()}
+        given.setdefault("position_ids", torch.arange(len(given["input_ids"])))
+        if "attention_mask" in given:
+            kept = given["attention_mask"] != 0
+            given = {key: value[kept] for key, value in given.items()}
+            given["position_ids"] = given["position_ids"] - given["position_ids"][:1]
+        given["labels"] = torch.where(given["position_ids"] == 0, ignore_index, given["labels"])
+        for key, values in parts.items():
+            values.append(given[key])
+    return {key: torch.cat(values) for key, values in parts.items()}
+
+
+def pack(lengths: ArrayLike, max_length: int) -> list[NDArray[np.int64]]:
+    """First fit decreasing: of each row the numbers of the samples in it, longest first.
+
+    Samples of one length are dealt out together: a row with room R takes R // length of them, rows in order.
+
+    Args:
+        lengths: (samples,), each from 1 to `max_length`, else DataError.
+
+    >>> [row.tolist() for row in pack([3, 8, 5, 2, 4], 8)]
+    [[1], [2, 0], [4, 3]]
+    """
+    sizes = np.asarray(lengths, np.int64)
+    if len(sizes) and not 0 < sizes.min() <= sizes.max() <= max_length:
+        raise DataError(
+            f"lengths from {sizes.min()} to {sizes.max()}: each must be from 1 to max_length={max_length}"
+        )
+    order = np.argsort(-sizes, kind="stable")
+    room = np.empty(0, np.int64)  # of each row so far
+    row_of = np.empty(len(sizes), np.int64)  # of each sample, in `order`
+    done = 0
+    for size, count in zip(*_runs(sizes[order]), strict=True):
+        new = -(-max(0, count - int((room // size).sum())) // (max_length // size))
+        room = np.concatenate([room, np.full(new, max_length)])
+        fits = room // size
+        before = np.cumsum(fits) - fits
+        taken = np.clip(count - before, 0, fits)
+        room = room - taken * size
+        row_of[done : done + count] = np.repeat(np.arange(len(room)), taken)
+        done += count
+    by_row = np.argsort(row_of, kind="stable")
+    borders = np.flatnonzero(np.diff(row_of[by_row])) + 1
+    return np.split(order[by_row], borders) if len(sizes) else []
+
+
+def lengths_of(dataset: Any) -> NDArray[np.int64]:
+    """The number of tokens of each sample, (samples,): the dataset's own `lengths`, else by looking at every sample."""
+    known = getattr(dataset, "lengths", None)
+    if known is None:
+        known = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+    return np.asarray(known, np.int64)
+
+
+def check_packable(model: nn.Module, collate: Any, vocabulary: int) -> None:
+    """PackingError unless a sample's logits are the same whatever stands before it in its row.
+
+    One forward pass of eight tokens, without gradients; collate is the run's own collator, since flash attention reads
+    borders only in a batch of one row.
+
+    Args:
+        vocabulary: how many token ids the model has.
+    """
+    device = next(model.parameters()).device
+    shown = torch.arange(1, 5) % vocabulary
+    rows = [
+        {"input_ids": torch.cat([first, shown]), "position_ids": torch.arange(8) % 4}
+        for first in (shown.flip(0), torch.full((4,), 2 % vocabulary))
+    ]
+    batch = collate([{**row, "labels": row["input_ids"]} for row in rows])
+    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    name = type(model).__name__
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        try:
+            output = model(**inputs)
+        except TypeError as error:
+            raise PackingError(f"{name} takes no packed rows: {error}; set packing=false") from error
+    logits = output.logits.reshape(2, -1, output.logits.shape[-1])[:, 4:8].float()
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+        raise PackingError(
+            f"{name} lets packed samples see each other: the logits of a sample change with what stands before it in its "
+            "row. Set packing=false; under flash attention use the collator PaddingFreeCollator"
+        )
+
+
+def _runs(ordered: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(each number of a descending sequence once, how often it stands there)."""
+    sizes, counts = np.unique(ordered, return_counts=True)
+    return sizes[::-1], counts[::-1]
