@@ -29,7 +29,7 @@ from orbit.objective.preference.checks import (
 )
 from orbit.objective.preference.outcomes import outcome_of_pairs
 from orbit.objective.preference.reference import Reference, needed
-from orbit.objective.preference.sequences import pairs, sequence_logps
+from orbit.objective.preference.sequences import pairs, sequence_logps, valid_pairs
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ class DPO:
         require_smoothing(self.label_smoothing)
         if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
             raise ValueError(f"loss_type={self.loss_type!r} has no label_smoothing")
+
+    def units(self, batch: Mapping[str, Any]) -> float:
+        """The weight of a batch, before it is scored."""
+        return valid_pairs(batch)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], ref: Reference | None = None) -> Outcome:
         """Score a batch of P pairs (`sequences.py`).

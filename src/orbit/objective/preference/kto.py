@@ -24,7 +24,15 @@ from orbit.core.runtime import unwrap
 from orbit.objective.preference.checks import require_not_negative, require_positive
 from orbit.objective.preference.outcomes import mean_over
 from orbit.objective.preference.reference import Reference, needed
-from orbit.objective.preference.sequences import DESIRABLE, IGNORE, Rows, is_paired, rows_of, sequence_logps
+from orbit.objective.preference.sequences import (
+    DESIRABLE,
+    IGNORE,
+    Rows,
+    is_paired,
+    rows_of,
+    sequence_logps,
+    supervised,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,10 @@ class KTO:
         require_not_negative(
             desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
         )
+
+    def units(self, batch: Mapping[str, Any]) -> float:
+        """The weight of a batch, before it is scored."""
+        return float(supervised(rows_of(batch)).sum())
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], ref: Reference | None = None) -> Outcome:
         """Score a batch of single answers, or one of pairs, whose chosen answers are the desirable ones.

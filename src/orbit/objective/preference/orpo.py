@@ -22,7 +22,14 @@ from orbit.core.outcome import Outcome
 from orbit.objective.preference.checks import require_positive
 from orbit.objective.preference.outcomes import mean_nll, mean_over, outcome_of_pairs
 from orbit.objective.preference.reference import Reference
-from orbit.objective.preference.sequences import IGNORE, Rows, SequenceLogps, pairs, sequence_logps
+from orbit.objective.preference.sequences import (
+    IGNORE,
+    Rows,
+    SequenceLogps,
+    pairs,
+    sequence_logps,
+    valid_pairs,
+)
 from orbit.objective.scoring import score
 
 
@@ -45,6 +52,10 @@ class ORPO:
 
     def __post_init__(self) -> None:
         require_positive(beta=self.beta)
+
+    def units(self, batch: Mapping[str, Any]) -> float:
+        """The weight of a batch, before it is scored."""
+        return valid_pairs(batch)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], ref: Reference | None = None) -> Outcome:
         """Score a batch of P pairs. Result and ValueError as `DPO`; rewards are β times the mean log-probs.

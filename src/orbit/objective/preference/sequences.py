@@ -93,6 +93,17 @@ def rows_of(batch: Any) -> Rows:
     return pairs(batch) if is_paired(batch) else _rows(batch, "")
 
 
+def valid_pairs(batch: Any) -> float:
+    """How many pairs have a supervised token in either answer, known from the batch. ValueError as `pairs`."""
+    has = supervised(pairs(batch)).chunk(2)
+    return float((has[0] & has[1]).sum())
+
+
+def supervised(rows: Rows) -> Tensor:
+    """Which rows have a token that something can be predicted for, (R,) bool."""
+    return (rows.labels[:, 1:] != IGNORE).any(1)
+
+
 def _rows(batch: Any, where: str) -> Rows:
     for key in ("input_ids", "labels"):
         if not isinstance(batch, Mapping) or key not in batch:

@@ -20,7 +20,7 @@ from orbit.core.outcome import Outcome
 from orbit.objective.preference.checks import require_not_negative, require_positive, require_smoothing
 from orbit.objective.preference.outcomes import outcome_of_pairs
 from orbit.objective.preference.reference import Reference
-from orbit.objective.preference.sequences import pairs, sequence_logps
+from orbit.objective.preference.sequences import pairs, sequence_logps, valid_pairs
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class SimPO:
         require_positive(beta=self.beta)
         require_not_negative(gamma=self.gamma, nll_weight=self.nll_weight)
         require_smoothing(self.label_smoothing)
+
+    def units(self, batch: Mapping[str, Any]) -> float:
+        """The weight of a batch, before it is scored."""
+        return valid_pairs(batch)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], ref: Reference | None = None) -> Outcome:
         """Score a batch of P pairs. Result and ValueError as `DPO`; rewards are β times the mean log-probs."""
