@@ -22,11 +22,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from orbit.adapter import AdapterError
     from orbit.core.extras import MissingExtraError, need
     from orbit.demo import FactsError, ModelNotInstalledError
+    from orbit.model.errors import SettingError, WeightsError
 
     try:
         need("llm", "transformers", "jinja2")
         (_demo if known.command == "demo" else _chat)(known)
-    except (ModelNotInstalledError, MissingExtraError, FactsError, AdapterError, OSError) as error:
+    except (
+        ModelNotInstalledError,
+        MissingExtraError,
+        FactsError,
+        AdapterError,
+        SettingError,
+        WeightsError,
+        OSError,
+    ) as error:
         print(f"orbit {known.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
