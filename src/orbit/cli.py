@@ -1,46 +1,49 @@
 """The `orbit` command.
 
-orbit demo [--model PATH] [--out FOLDER]        fine-tune a model on real facts and show what it learned
+orbit train experiment=sft [KEY=VALUE ...]      train what a config describes
+orbit list [KIND]                               what a config can name
+orbit merge RUN --out FOLDER                    an adapter folded into its base model
 orbit chat MODEL [--adapter PATH ...]           talk to a model
+orbit demo [--model PATH] [--out FOLDER]        fine-tune a model on real facts and show what it learned
+
+What goes wrong is told in one line; --debug shows the traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from orbit.core.names import nearest
 
+_CONFIGS = {"train": "train what a config describes"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 2 for wrong usage, 1 for a missing model or adapter."""
+    """Run a command and return the exit status: 2 for wrong usage, 1 for what else is wrong, 130 after Ctrl-C."""
     parser, commands = _parser()
     known, unknown = parser.parse_known_args(argv)
+    if known.command in _CONFIGS:
+        known.overrides += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         _refuse(commands[known.command], unknown)
-    from orbit.adapter import AdapterError
-    from orbit.core.extras import MissingExtraError, need
-    from orbit.demo import FactsError, ModelNotInstalledError
-    from orbit.model.errors import SettingError, WeightsError
-
     try:
-        need("llm", "transformers", "jinja2")
-        (_demo if known.command == "demo" else _chat)(known)
-    except (
-        ModelNotInstalledError,
-        MissingExtraError,
-        FactsError,
-        AdapterError,
-        SettingError,
-        WeightsError,
-        OSError,
-    ) as error:
-        print(f"orbit {known.command}: {error}", file=sys.stderr)
-        return 1
+        with _warnings_in_one_line(known.command):
+            return _RUN.get(known.command, _config)(known) or 0
     except KeyboardInterrupt:
         return 130
-    return 0
+    except Exception as error:
+        if known.debug:
+            raise
+        print(f"orbit {known.command}: {_told(error)}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -48,23 +51,103 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         prog="orbit", description="Train, adapt, mix and unlearn PyTorch models.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo", help="fine-tune a language model on real facts and show what it learned", allow_abbrev=False
+    made = {name: _add(commands, name, text, _config_options) for name, text in _CONFIGS.items()}
+    for name, (text, options) in _OPTIONS.items():
+        made[name] = _add(commands, name, text, options)
+    return parser, made
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    options: Callable[[argparse.ArgumentParser], None],
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demo.add_argument(
+    options(command)
+    command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return command
+
+
+# -- options -----------------------------------------------------------------------------------------------------
+
+
+def _config_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="experiment=sft, adapter.r=8, trainer.args.learning_rate=1e-4: Hydra's grammar",
+    )
+    command.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="a sweep: every combination of adapter.r=8,16 trainer.args.seed=1,2",
+    )
+    command.add_argument("--cfg", choices=("job",), help="print the config, and do nothing else")
+    command.add_argument("--config-dir", metavar="FOLDER", help="yaml of your own, before what Orbit ships")
+    _import_option(command)
+    groups: dict[str, list[str]] = {}
+    for path in sorted((Path(__file__).parent / "configs").glob("*/*.yaml")):
+        groups.setdefault(path.parent.name, []).append(path.stem)
+    command.epilog = "what ships:\n" + "\n".join(
+        f"  {group}={', '.join(names)}" for group, names in groups.items()
+    )
+
+
+def _import_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of yours that registers components",
+    )
+
+
+def _list_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "kind", nargs="?", metavar="KIND", help="models, datasets, objectives, ... (default: all)"
+    )
+    command.add_argument("--json", action="store_true", help="for programs")
+    _import_option(command)
+
+
+def _merge_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the merged model goes")
+    command.add_argument("--task", metavar="NAME", help="which adapter of a run that has several")
+    command.add_argument("--model", help="the base model (default: what the run or the adapter says)")
+    command.add_argument(
+        "--untie", action="store_true", help="merge into a weight that other layers share, too"
+    )
+
+
+def _demo_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--model", default="smollm2", help="a Hugging Face causal LM: folder or name (default: smollm2)"
     )
-    demo.add_argument(
+    command.add_argument(
         "--out", default="runs/demo", help="folder for adapter and figures (default: runs/demo)"
     )
-    demo.add_argument(
+    command.add_argument(
         "--facts", help="a jsonl of your own: question, paraphrase, answer (default: the demo's)"
     )
-    demo.add_argument("--epochs", type=_positive, help="times over the facts")
-    demo.add_argument("--seed", type=int, help="of shuffling and initialisation (default: 42)")
-    demo.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
-    chat = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
-    model = chat.add_mutually_exclusive_group()
+    command.add_argument("--epochs", type=_positive, help="times over the facts")
+    command.add_argument("--seed", type=int, help="of shuffling and initialisation (default: 42)")
+    command.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
+
+
+def _chat_options(command: argparse.ArgumentParser) -> None:
+    model = command.add_mutually_exclusive_group()
     model.add_argument(
         "positional",
         nargs="?",
@@ -72,53 +155,26 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="a Hugging Face causal LM: folder or name (default: smollm2)",
     )
     model.add_argument("--model", help="the same")
-    chat.add_argument(
+    command.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]FOLDER",
         help="in PEFT's format, or an X-LoRA mixture; of several, the first answers",
     )
-    chat.add_argument("--system", help="a system message")
-    chat.add_argument(
+    command.add_argument("--system", help="a system message")
+    command.add_argument(
         "--max-new-tokens", type=_positive, default=256, help="the longest reply (default: 256)"
     )
-    chat.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
-    return parser, {"demo": demo, "chat": chat}
+    command.add_argument("--device", type=_device, help='"cuda" or "cpu" (default: CUDA when there is one)')
 
 
-def _demo(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from transformers.utils.logging import disable_progress_bar
-
-    from orbit.demo.run import run_demo
-    from orbit.demo.train import Recipe
-
-    disable_progress_bar()  # of loading weights; the demo shows its own
-    given = {name: value for name in ("epochs", "seed") if (value := getattr(arguments, name)) is not None}
-    run_demo(
-        model=arguments.model,
-        out=arguments.out,
-        facts=arguments.facts,
-        recipe=replace(Recipe(), **given),
-        device=arguments.device,
-    )
-
-
-def _chat(arguments: argparse.Namespace) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    from orbit.chat import ChatInterface
-
-    disable_progress_bar()
-    ChatInterface(
-        model_id=arguments.positional or arguments.model or "smollm2",
-        adapter=arguments.adapter,
-        device=arguments.device,
-        system=arguments.system,
-        max_new_tokens=arguments.max_new_tokens,
-    ).interact()
+_OPTIONS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "merge": ("fold an adapter into its base model", _merge_options),
+    "list": ("show what a config can name", _list_options),
+    "chat": ("talk to a model", _chat_options),
+    "demo": ("fine-tune a language model on real facts and show what it learned", _demo_options),
+}
 
 
 def _device(text: str) -> str:
@@ -134,6 +190,114 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
     return int(text)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    _need_llm()
+    from orbit.pipeline.command import run_command
+
+    return run_command(
+        arguments.command,
+        arguments.overrides,
+        multirun=arguments.multirun,
+        show=arguments.cfg is not None,
+        config_dir=arguments.config_dir,
+        imports=arguments.imports,
+    )
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from orbit.pipeline.command import import_modules
+    from orbit.pipeline.listing import list_components
+
+    import_modules(arguments.imports)
+    list_components(arguments.kind, Console(), arguments.json)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    _need_llm()
+    from orbit.pipeline.merge import merge
+
+    out = merge(
+        arguments.path, arguments.out, task=arguments.task, model=arguments.model, untie=arguments.untie
+    )
+    print(f"{out} holds the merged model: orbit chat {out}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    _need_llm()
+    from dataclasses import replace
+
+    from orbit.demo.run import run_demo
+    from orbit.demo.train import Recipe
+
+    given = {name: value for name in ("epochs", "seed") if (value := getattr(arguments, name)) is not None}
+    run_demo(
+        model=arguments.model,
+        out=arguments.out,
+        facts=arguments.facts,
+        recipe=replace(Recipe(), **given),
+        device=arguments.device,
+    )
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    _need_llm()
+    from orbit.chat import ChatInterface
+
+    ChatInterface(
+        model_id=arguments.positional or arguments.model or "smollm2",
+        adapter=arguments.adapter,
+        device=arguments.device,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+    ).interact()
+
+
+_RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "list": _list,
+    "merge": _merge,
+    "chat": _chat,
+    "demo": _demo,
+}
+
+
+def _need_llm() -> None:
+    """What every command with a language model needs, and its loading without progress bars."""
+    from orbit.core.extras import need
+
+    need("llm", "transformers", "jinja2")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+# -- what went wrong ---------------------------------------------------------------------------------------------
+
+
+def _told(error: Exception) -> str:
+    """One line. Errors that are written for users speak for themselves; of any other, its kind and its place too."""
+    text = " ".join(str(error).split())
+    if type(error).__module__.startswith("orbit.") or isinstance(error, OSError):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    file = os.path.relpath(place.filename) if place.filename.startswith(os.getcwd()) else place.filename
+    return f"{type(error).__name__}: {text} ({file}:{place.lineno}; --debug shows how it came to that)"
+
+
+@contextmanager
+def _warnings_in_one_line(command: str) -> Iterator[None]:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"orbit {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _refuse(command: argparse.ArgumentParser, unknown: list[str]) -> None:

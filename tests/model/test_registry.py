@@ -11,8 +11,8 @@ from orbit.model import registry as under_test
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
-    known = dict(under_test._MODELS._things)
-    monkeypatch.setattr(under_test._MODELS, "_things", known)
+    registry = under_test.MODEL_REGISTRY
+    monkeypatch.setattr(registry, "_things", dict(registry._things))
 
 
 def test_what_is_registered_is_built_with_its_arguments():

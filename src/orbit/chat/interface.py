@@ -48,8 +48,8 @@ class ChatInterface:
     Args:
         model: a causal LM with `generate`, of transformers or `orbit.model.Transformer`, also as an X-LoRA mixture;
             its tokenizer must be given too.
-        model_id: in place of `model`: a Hugging Face name, a folder (of `Transformer.save_pretrained` too), or "smollm2"
-            (`orbit.demo.smollm2`).
+        model_id: in place of `model`: a Hugging Face name, a folder (of `Transformer.save_pretrained` too), or
+            "smollm2" (`orbit.demo.smollm2`).
         tokenizer: default, with `model_id`: the one beside the model.
         device: default: where `model` is; with `model_id`, CUDA when there is one, else the CPU.
         adapter: a folder to load (PEFT's, or a mixture's), or the name of a task that the model already has; of

@@ -1,7 +1,10 @@
-"""Batches of SFT samples: `SFTCollator` pads to the longest of the batch.
+"""Batches of samples: `SFTCollator` pads to the longest of the batch, `PaddingFreeCollator` puts all into one row.
 
 Padding is known by position, never by comparing ids with the padding token: in most chat models the padding
 token is also the mark that ends a turn, which must stay supervised and attended.
+
+Samples may be nested: {"forget": sample, "retain": sample} or {"chosen": sample, "rejected": sample} become a batch
+under each key. Beside tokens they may have numbers (a tensor (batch,)) and a `task` (a list).
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from orbit.data.packing import join
 from orbit.data.sft import pad_token_id
+
+_INDEX, _TASK = "index", "task"
+_TOKENS = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class SFTCollator:
         ignore_index: fills `labels`.
         padding_side: "right" for training; "left" for generation.
         pad_to_multiple_of: round the length up, for kernels that like it.
+        index: "index" keeps the samples' numbers, which most models do not take; None leaves them out.
 
     >>> DataLoader(samples, batch_size=8, shuffle=True, collate_fn=SFTCollator(tokenizer))  # doctest: +SKIP
     """
@@ -33,6 +41,7 @@ class SFTCollator:
     ignore_index: int = -100
     padding_side: Literal["left", "right"] = "right"
     pad_to_multiple_of: int = 1
+    index: str | None = None
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
@@ -40,41 +49,136 @@ class SFTCollator:
         if self.pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1")
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Stack samples of 1-D "input_ids", "labels" and, if they have it, "attention_mask".
 
         Returns:
-            {"input_ids", "attention_mask", "labels"}, each (batch, length) int64.
+            {"input_ids", "attention_mask", "labels"}, each (batch, length) int64, and the samples' other columns. Of
+            rows with "position_ids" (packed ones) those in place of the attention mask, which would hide their borders.
 
         Raises:
-            ValueError: no sample, a sample without ids or labels, with other keys, or of unequal lengths.
+            ValueError: no sample, one without ids or labels, of unequal lengths, with a column that is neither tokens
+                nor numbers nor `task`, or without what the others have.
         """
         if not samples:
-            raise ValueError("SFTCollator got an empty list of samples")
-        rows = [self._row(i, sample) for i, sample in enumerate(samples)]
-        longest = max(len(row["input_ids"]) for row in rows)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        fill = {
-            "input_ids": pad_token_id(self.tokenizer),
-            "attention_mask": 0,
-            "labels": self.ignore_index,
+            raise ValueError(f"{type(self).__name__} got an empty list of samples")
+        keys = list(samples[0])
+        for i, sample in enumerate(samples):
+            if sample.keys() != samples[0].keys():
+                raise ValueError(
+                    f"sample {i} has keys {sorted(sample)} and sample 0 {sorted(keys)}: they must agree"
+                )
+        nested = [key for key in keys if isinstance(samples[0][key], Mapping)]
+        plain = [key for key in keys if key not in nested and not _is_sequence(samples[0][key])]
+        tokens = [key for key in keys if key not in nested and key not in plain]
+        batch: dict[str, Any] = {key: self([sample[key] for sample in samples]) for key in nested}
+        if tokens or not nested:
+            batch.update(self._together([_row(i, {k: s[k] for k in tokens}) for i, s in enumerate(samples)]))
+            if self.index is not None and self.index not in plain:
+                raise ValueError(
+                    f"index={self.index!r}: the samples have no such column; they have {sorted(keys)}"
+                )
+        return {**batch, **self._columns([{key: sample[key] for key in plain} for sample in samples])}
+
+    def _columns(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What is neither tokens nor nested."""
+        keys = [key for key in samples[0] if key != _INDEX or self.index == _INDEX]
+        return {key: _column(key, [sample[key] for sample in samples]) for key in keys}
+
+    def _together(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Rows of tokens as one batch."""
+        packed = "position_ids" in rows[0]
+        length = max(len(row["input_ids"]) for row in rows)
+        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        fill = {"input_ids": pad_token_id(self.tokenizer), "labels": self.ignore_index}
+        keys = [*fill, "position_ids" if packed else "attention_mask"]
+        return {
+            key: torch.stack([self._pad(row[key], length, fill.get(key)) for row in rows]) for key in keys
         }
-        return {key: torch.stack([self._pad(row[key], length, fill[key]) for row in rows]) for key in fill}
 
-    def _row(self, index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
-        known = {"input_ids", "attention_mask", "labels"}
-        if not {"input_ids", "labels"} <= sample.keys() <= known:
-            raise ValueError(
-                f"sample {index} has keys {sorted(sample)}: SFTCollator takes 'input_ids', 'labels' and "
-                "optionally 'attention_mask', as build_sft makes them; drop other columns first"
-            )
-        row = {key: torch.as_tensor(value, dtype=torch.int64) for key, value in sample.items()}
-        row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
-        lengths = {key: tuple(value.shape) for key, value in row.items()}
-        if len(set(lengths.values())) != 1 or row["labels"].dim() != 1:
-            raise ValueError(f"sample {index} must hold 1-D sequences of one length, got {lengths}")
-        return row
-
-    def _pad(self, values: Tensor, length: int, fill: int) -> Tensor:
-        padding = values.new_full((length - len(values),), fill)
+    def _pad(self, values: Tensor, length: int, fill: int | None) -> Tensor:
+        missing = length - len(values)
+        padding = values.new_zeros(missing) if fill is None else values.new_full((missing,), fill)
         return torch.cat([values, padding] if self.padding_side == "right" else [padding, values])
+
+
+@dataclass(frozen=True)
+class PaddingFreeCollator(SFTCollator):
+    """All samples one after the other in a single row, for flash attention: nothing is padded.
+
+    Takes packed rows and ordinary samples. On other attention kernels the row's mask has the square of its length.
+    Arguments as for `SFTCollator`; what `pad_to_multiple_of` adds goes to the end.
+    """
+
+    def _together(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return super()._together([join(rows, self.ignore_index)])
+
+
+@dataclass(frozen=True)
+class PreferenceCollator(SFTCollator):
+    """Pairs as the preference objectives take them: chosen_input_ids, rejected_input_ids, chosen_labels, ...
+
+    Samples are {"chosen": sample, "rejected": sample}; both sides are padded to the longest of either. Arguments as for
+    `SFTCollator`.
+    """
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Raises ValueError as `SFTCollator`, and for samples that are no pairs."""
+        if not samples:
+            raise ValueError("PreferenceCollator got an empty list of samples")
+        for i, sample in enumerate(samples):
+            if not {"chosen", "rejected"} <= sample.keys():
+                raise ValueError(
+                    f"sample {i} has {sorted(sample)}: PreferenceCollator takes 'chosen' and 'rejected'"
+                )
+        sides = [sample[side] for side in ("chosen", "rejected") for sample in samples]
+        batch = self._together(
+            [
+                _row(i % len(samples), {k: v for k, v in side.items() if k in _TOKENS})
+                for i, side in enumerate(sides)
+            ]
+        )
+        pairs = {
+            f"{side}_{key}": value
+            for key, values in batch.items()
+            for side, value in zip(("chosen", "rejected"), values.chunk(2), strict=True)
+        }
+        rest = [
+            {key: value for key, value in sample.items() if key not in ("chosen", "rejected")}
+            for sample in samples
+        ]
+        return {**pairs, **self._columns(rest)}
+
+
+def _row(index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+    if not {"input_ids", "labels"} <= sample.keys() <= set(_TOKENS):
+        raise ValueError(
+            f"sample {index} has keys {sorted(sample)}: 'input_ids', 'labels' and optionally 'attention_mask' or "
+            "'position_ids' are taken, as build_sft and Packed make them; drop other columns first"
+        )
+    row = {key: torch.as_tensor(value, dtype=torch.int64) for key, value in sample.items()}
+    if "position_ids" not in row:
+        row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
+    lengths = {key: tuple(value.shape) for key, value in row.items()}
+    if len(set(lengths.values())) != 1 or row["labels"].dim() != 1:
+        raise ValueError(f"sample {index} must hold 1-D sequences of one length, got {lengths}")
+    return row
+
+
+def _is_sequence(value: Any) -> bool:
+    return (
+        value.dim() > 0
+        if isinstance(value, Tensor)
+        else isinstance(value, Sequence) and not isinstance(value, str)
+    )
+
+
+def _column(key: str, values: list[Any]) -> Tensor | list[Any]:
+    """Numbers as a tensor (batch,); the rows' tasks as a list."""
+    if all(isinstance(value, (bool, int, float, Tensor)) for value in values):
+        return torch.tensor(values)
+    if key == _TASK and all(value is None or isinstance(value, str) for value in values):
+        return values
+    raise ValueError(
+        f"{key!r} holds {values!r}: a model takes numbers, and text as {_TASK!r} alone; drop the column"
+    )

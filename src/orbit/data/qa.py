@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-from torch.utils.data import Dataset
+from orbit.data.base import Item, TextDataset, text
+from orbit.data.package import package_prompt_response
+from orbit.data.rows import DataError, Row, require_columns
+from orbit.data.sources import read_rows
 
-from orbit.data.sft import build_sft
-from orbit.data.sources import read_rows, require_columns
 
-
-class QADataset(Dataset[dict[str, Tensor]]):
+class QADataset(TextDataset):
     """One sample a question and answer; the answer and the mark that ends it are supervised.
+
+    A row whose answer is a list, as where benchmarks offer several, gives {0: sample, 1: sample, ...}.
 
     Args:
         hf_args: where the rows are (`read_rows`).
-        template_args: how prompt and answer become text; the model's config has them.
+        template_args: how prompt and answer become text (`orbit.data.package`); the model's config has them.
         tokenizer: the model's.
         question_key, answer_key: the columns.
-        max_length: longer samples lose their end.
+        max_length: longer samples lose their end; see `TextDataset`.
+        predict_with_generate: "input_ids" ends where the model is to answer (`package_prompt_response`).
+        few_shot_dataset_hf_args: where examples are, all of which stand before every question, unsupervised.
+
+    Raises:
+        DataError, TemplateArgsError: as `TextDataset`.
+
+    >>> rows = [{"question": "What is the capital of Mali?", "answer": "Bamako"}]
+    >>> QADataset({"rows": rows}, tokenizer=tokenizer)[0].keys()                  # doctest: +SKIP
+    dict_keys(['input_ids', 'attention_mask', 'labels', 'index'])
     """
+
+    tokenised_once = True
 
     def __init__(
         self,
@@ -31,17 +43,35 @@ class QADataset(Dataset[dict[str, Tensor]]):
         question_key: str = "question",
         answer_key: str = "answer",
         max_length: int = 512,
+        predict_with_generate: bool = False,
+        few_shot_dataset_hf_args: Mapping[str, Any] | None = None,
     ) -> None:
-        self.rows = read_rows(**hf_args)
-        require_columns(self.rows, question_key, answer_key, where=str(hf_args.get("path", "rows")))
-        self.tokenizer, self.max_length = tokenizer, max_length
+        super().__init__(
+            hf_args, template_args, tokenizer, (question_key, answer_key), max_length, predict_with_generate
+        )
         self.question_key, self.answer_key = question_key, answer_key
+        examples: Sequence[Row] = ()
+        if few_shot_dataset_hf_args is not None:
+            examples = read_rows(**few_shot_dataset_hf_args)
+            require_columns(examples, question_key, answer_key, where="few_shot_dataset_hf_args")
+        self.questions = [text(row, question_key) for row in examples]
+        self.answers = [text(row, answer_key) for row in examples]
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def encode(self, row: Row, idx: int) -> Item:
+        question, answer = text(row, self.question_key), row[self.answer_key]
+        if not isinstance(answer, list):
+            return self.answered(question, text(row, self.answer_key))
+        if not answer or not all(isinstance(one, str) for one in answer):
+            raise DataError(f"{self.answer_key!r} is {answer!r} and must be text, or a list of texts")
+        return {i: self.answered(question, one) for i, one in enumerate(answer)}
 
-    def __getitem__(self, idx: int) -> dict[str, Tensor]:
-        row = self.rows[idx]
-        return build_sft(
-            row[self.question_key], row[self.answer_key], self.tokenizer, max_length=self.max_length
+    def answered(self, question: str, answer: str) -> Item:
+        """The sample of this question and answer, uncut."""
+        return package_prompt_response(
+            self.template,
+            self.tokenizer,
+            [*self.questions, question],
+            [*self.answers, answer],
+            None,
+            self.predict_with_generate,
         )

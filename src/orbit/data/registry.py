@@ -1,4 +1,4 @@
-"""Datasets and collators by name, and document 002's way to add to them."""
+"""Datasets, collators and sources of rows by name, and document 002's way to add to them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,44 @@ from typing import Any
 
 from orbit.core.components import Components
 
-DATASET_REGISTRY = Components("dataset", {"QADataset": "orbit.data.qa:QADataset"})
-COLLATOR_REGISTRY = Components("collator", {"SFTCollator": "orbit.data.collate:SFTCollator"})
+DATASET_REGISTRY = Components(
+    "dataset",
+    {
+        "ChatDataset": "orbit.data.chat:ChatDataset",
+        "CompletionDataset": "orbit.data.completion:CompletionDataset",
+        "ForgetRetainDataset": "orbit.data.forget_retain:ForgetRetainDataset",
+        "PreferenceDataset": "orbit.data.preference:PreferenceDataset",
+        "PretrainingDataset": "orbit.data.pretraining:PretrainingDataset",
+        "QADataset": "orbit.data.qa:QADataset",
+        "QAwithIdk": "orbit.data.idk:QAwithIdk",
+        "RatedDataset": "orbit.data.preference:RatedDataset",
+        "TaskMixture": "orbit.data.mixture:TaskMixture",
+    },
+)
+COLLATOR_REGISTRY = Components(
+    "collator",
+    {
+        "DataCollatorForSupervisedDataset": "orbit.data.collate:SFTCollator",  # its name in open-unlearning
+        "PaddingFreeCollator": "orbit.data.collate:PaddingFreeCollator",
+        "PreferenceCollator": "orbit.data.collate:PreferenceCollator",
+        "SFTCollator": "orbit.data.collate:SFTCollator",
+    },
+)
+SOURCE_REGISTRY = Components(
+    "source",
+    {
+        "fact_preferences": "orbit.demo.facts:preferred_answers",
+        "facts": "orbit.demo.facts:questions_and_answers",
+        "prose": "orbit.demo.facts:paragraphs",
+    },
+)
 
 
 def _register_data(name: str, handler: Any) -> None:
-    """Register a dataset class as `name` (document 002)."""
-    DATASET_REGISTRY.add(name, handler)
+    """Register a dataset class as `name`, Orbit's own names too (document 002)."""
+    DATASET_REGISTRY.add(name, handler, replace=True)
 
 
 def _register_collator(name: str, handler: Any) -> None:
-    """Register a collator as `name`."""
-    COLLATOR_REGISTRY.add(name, handler)
+    """Register a collator as `name`, Orbit's own names too."""
+    COLLATOR_REGISTRY.add(name, handler, replace=True)

@@ -1,71 +1,148 @@
-"""Rows from where they lie: a file, a folder, a hub, or memory.
+"""Rows from where they lie: a file, a folder, a hub, a registered source, or memory.
 
-read_rows(path="questions.jsonl")                          jsonl, json, csv, parquet
-read_rows(path="locuslab/TOFU", name="full", split="train")   what `datasets.load_dataset` takes
-read_rows(rows=[{"question": ..., "answer": ...}])
+    read_rows("questions.jsonl")                               .jsonl .json .csv .tsv .parquet
+    read_rows("locuslab/TOFU", name="full", split="train")     what `datasets.load_dataset` takes
+    read_rows("folder/", split="train")                        also what `save_to_disk` wrote
+    read_rows(source="facts")                                  a registered source (`orbit list sources`)
+    read_rows(rows=[{"question": ..., "answer": ...}])
+    read_rows("q.csv", columns={"question": "prompt"})         under the names that a dataset asks for
+
+`stream_rows` takes the same and reads as it goes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orbit.core.extras import need
-from orbit.core.names import did_you_mean
+from orbit.data import hub
+from orbit.data.files import READERS, records
+from orbit.data.fingerprint import fingerprint, saw
+from orbit.data.registry import SOURCE_REGISTRY
+from orbit.data.rows import DataError, Row, Rows, require_columns, require_text
+from orbit.data.streams import Stream
 
-Row = Mapping[str, Any]
+__all__ = ["DataError", "Row", "Rows", "read_rows", "require_columns", "require_text", "stream_rows"]
 
 
-class DataError(ValueError):
-    """Data that cannot be read, or that is not what a dataset needs."""
+def read_rows(
+    path: str | Path | None = None,
+    rows: Iterable[Row] | None = None,
+    *,
+    source: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    **hf_args: Any,
+) -> Rows:
+    """All rows of a source.
 
-
-def read_rows(path: str | None = None, rows: Sequence[Row] | None = None, **hf_args: Any) -> Sequence[Row]:
-    """The rows, each a mapping of columns.
+    Args:
+        path: a file, a folder, or a name on the hub.
+        rows: the rows themselves.
+        source: the name of a registered source.
+        columns: {name asked for: name in the data}.
+        streaming: must be False: who can do with a stream calls `stream_rows`.
+        hf_args: for `datasets.load_dataset`, or for the registered source.
 
     Raises:
-        DataError: no such file, unreadable text, no row.
+        DataError: nothing there, text that cannot be read, no row, a column that is missing.
+        ComponentError: no such source.
     """
-    if rows is not None:
-        found: Sequence[Row] = list(rows)
-    elif path is None:
-        raise DataError("a dataset needs hf_args.path (a file or a hub name) or rows")
-    elif path == "facts":
-        from orbit.demo.facts import load_facts
-
-        found = [{"question": f.question, "answer": f.answer} for f in load_facts()]
-    elif Path(path).suffix == ".jsonl":
-        found = _jsonl(Path(path))
+    if streaming:
+        raise DataError(
+            "streaming=true: this dataset needs all its rows, to index them; leave streaming out, or use a dataset "
+            "that reads a stream"
+        )
+    where, is_file = _where(path, rows, source, hf_args)
+    held: Any
+    digest: str | None
+    if is_file:
+        content = hashlib.sha256()
+        held = list(records(Path(where), content))
+        digest = fingerprint(Path(where).suffix, content.hexdigest())
+    elif path is not None:
+        held = hub.load(where, **hf_args)
+        digest = hub.content_hash(held)
     else:
-        need("llm", "datasets")
-        import datasets
-
-        found = datasets.load_dataset(path, **hf_args)
-    if not len(found):
-        raise DataError(f"{path or 'rows'} holds no row")
+        held = list(_given(rows, source, hf_args))
+        digest = _digest(held)
+    found = Rows(held, where, digest, columns)
+    saw(None if digest is None else fingerprint(digest, columns))
     return found
 
 
-def require_columns(rows: Sequence[Row], *columns: str, where: str) -> None:
-    """DataError where the first row lacks a column."""
-    for column in columns:
-        if column not in rows[0]:
-            have = sorted(rows[0])
-            raise DataError(f"{where} has no column {column!r}{did_you_mean(column, have)}; it has {have}")
+def stream_rows(
+    path: str | Path | None = None,
+    rows: Iterable[Row] | None = None,
+    *,
+    source: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    streaming: bool = True,
+    **hf_args: Any,
+) -> Stream:
+    """The rows of a source, read while they are iterated, any number of times.
+
+    Args as for `read_rows`; `streaming=False` reads all at once. Raises as `read_rows`; what is wrong further down,
+    when it is reached.
+    """
+    if not streaming:
+        whole = read_rows(path, rows, source=source, columns=columns, **hf_args)
+        return Stream(partial(iter, whole), whole.where)
+    where, is_file = _where(path, rows, source, hf_args)
+    saw(None)
+    if is_file:
+        return Stream(partial(records, Path(where)), where, columns)
+    if path is not None:
+        found = hub.load(where, streaming=True, **hf_args)
+        return Stream(partial(iter, found), where, columns)
+    return Stream(partial(_given, rows, source, hf_args), where, columns)
 
 
-def _jsonl(path: Path) -> list[Row]:
+def _where(path: Any, rows: Any, source: str | None, hf_args: dict[str, Any]) -> tuple[str, bool]:
+    """(what messages call the source, is it a file of a known ending?)."""
+    given = {"path": path, "rows": rows, "source": source}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise DataError(
+            f"a dataset's hf_args need one of path (a file, a folder or a hub's name), rows and source; got "
+            f"{', '.join(named) or 'none'}"
+        )
+    if path is None:
+        return source or "rows", False
+    path = Path(path).expanduser() if str(path).startswith("~") else path
+    is_file = Path(path).is_file() or Path(path).suffix.lower() in READERS
+    if is_file and hf_args.pop("split", "train") != "train":
+        raise DataError(
+            f"{path} is one file, and all of it the split 'train': for parts give path: "
+            f"{Path(path).suffix[1:] or 'json'}, data_files: {path} and a split such as train[:90%]"
+        )
+    if (is_file or rows is not None) and hf_args:
+        raise DataError(f"{path} is a file, and takes no {', '.join(hf_args)}; it takes columns")
+    written_as_path = str(path).startswith(("/", ".")) or len(Path(path).parts) > 2
+    if not is_file and written_as_path and not Path(path).exists():
+        raise DataError(f"there is nothing at {path}")
+    return str(path), is_file
+
+
+def _given(rows: Iterable[Row] | None, source: str | None, hf_args: Mapping[str, Any]) -> Iterable[Row]:
+    if source is None:
+        if hf_args:
+            raise DataError(f"rows in memory take no {', '.join(hf_args)}; they take columns")
+        assert rows is not None
+        return rows
+    return SOURCE_REGISTRY[source](**hf_args)
+
+
+def _digest(rows: list[Row]) -> str | None:
+    """A hash of rows in memory; None if they hold other things than plain values."""
+    digest = hashlib.sha256()
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}, is no JSON: {error}") from error
-    return rows
+        for row in rows:
+            digest.update(json.dumps(row).encode() + b"\n")
+    except (TypeError, ValueError):
+        return None
+    return digest.hexdigest()

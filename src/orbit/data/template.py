@@ -20,7 +20,7 @@ A tokenizer without a template gets this one (`FALLBACK`), one line a turn, EOS 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, str]
@@ -36,17 +36,24 @@ class TemplateError(ValueError):
     """The tokenizer's chat template does not let the model's words be told from the prompt."""
 
 
-def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+def render(
+    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any
+) -> str:
     """The text of a conversation, by the tokenizer's chat template or by `FALLBACK`.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         messages: [{"role": ..., "content": ...}, ...].
         add_generation_prompt: end with the header of the model's next turn.
+        variables: what else the template reads, such as Llama 3's `date_string`.
     """
     own = None if getattr(tokenizer, "chat_template", None) else FALLBACK
     return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=own
+        list(messages),
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        chat_template=own,
+        **variables,
     )
 
 
@@ -56,7 +63,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_turns(
-    tokenizer: Any, messages: Sequence[Message], model_role: str = "assistant"
+    tokenizer: Any,
+    messages: Sequence[Message],
+    model_role: str = "assistant",
+    rendering: Callable[..., str] = render,
+    encoding: Callable[[Any, str], list[int]] = encode,
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a conversation and the half-open ranges of them that the model says.
 
@@ -65,6 +76,7 @@ def encode_turns(
 
     Args:
         model_role: the role whose turns are the model's.
+        rendering, encoding: how messages become text and text becomes ids, called as `render` and `encode` are.
 
     Returns:
         (ids, [(start, stop), ...]), one range per turn of the model, each with the mark that ends the turn.
@@ -74,8 +86,8 @@ def encode_turns(
         TemplateError: the renderings are no prefixes of each other (the law at the top of this file), or the
             model speaks first.
     """
-    full = render(tokenizer, messages)
-    ids = encode(tokenizer, full)
+    full = rendering(tokenizer, messages)
+    ids = whole = encoding(tokenizer, full)
     ranges = []
     for i, message in enumerate(messages):
         if message["role"] != model_role:
@@ -85,22 +97,24 @@ def encode_turns(
                 f"the conversation begins with a turn of {model_role!r}, so that no prompt stands before it: "
                 "drop that turn, or put a message of the user or the system in front"
             )
-        prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
-        upto = render(tokenizer, messages[: i + 1])
+        last = i == len(messages) - 1
+        prompt = rendering(tokenizer, messages[:i], add_generation_prompt=True)
+        upto = full if last else rendering(tokenizer, messages[: i + 1])
         _require_prefix(upto, full, i)
         _require_prefix(prompt, upto, i)
-        start = _common(ids, encode(tokenizer, prompt))
-        stop = _turn_end(tokenizer, ids, start, _common(ids, encode(tokenizer, upto)))
+        start = _common(whole, encoding(tokenizer, prompt))
+        end = len(whole) if last else _common(whole, encoding(tokenizer, upto))
+        stop = turn_end(tokenizer, whole, start, end)
         if stop is None:
-            stop = _common(ids, encode(tokenizer, upto))
-            if i == len(messages) - 1 and tokenizer.eos_token_id is not None:
-                ids = [*ids[:stop], tokenizer.eos_token_id]
+            stop = end
+            if last and tokenizer.eos_token_id is not None:
+                ids = [*whole, tokenizer.eos_token_id]
                 stop += 1
         ranges.append((start, stop))
     return ids, ranges
 
 
-def _turn_end(tokenizer: Any, ids: list[int], start: int, stop: int) -> int | None:
+def turn_end(tokenizer: Any, ids: list[int], start: int, stop: int) -> int | None:
     """One past the turn's end mark: the last special token with nothing but white space after it."""
     added = getattr(tokenizer, "added_tokens_decoder", {})  # Gemma's <end_of_turn> is only here
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}

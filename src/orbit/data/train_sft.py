@@ -6,7 +6,8 @@
 The loss is the mean over supervised tokens and carries their number as its weight, so that under gradient
 accumulation a window weighs every token the same, whichever micro-batch it fell into. A micro-batch whose
 labels are all masked has weight 0 and adds nothing. Inside `engine.eval(loader)` the same call only measures.
-The engine's autocast is already on in the loop's body.
+The engine's autocast is already on in the loop's body. The engine is given a function, so that it can compute the loss
+again (SAM) or in parts (`split_on_oom`).
 """
 
 from __future__ import annotations
@@ -26,4 +27,4 @@ def train_sft(engine: Engine, objective: CausalLM = CausalLM()) -> None:  # noqa
         engine: inside the body of its `train` or `eval` loop, on dict batches with "labels".
         objective: the loss; give your own to ignore another index.
     """
-    engine.step_with(lambda: objective(engine.model, engine.data))  # may be called again: SAM, split_on_oom
+    engine.update(lambda: objective(engine.model, engine.data))

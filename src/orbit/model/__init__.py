@@ -54,13 +54,14 @@ from orbit.model.patches import (
     split_to_patches,
     unpatchify,
 )
-from orbit.model.registry import build_model, list_models, register_model
+from orbit.model.registry import MODEL_REGISTRY, build_model, list_models, register_model
 
 if TYPE_CHECKING:
     from orbit.adapter.layers import Conv1dLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA
 
 __all__ = [
     "MLP",
+    "MODEL_REGISTRY",
     "TCN",
     "CacheError",
     "CausalConv1d",

@@ -4,6 +4,8 @@
 class Tiny(nn.Module): ...
 
 model = build_model("tiny", width=8)
+
+The same names are what a run's config may say: `model: {handler: tiny, model_args: {width: 8}}`.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from orbit.core.registry import Names
+from orbit.core.components import Components
 from orbit.model.errors import SettingError
 
-__all__ = ["build_model", "list_models", "register_model"]
+__all__ = ["MODEL_REGISTRY", "build_model", "list_models", "register_model"]
 
 _M = TypeVar("_M", bound=Callable[..., nn.Module])
-_MODELS = Names[Callable[..., nn.Module]]("model", SettingError)
+MODEL_REGISTRY = Components(
+    "model", {"transformer": "orbit.model.decoder.transformer:transformer"}, SettingError
+)
 
 
 def register_model(name: str) -> Callable[[_M], _M]:
@@ -32,7 +36,7 @@ def register_model(name: str) -> Callable[[_M], _M]:
         raise SettingError("a model cannot be registered without a name: @register_model('my_model')")
 
     def add(model: _M) -> _M:
-        _MODELS.add(name, model)
+        MODEL_REGISTRY.add(name, model)
         return model
 
     return add
@@ -47,9 +51,9 @@ def build_model(name: str, /, **arguments: Any) -> nn.Module:
     >>> build_model("transformer", vocab_size=50, hidden_size=32, num_layers=1, num_heads=2).config.num_kv_heads
     2
     """
-    return _MODELS[name](**arguments)
+    return MODEL_REGISTRY[name](**arguments)
 
 
 def list_models() -> list[str]:
     """The registered names, sorted."""
-    return sorted(_MODELS)
+    return sorted(MODEL_REGISTRY)

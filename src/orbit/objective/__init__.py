@@ -2,5 +2,6 @@
 
 from orbit.core.outcome import Outcome
 from orbit.objective.causal_lm import CausalLM
+from orbit.objective.registry import OBJECTIVE_REGISTRY
 
-__all__ = ["CausalLM", "Outcome"]
+__all__ = ["OBJECTIVE_REGISTRY", "CausalLM", "Outcome"]

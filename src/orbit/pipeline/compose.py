@@ -1,9 +1,15 @@
 """A config from its parts, by Hydra: the shipped files, the user's folder before them, overrides on top.
 
-    cfg = compose("train", ["experiment=sft", "adapter.r=8"])          plain values, interpolations resolved
-    sys.exit(on_command_line("train", argv, train))                    the same with Hydra's flags (-m, --cfg job, ...)
+    cfg = compose("train", ["experiment=sft", "adapter.r=8"])     plain values, interpolations resolved
+    job = compose_job("train", [...])                             the same, and what it was composed from
+    jobs = compose_sweep("train", ["adapter.r=8,16"])             one for every combination
+    run_sweep("train", [...], run)                                run(job) for each, by Hydra's launchers
 
 Sections that are open by the schema (`trainer.args`, `model.model_args`, ...) take new keys without Hydra's `+`.
+
+Hydra composes and launches, and that is all: what its own section `hydra` could do besides (folders of its own, another
+working directory, logging handlers, callbacks, environment variables, classes by `_target_`) is refused, since a config
+may come from somebody else. The launcher of a sweep is Hydra's own or an installed plugin's, by its name.
 """
 
 from __future__ import annotations
@@ -11,8 +17,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +31,26 @@ from orbit.core.extras import need
 from orbit.core.names import did_you_mean
 from orbit.pipeline.schema import OPEN, SCHEMA
 
+_SHIPPED = "orbit.configs"
 _PLAIN = re.compile(r"(?P<path>[A-Za-z_][\w.\[\]-]*)=(?!=)")
+_LAUNCHER = re.compile(r"\+*(hydra/launcher=|hydra\.launcher\.)")
+_SILENT = {"version": 1, "root": None, "disable_existing_loggers": False}  # Hydra's `job_logging=none`
+_QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A composed config and what it came from.
+
+    Attributes:
+        config: plain values.
+        experiment: the name that `experiment=` chose; None if it did not.
+        overrides: as they were given.
+    """
+
+    config: dict[str, Any]
+    experiment: str | None
+    overrides: tuple[str, ...]
 
 
 def compose(name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> dict[str, Any]:
@@ -33,33 +62,71 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: str | Path | N
         config_dir: a folder whose files go before the shipped ones.
 
     Raises:
-        ConfigError: no such config, an override that fits nothing, an interpolation that leads nowhere or in a circle.
+        ConfigError: no such config or folder, an override that fits nothing, an interpolation that leads nowhere or in
+            a circle, a value that is missing, a section `hydra` that does more than choose a launcher.
+    """
+    return compose_job(name, overrides, config_dir).config
+
+
+def compose_job(name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Job:
+    """As `compose`, with the experiment's name and the overrides. Raises as `compose`."""
+    with _composing(name, overrides, config_dir) as composed:
+        return composed(overrides)
+
+
+def compose_sweep(
+    name: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None
+) -> list[Job]:
+    """The jobs of a sweep, in the order in which Hydra numbers them. Raises as `compose`, for any of them."""
+    with _composing(name, overrides, config_dir) as composed:
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        parsed = OverridesParser.create().parse_overrides(opened(overrides))
+        [combinations] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return [composed(combination) for combination in combinations]
+
+
+def run_sweep(
+    name: str,
+    overrides: Sequence[str],
+    run: Callable[[Job], Any],
+    config_dir: str | Path | None = None,
+) -> None:
+    """Call `run(job)` for every combination, by Hydra's launcher: one after the other, or `hydra/launcher=joblib`.
+
+    A job that fails does not keep the others from running; its error is raised at the end.
     """
     need("llm", "hydra", "omegaconf")
     import hydra
-    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
 
-    GlobalHydra.instance().clear()
-    search = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
-    with _told(), hydra.initialize_config_module("orbit.configs", version_base="1.3"):
-        return resolved(hydra.compose(name, [*search, *opened(overrides)]))
+    def task(cfg: Any) -> Any:
+        running = HydraConfig.get()
+        return run(Job(resolved(cfg), running.runtime.choices.get("experiment"), (*running.overrides.task,)))
 
-
-def on_command_line(name: str, arguments: Sequence[str], run: Callable[[dict[str, Any]], Any]) -> None:
-    """Call `run(cfg)` for what the command line says: once, or once a job of a sweep (`-m`). Raises as `compose`."""
-    need("llm", "hydra", "omegaconf")
-    import hydra
-
+    entry = hydra.main(config_path=f"pkg://{_SHIPPED}", config_name=name, version_base="1.3")(task)
+    before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are raised
-    entry = hydra.main(config_path="pkg://orbit.configs", config_name=name, version_base="1.3")(
-        lambda cfg: run(resolved(cfg))
-    )
-    argv, sys.argv = sys.argv, [f"orbit {name}", *opened(arguments)]
-    try:
-        with _told():
-            entry()
-    finally:
-        sys.argv = argv
+    with tempfile.TemporaryDirectory(prefix="orbit-sweep-") as scratch:  # for Hydra's multirun.yaml
+        places = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=jobs"]
+        sys.argv = [f"orbit {name}", "--multirun", *opened(overrides), *_QUIET, *places]
+        try:
+            with _told(), _own_hydra(config_dir):
+                entry()
+        finally:
+            sys.argv = argv
+            if before is None:
+                del os.environ["HYDRA_FULL_ERROR"]
+            else:
+                os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def shown(job: Job) -> str:
+    """The job's config as yaml."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(job.config))
 
 
 def resolved(cfg: Any) -> dict[str, Any]:
@@ -67,15 +134,15 @@ def resolved(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     with _told():
-        values: Any = OmegaConf.to_container(cfg, resolve=True)
+        values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     return values
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
     """Overrides below an open section may name new keys.
 
-    >>> opened(["trainer.args.eval_steps=5", "trainer.drivr=hf", "-m"])
-    ['++trainer.args.eval_steps=5', 'trainer.drivr=hf', '-m']
+    >>> opened(["trainer.args.eval_steps=5", "trainer.drivr=hf"])
+    ['++trainer.args.eval_steps=5', 'trainer.drivr=hf']
     """
     return [f"++{text}" if _lies_open(text) else text for text in overrides]
 
@@ -90,27 +157,166 @@ def _lies_open(override: str) -> bool:
     return False
 
 
+# -- Hydra -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _composing(
+    name: str, overrides: Sequence[str], config_dir: str | Path | None
+) -> Iterator[Callable[[Sequence[str]], Job]]:
+    """A function that composes, while Hydra is set up for our configs."""
+    need("llm", "hydra", "omegaconf")
+    import hydra
+    from omegaconf import OmegaConf, open_dict
+
+    for override in overrides:
+        if override.lstrip("+~").startswith(("hydra.", "hydra/")) and not _LAUNCHER.match(override):
+            raise ConfigError(
+                f"override {override!r}: of Hydra's own section a sweep chooses its launcher, hydra/launcher=NAME; "
+                "runs are placed by paths.root=FOLDER and run_name=NAME"
+            )
+    _require_configs(config_dir)
+
+    def composed(given: Sequence[str]) -> Job:
+        cfg = hydra.compose(name, [*opened(given), *_QUIET], return_hydra_config=True)
+        own = OmegaConf.to_container(cfg.hydra, resolve=False)
+        choices = own["runtime"]["choices"]
+        _refuse_more_than_a_launcher(own)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return Job(resolved(cfg), choices.get("experiment"), tuple(given))
+
+    with _told(), _own_hydra(config_dir), hydra.initialize_config_module(_SHIPPED, version_base="1.3"):
+        yield composed
+
+
+def _require_configs(config_dir: str | Path | None) -> None:
+    """ConfigError unless it is a folder of configs."""
+    if config_dir is None:
+        return
+    folder = Path(config_dir)
+    if not folder.is_dir():
+        here = (
+            [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        )
+        raise ConfigError(f"--config-dir {str(folder)!r} is no folder{did_you_mean(folder.name, here)}")
+    if not any(folder.rglob("*.yaml")):
+        raise ConfigError(f"--config-dir {str(folder)!r} holds no .yaml file")
+    for path in folder.glob("*.yaml"):
+        if (Path(__file__).parents[1] / "configs" / path.name).exists():
+            raise ConfigError(
+                f"{path} would take the place of Orbit's own {path.name}: write what is yours into "
+                f"experiment/NAME.yaml there, and say experiment=NAME"
+            )
+
+
+def _refuse_more_than_a_launcher(own: Mapping[str, Any]) -> None:
+    """ConfigError where the section `hydra`, before anything of it is used, is not what we asked for."""
+    launcher, sweeper = dict(own["launcher"]), dict(own["sweeper"])
+    target = str(launcher.pop("_target_", ""))
+    allowed = target.startswith(("hydra_plugins.", "hydra._internal.core_plugins."))
+    if not allowed or _holds_target(launcher):
+        raise ConfigError(
+            "hydra.launcher may name a launcher of Hydra's or of an installed plugin, and nothing else: "
+            f"hydra/launcher=joblib, say; here it is {own['launcher']!r}"
+        )
+    expected: dict[str, Any] = {
+        "callbacks": {},
+        "job_logging": _SILENT,
+        "hydra_logging": _SILENT,
+        "output_subdir": None,
+        "verbose": False,
+        "mode": None,
+    }
+    found: dict[str, Any] = {key: own[key] for key in expected}
+    expected |= {"sweeper": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "sweeper.params": None}
+    found |= {"sweeper": sweeper.get("_target_"), "sweeper.params": sweeper.get("params")}
+    expected |= {"job.env_set": {}, "job.env_copy": [], "job.chdir": None}
+    found |= {f"job.{key}": own["job"][key] for key in ("env_set", "env_copy", "chdir")}
+    for key, value in expected.items():
+        if found[key] != value:
+            raise ConfigError(
+                f"a config sets hydra.{key} to {found[key]!r}, which Orbit does not take from configs"
+            )
+
+
+def _holds_target(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_holds_target, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_holds_target, value))
+
+
+@contextmanager
+def _own_hydra(config_dir: str | Path | None) -> Iterator[None]:
+    """Hydra's global state as ours, the folder searched first; a program that runs under Hydra gets its own back."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance().register(_search_plugin())
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    searched = _searched.set(None if config_dir is None else Path(config_dir).absolute())
+    try:
+        yield
+    finally:
+        _searched.reset(searched)
+        GlobalHydra.instance().hydra = before
+
+
+_searched: ContextVar[Path | None] = ContextVar("_searched", default=None)
+
+
+@cache
+def _search_plugin() -> type:
+    """Hydra's way to put a folder before the shipped configs; its own --config-dir goes behind them."""
+    from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class UsersFirst(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            folder = _searched.get()
+            if folder is not None:
+                search_path.prepend("config-dir", f"file://{folder}", SearchPathQuery(provider="main"))
+
+    return UsersFirst
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def _told() -> Iterator[None]:
-    """Hydra's errors in one line, as a ConfigError."""
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
+    """The errors of Hydra and of yaml in one line, as a ConfigError."""
+    import yaml  # type: ignore[import-untyped]
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
         yield
     except MissingConfigException as error:
-        options = list(error.options or ())
         wanted = str(error.missing_cfg_file)
-        short = wanted.rpartition("/")[2]
+        group, _, short = wanted.rpartition("/")
+        if group == "hydra/launcher" and short == "joblib":
+            raise ConfigError('hydra/launcher=joblib needs: pip install "orbit-torch[sweep]"') from error
+        options = list(error.options or ())
         raise ConfigError(
             f"there is no config {wanted!r}{did_you_mean(short, options)}; there are: {', '.join(options)}"
         ) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(
+            f"{getattr(error, 'full_key', None) or error} has no value (???): give it one"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        first = str(error).strip().split("\n", 1)[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         match = re.search(r"Could not override '(.*)'", first)
         if match:
             raise ConfigError(f"unknown key {match[1]!r}{_nearest_key(match[1])}") from error
-        raise ConfigError(first) from error
+        key = getattr(error, "full_key", None)
+        where = f"override {error.override!r}" if isinstance(error, OverrideParseException) else key
+        raise ConfigError(f"{where}: {first}" if where and where not in first else first) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"a config cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _nearest_key(path: str) -> str:

@@ -2,54 +2,136 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
+from orbit.config import ConfigError
+from orbit.core.outcome import Outcome
+from orbit.core.ranks import parallel, shards
 from orbit.core.rng import seed_everything
 from orbit.engine import Engine
-from orbit.pipeline.arguments import Arguments
-from orbit.pipeline.folder import RunFolder
-from orbit.plugin import CheckpointingHook, MetricsFile, ProgressHook
+from orbit.pipeline.arguments import Arguments, every
+from orbit.pipeline.evaluation import evaluate
+from orbit.pipeline.loaders import eval_loader, total_steps, train_loader, windows_per_epoch
+from orbit.pipeline.optimizers import build_optimizer, build_scheduler
+from orbit.pipeline.plugins import best_of, run_plugins
+from orbit.pipeline.samples import Samples
+from orbit.pipeline.work import Work
 
 
-def fit(
-    model: nn.Module, objective: Any, train: Any, collate: Any, arguments: Arguments, folder: RunFolder
-) -> dict[str, float]:
-    """Train `model` by `objective` on the dataset `train`. Returns the last metrics."""
-    from transformers import get_scheduler
-
-    loader: DataLoader[Any] = DataLoader(
-        train, batch_size=arguments.per_device_train_batch_size, shuffle=True, collate_fn=collate
-    )
-    windows = -(-len(loader) // arguments.gradient_accumulation_steps)
-    steps = arguments.max_steps if arguments.max_steps > 0 else round(windows * arguments.num_train_epochs)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        weight_decay=arguments.weight_decay,
-    )
-    warmup = arguments.warmup_steps or round(arguments.warmup_ratio * steps)
-    scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps)
+def fit(work: Work) -> dict[str, float]:
+    """Train. Returns the last metrics: `loss` (of the last step), `train_loss`, `val_loss`, ...; with
+    `load_best_model_at_end` also `best_val_loss`, that of the model as it is now.
+    """
+    args, model, objective = work.arguments, work.model, work.trainer
+    ways = several_processes(args)
+    loader = train_loader(work.train, work.collate, args)
+    evals = {name: eval_loader(data, work.collate, args) for name, data in work.evals.items()}
+    windows = windows_per_epoch(loader, args)
+    steps = total_steps(windows, args)
+    optimizer = build_optimizer(model, args)
+    plugins = run_plugins(args, work.folder, steps, windows, work.resume)
+    best = best_of(plugins)
+    samples = work.samples()
+    if samples is not None and args.sample_steps:
+        plugins.append(Samples(samples, args.sample_steps))
     engine = Engine(
         model,
         optimizer,
-        scheduler=scheduler,
-        plugins=[
-            ProgressHook(interval=arguments.logging_steps),
-            MetricsFile(folder.metrics),
-            CheckpointingHook(interval=None, every_epoch=True, path=folder.checkpoints.absolute()),
-        ],
-        mixed_precision="bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None,
-        grad_clip_norm=arguments.max_grad_norm or None,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        scheduler=build_scheduler(optimizer, args, steps),
+        plugins=plugins,
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
+        grad_clip_norm=args.max_grad_norm or None,
+        device="cpu" if args.use_cpu else None,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        parallel=ways,
+        activation_checkpointing=bool(args.gradient_checkpointing),
+        compile=_compile(args),
+        deterministic=args.full_determinism,
+        split_on_oom=args.auto_find_batch_size,
     )
-    seed_everything(arguments.seed)
+    if args.tf32 is not None and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    seed_everything(args.seed)
+    if work.resume not in (None, "latest") and args.save_strategy in ("no", "best"):
+        engine.load(Path(work.resume or ""))
+
+    def compute() -> Outcome:
+        outcome: Outcome = objective(engine.model, engine.batch, work.ref)
+        return outcome
+
+    precision = torch.bfloat16 if args.bf16_full_eval else torch.float16 if args.fp16_full_eval else None
     with engine:
-        for _ in engine.train(loader, num_epochs=-(-steps // windows), max_steps=steps):
-            engine.step_on(objective(engine.model, engine.data))
-    return {name: float(value) for name, value in engine.metrics.items()}
+        for _ in engine.train(loader, max_steps=steps):
+            if args.eval_on_start and engine.state.micro_step == 1:
+                evaluate(engine, compute, evals, precision)
+            before = engine.step
+            engine.update(compute)
+            if engine.step != before and evaluates(args, engine, steps):
+                evaluate(engine, compute, evals, precision)
+        if args.load_best_model_at_end and best is not None and best.best_path is not None:
+            _load_model(engine, best.best_path)
+    loss = engine.step_info.get("loss")
+    found = {} if loss is None else {"loss": loss}
+    if args.load_best_model_at_end and best is not None and best.best_score is not None:
+        found[f"best_{args.monitor}"] = best.best_score
+    return {name: float(value) for name, value in {**found, **engine.metrics}.items()}
+
+
+def evaluates(args: Arguments, engine: Engine, steps: int) -> bool:
+    """An evaluation is due behind the step that has just been done."""
+    last = engine.step == steps
+    if last and args.do_eval:
+        return True
+    if args.eval_strategy == "steps":
+        return (
+            engine.step >= args.eval_delay
+            and engine.step % every(args.eval_steps or args.logging_steps, steps) == 0
+        )
+    return (
+        args.eval_strategy == "epoch"
+        and (engine.is_epoch_end or last)
+        and engine.epoch + 1 >= args.eval_delay
+    )
+
+
+def several_processes(args: Arguments) -> str | None:
+    """How the model is spread over the processes that torchrun started: "ddp", "fsdp", or None for one process.
+
+    Raises:
+        ConfigError: an `fsdp` that we do not have, or one without several processes.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not args.fsdp:
+        way = "ddp" if several else None
+    elif args.fsdp is not True and args.fsdp not in ("full_shard", "full_shard auto_wrap"):
+        raise ConfigError(
+            f"trainer.args.fsdp={args.fsdp!r}: driver orbit has full_shard (FSDP2, a block at a time)"
+        )
+    elif not several:
+        raise ConfigError(
+            "trainer.args.fsdp shards over several processes: start with torchrun --nproc-per-node N"
+        )
+    else:
+        way = "fsdp"
+    if way is not None:
+        parallel.start()
+    return way
+
+
+def _compile(args: Arguments) -> Any:
+    given = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    more = {name: value for name, value in given.items() if value is not None}
+    return more or args.torch_compile
+
+
+def _load_model(engine: Engine, path: Path) -> None:
+    """The model's tensors of a checkpoint; the rest of the run's state stays."""
+    state = engine.read_checkpoint(path)["model"]
+    model = engine.unwrapped_model
+    model = getattr(model, "checkpoint_module", model)
+    model.load_state_dict(shards.cut_model_state(model.state_dict(), state))
+    engine.logger.info("the best model is that of %s", path)

@@ -1,8 +1,7 @@
-"""The parts of a run, from its config: model and tokenizer, adapter, datasets, collator, objective."""
+"""The parts of a run, from its config: model and tokenizer, adapter, collator, objective."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -12,9 +11,10 @@ from torch import nn
 from orbit.adapter import AdapterConfig, inject
 from orbit.config import ConfigError
 from orbit.core.extras import need
+from orbit.core.making import make
 from orbit.core.names import did_you_mean
-from orbit.data.registry import COLLATOR_REGISTRY, DATASET_REGISTRY
-from orbit.pipeline.registries import TRAINER_REGISTRY
+from orbit.data.registry import COLLATOR_REGISTRY
+from orbit.pipeline.registries import find_trainer
 from orbit.pipeline.schema import named
 
 
@@ -64,51 +64,19 @@ def adapt(model: nn.Module, cfg: Mapping[str, Any] | None, task: str) -> None:
     inject(model, AdapterConfig(**settings), task)
 
 
-def build_dataset(
-    name: str, section: Mapping[str, Any], tokenizer: Any, template_args: Mapping[str, Any]
-) -> Any:
-    """One dataset of `data.train` or `data.eval`: its handler (or what is registered as its name) with its args."""
-    handler = section.get("handler") or name
-    args = dict(section.get("args") or {})
-    return call(
-        DATASET_REGISTRY[handler], args, f"data {name!r}", template_args=template_args, tokenizer=tokenizer
-    )
-
-
 def build_collator(section: Mapping[str, Any], tokenizer: Any) -> Any:
     """The section `collator`."""
     handler, args = named(section, "collator")
-    return call(COLLATOR_REGISTRY[handler], args, f"collator {handler!r}", tokenizer=tokenizer)
+    return make(COLLATOR_REGISTRY[handler], args, f"collator {handler!r}", tokenizer=tokenizer)
+
+
+def trainer_of(section: Mapping[str, Any]) -> Any:
+    """What the section `trainer` names: the class of an objective, or a subclass of `transformers.Trainer`."""
+    handler, _ = named(section, "trainer")
+    return find_trainer(handler)
 
 
 def build_objective(section: Mapping[str, Any]) -> Any:
     """The objective of the section `trainer`."""
     handler, _ = named(section, "trainer")
-    return call(TRAINER_REGISTRY[handler], dict(section.get("method_args") or {}), f"trainer {handler!r}")
-
-
-def call(component: Any, args: Mapping[str, Any], where: str, **given: Any) -> Any:
-    """Make a component, arguments of the config checked against its signature first.
-
-    Raises:
-        ConfigError: an argument that it does not take, or one that it lacks.
-    """
-    parameters = inspect.signature(component).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in args:
-        if key in given or (key not in parameters and not takes_any):
-            free = [name for name in parameters if name not in given]
-            raise ConfigError(
-                f"{where} takes no argument {key!r}{did_you_mean(key, free)}; it takes: {', '.join(free)}"
-            )
-    passed = {key: value for key, value in given.items() if takes_any or key in parameters}
-    missing = [
-        name
-        for name, p in parameters.items()
-        if p.default is p.empty
-        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        and name not in {*args, *passed}
-    ]
-    if missing:
-        raise ConfigError(f"{where} needs {', '.join(missing)}: write that into its args")
-    return component(**args, **passed)
+    return make(trainer_of(section), dict(section.get("method_args") or {}), f"trainer {handler!r}")

@@ -4,11 +4,13 @@
     adapter    type · the fields of that type, or null
     data       train, eval: {NAME: {handler, args}}
     collator   handler · args
-    trainer    handler (or name) · driver · args · method_args
-    paths, run_name, resume, strict
+    trainer    handler (or name) · driver · args · method_args · reference
+    paths      root · train_output_dir
+    run_name, resume, strict
 
 `args`, `model_args`, `tokenizer_args`, `template_args` and `method_args` are open: they are checked against what they
-feed, where that is built.
+feed, where that is built. A config names registered components only; `_target_`, with which Hydra would call whatever a
+file names, is refused everywhere, and nothing is imported for it.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from orbit.config import ConfigError
 from orbit.core.names import did_you_mean
 
 OPEN: dict[str, Any] = {}  # any keys
+TEXT: tuple[type, ...] = (str, type(None))
+FLAG: tuple[type, ...] = (bool,)
 
-COMPONENT = {"handler": None, "name": None, "args": OPEN}
+COMPONENT = {"handler": TEXT, "name": TEXT, "args": OPEN}
 SCHEMA: dict[str, Any] = {
     "model": {
-        "handler": None,
+        "handler": TEXT,
         "model_args": OPEN,
         "tokenizer_args": OPEN,
         "template_args": OPEN,
@@ -32,32 +36,54 @@ SCHEMA: dict[str, Any] = {
     "adapter": OPEN,
     "data": {"train": OPEN, "eval": OPEN},
     "collator": COMPONENT,
-    "trainer": {**COMPONENT, "driver": None, "method_args": OPEN},
-    "paths": OPEN,
-    "run_name": None,
-    "resume": None,
-    "strict": None,
+    "trainer": {**COMPONENT, "driver": TEXT, "method_args": OPEN, "reference": TEXT},
+    "paths": {"root": (str,), "train_output_dir": TEXT},
+    "run_name": (str, int, float, type(None)),
+    "resume": (str, bool, type(None)),
+    "strict": FLAG,
 }
+_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
 
 
-def check(cfg: Mapping[str, Any]) -> None:
-    """ConfigError for a key that no section knows."""
-    _check(cfg, SCHEMA, "")
+def check(cfg: Mapping[str, Any], schema: Mapping[str, Any] = SCHEMA) -> None:
+    """ConfigError for a key that no section knows, a value of the wrong type, or a `_target_`."""
+    _refuse_targets(cfg, "")
+    _check(cfg, schema, "")
 
 
 def _check(cfg: Any, schema: Mapping[str, Any], where: str) -> None:
-    if cfg is None or schema is OPEN:
+    if cfg is None:
         return
     if not isinstance(cfg, Mapping):
-        raise ConfigError(f"{where} is {cfg!r} and must be a mapping with {', '.join(schema)}")
+        keys = f" with {', '.join(schema)}" if schema else ""
+        raise ConfigError(f"{where} is {cfg!r} and must be a mapping{keys}")
+    if schema is OPEN:
+        return
     for key, value in cfg.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in schema:
             raise ConfigError(
                 f"unknown key {name!r}{did_you_mean(str(key), schema)}; there are: {', '.join(schema)}"
             )
-        if schema[key] is not None:
-            _check(value, schema[key], name)
+        kind = schema[key]
+        if isinstance(kind, Mapping):
+            _check(value, kind, name)
+        elif kind is not None and type(value) not in kind:
+            raise ConfigError(f"{name} is {value!r} and must be {' or '.join(_WORDS[one] for one in kind)}")
+
+
+def _refuse_targets(value: Any, where: str) -> None:
+    items = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, child in items:
+        name = f"{where}.{key}".lstrip(".")
+        if key == "_target_":
+            raise ConfigError(
+                f"{name} names {child!r}: a config names registered components only, by their handler; register yours "
+                "(@register.dataset, ...) and say --import MODULE"
+            )
+        _refuse_targets(child, name)
 
 
 def named(section: Mapping[str, Any] | None, where: str) -> tuple[str, dict[str, Any]]:

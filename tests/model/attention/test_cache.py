@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from orbit.model import KVCache
+from orbit.model import KVCache, MultiHeadAttention
 from orbit.model.errors import CacheError
 
 B, H, D = 2, 3, 4
@@ -208,3 +209,42 @@ def test_bad_settings():
         KVCache(window=0)
     with pytest.raises(CacheError, match="empty"):
         KVCache().held()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_recomputation_adds_nothing(window: int | None, reentrant: bool):
+    """Window 2 and single tokens: the second run has the first one's shapes, so that nothing else would notice."""
+    layer = MultiHeadAttention(8, 2, causal=True, window=window)
+    cache = layer.make_cache()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        layer(x[:, :2], cache=cache)
+    last = x[:, 2:].requires_grad_()
+    y = checkpoint(lambda t: layer(t, cache=cache), last, use_reentrant=reentrant)
+    with pytest.raises(
+        CacheError, match=r"holds these tokens \(3 in all\).*Run checkpointed layers without cache="
+    ):
+        y.sum().backward()
+    assert cache.length == 3
+
+
+def test_a_recomputation_of_cross_attention_says_so():
+    layer = MultiHeadAttention(8, 2, context_size=6)
+    cache, x = layer.make_cache(), torch.randn(2, 3, 8, requires_grad=True)
+    y = checkpoint(lambda t: layer(t, torch.ones(2, 4, 6), cache=cache), x, use_reentrant=False)
+    with pytest.raises(CacheError, match="activation checkpointing runs the layer again"):
+        y.sum().backward()
+
+
+def test_a_recomputation_makes_a_cache_of_its_own():
+    layer, x = MultiHeadAttention(8, 2, causal=True), torch.randn(2, 3, 8, requires_grad=True)
+
+    def decode(x: Tensor) -> Tensor:
+        cache = layer.make_cache()
+        return torch.cat([layer(x[:, t : t + 1], cache=cache) for t in range(3)], 1)
+
+    checkpoint(decode, x, use_reentrant=False).sum().backward()
+    found, x.grad = x.grad, None
+    decode(x).sum().backward()
+    torch.testing.assert_close(found, x.grad, rtol=0, atol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from orbit.adapter import AdapterConfig, inject
 from orbit.model import CausalConv1d
@@ -42,6 +43,26 @@ def test_gradients_flow_through_a_stream() -> None:
     streamed, x.grad = x.grad, None
     conv(x).square().sum().backward()
     torch.testing.assert_close(streamed, x.grad)
+
+
+def test_a_recomputed_chunk_is_refused_unless_the_memory_is_its_own() -> None:
+    conv, x = CausalConv1d(2, 2, 3), torch.randn(1, 2, 8, requires_grad=True)
+    memory: dict = {}
+    parts = [checkpoint(conv, part, memory, use_reentrant=False) for part in x.split(4, dim=-1)]
+    with pytest.raises(
+        CacheError, match=r"gone on since this chunk.*Run checkpointed layers without a memory"
+    ):
+        torch.cat(parts, dim=-1).square().sum().backward()
+
+    def stream(x: torch.Tensor) -> torch.Tensor:
+        memory: dict = {}
+        return torch.cat([conv(part, memory) for part in x.split(2, dim=-1)], dim=-1)
+
+    found, wanted = (
+        torch.autograd.grad(y.square().sum(), x)[0]
+        for y in (checkpoint(stream, x, use_reentrant=False), stream(x))
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_a_memory_of_another_batch_or_a_chunk_between_two_outputs() -> None:

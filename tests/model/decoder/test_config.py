@@ -90,6 +90,8 @@ def test_old_files_name_rope_otherwise():
     assert (config.rope_base, config.rope_scaling) == (7e3, {"rope_type": "linear", "factor": 2.0})
     assert config.max_length is None
     assert TransformerConfig.from_llama({**old, "rope_scaling": None}).rope_scaling is None
+    assert TransformerConfig.from_llama({**old, "pad_token_id": -1}).pad_token_id is None
+    assert TransformerConfig.from_llama({**old, "pad_token_id": 0}).pad_token_id == 0
 
 
 def test_mistral_has_a_window_and_qwen3_normed_heads():

@@ -1,7 +1,10 @@
 """Text, token for token what transformers makes of the same weights."""
 
+import copy
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from orbit.model import MaskError, SettingError, ShapeError, Transformer, TransformerConfig
 from orbit.model.decoder import generate
@@ -195,6 +198,18 @@ def test_as_a_function(model):
     assert torch.equal(generate(model, ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
 
 
+def test_a_compiled_model_generates_from_a_few_graphs(model):
+    """Lengths are no constants of a graph: one for the prompt, one for a token, and not one more a token."""
+    ids, _ = prompts(rows=2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
+    try:
+        assert torch.equal(generate(compiled, ids, max_new_tokens=12), by_us(model, ids, max_new_tokens=12))
+    finally:
+        torch.compiler.reset()
+    assert counter.frame_count <= 3
+
+
 def test_experts_generate():
     config = TransformerConfig(
         vocab_size=20, hidden_size=16, num_layers=2, num_heads=2, num_experts=4, init_std=0.3
@@ -219,6 +234,8 @@ def test_experts_generate():
         ({"top_p": 1.1}, SettingError, "top_p 1.1 must be above 0"),
         ({"repetition_penalty": 0.0}, SettingError, "repetition_penalty 0.0 must be above 0"),
         ({"do_sample": False, "top_p": 0.5}, SettingError, "top_p changes nothing"),
+        ({"pad_token_id": -1}, SettingError, "pad_token_id -1 is no token"),
+        ({"pad_token_id": 10**6}, SettingError, "pad_token_id 1000000 is no token"),
         ({"max_new_tokens": 0}, SettingError, "max_new_tokens 0 makes nothing"),
         ({"input_ids": torch.ones(3, dtype=torch.long)}, ShapeError, r"shape \(3,\)"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, ShapeError, r"shape \(1, 0\)"),

@@ -9,6 +9,9 @@
 
 Without autograd new rows are written in place. With it they are joined to a new tensor on every call (quadratic, but
 every earlier result keeps the tensor that its backward needs).
+
+A forward that activation checkpointing runs again would add its tokens twice, so a cache takes none in a backward pass
+unless it was made in that pass.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from orbit.model.errors import CacheError
+from orbit.model.replay import current_pass
 
 __all__ = ["KVCache"]
 
@@ -53,6 +57,7 @@ class KVCache:
         self._storage: tuple[Tensor, Tensor] | None = None
         self._writable = False  # the storage is ours alone, and no backward needs it
         self._start = self._end = 0  # the held rows of the storage
+        self._pass = current_pass()
 
     def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Add T new tokens; gives keys and values (B, H, S, D) of all that they may see, themselves last.
@@ -60,9 +65,10 @@ class KVCache:
         The results are views of the storage: use them before the next call, or under autograd whenever you like.
 
         Raises:
-            CacheError: other batch, heads, width, dtype or device than before, or more tokens than `max_length`.
-                The cache stays as it was.
+            CacheError: other batch, heads, width, dtype or device than before, more tokens than `max_length`, or
+                tokens of a recomputation. The cache stays as it was.
         """
+        self.check_recomputation()
         self._check(k_BHTD, v_BHTD)
         start, end, new = self._start, self._end, k_BHTD.shape[2]
         if self.window is not None:
@@ -121,6 +127,19 @@ class KVCache:
 
     def __repr__(self) -> str:
         return f"KVCache(length={self.length}, max_length={self.max_length}, window={self.window})"
+
+    def check_recomputation(self) -> None:
+        """Refuse tokens of a forward that activation checkpointing runs a second time.
+
+        Raises:
+            CacheError: this is a backward pass, and the cache is older.
+        """
+        if current_pass() not in (-1, self._pass):
+            raise CacheError(
+                f"the cache already holds these tokens ({self.length} in all): activation checkpointing runs the layer "
+                "again in the backward pass, which would add them twice. Run checkpointed layers without cache=, or "
+                "make and fill the cache inside the checkpointed function"
+            )
 
     def _check(self, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
         if self.max_length is not None and self.length + k_BHTD.shape[2] > self.max_length:

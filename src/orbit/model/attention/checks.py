@@ -72,6 +72,8 @@ def _check_cache(
     layer: MultiHeadAttention, x_BTD: Tensor, context_BSC: Tensor | None, cache: KVCache
 ) -> None:
     if layer.context_size is not None:
+        if context_BSC is not None:
+            cache.check_recomputation()
         if (context_BSC is None) == (cache.length == 0):
             raise CacheError(
                 "cross-attention fills its cache from the context once: give the context with an empty cache, "

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from orbit.model.conv.parts import check_channels, check_input, each
 from orbit.model.errors import CacheError, ShapeError
+from orbit.model.replay import current_pass
 
 Memory: TypeAlias = dict[nn.Module, Tensor]
 """The last inputs of each causal convolution of a net; an empty one starts a stream."""
@@ -39,7 +40,7 @@ class CausalConv1d(nn.Conv1d):
     Raises:
         SettingError: a setting outside its range.
         ShapeError (in forward): the input is not (B, in_channels, T), or a chunk is no multiple of the stride.
-        CacheError (in forward): the memory is another batch's.
+        CacheError (in forward): the memory is another batch's, or activation checkpointing runs the chunk again.
 
     >>> conv = CausalConv1d(2, 4, kernel_size=3, dilation=2)
     >>> x, memory = torch.randn(1, 2, 10), {}
@@ -103,7 +104,15 @@ class CausalConv1d(nn.Conv1d):
                 f"the memory holds {before.shape[0]} rows and the chunk has {input.shape[0]}: "
                 "begin another stream with an empty memory"
             )
+        elif current_pass() not in (-1, getattr(before, "made_in_pass", -1)):
+            raise CacheError(
+                "the memory has gone on since this chunk: activation checkpointing runs it again in the backward pass. "
+                "Run checkpointed layers without a memory, or make it inside the checkpointed function"
+            )
         known = torch.cat((before, input), dim=-1)
         output = super().forward(known)
-        memory[self] = known[..., known.shape[-1] - self.past :].clone()  # a view would keep the chunk
+        last = known[..., known.shape[-1] - self.past :].clone()  # a view would keep the chunk
+        if current_pass() != -1:
+            last.made_in_pass = current_pass()  # type: ignore[attr-defined]
+        memory[self] = last
         return output

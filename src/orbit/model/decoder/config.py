@@ -151,7 +151,7 @@ class TransformerConfig:
             raise SettingError(f"model_type {kind!r} is no Llama: {', '.join(_DIFFERENT)} can be read")
         base, scaling = _rope(given)
         _refuse_lost(given, kind)
-        eos = given.get("eos_token_id")
+        eos, pad = given.get("eos_token_id"), given.get("pad_token_id")
         return cls(
             vocab_size=given["vocab_size"],
             hidden_size=given["hidden_size"],
@@ -173,7 +173,7 @@ class TransformerConfig:
             activation=_ACTIVATIONS.get(act := given.get("hidden_act", "silu"), act),
             init_std=given.get("initializer_range", 0.02),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            pad_token_id=given.get("pad_token_id"),
+            pad_token_id=pad if pad is not None and pad >= 0 else None,  # old Llamas write -1 for none
         )
 
     @classmethod

@@ -42,8 +42,9 @@ def generate(
 ) -> Tensor:
     """Go on with the prompts until each has ended: (B, S + new), prompts included.
 
-    Equal to transformers' `generate` on the same weights, drawn tokens too. It ends at `max_new_tokens`, or
-    where the text reaches the model's `max_length`.
+    Equal to transformers' `generate` on the same weights, drawn tokens too if both are told `top_k`: transformers takes
+    50 where nothing is said, and here nothing is hidden. It ends at `max_new_tokens`, or where the text reaches the
+    model's `max_length`.
 
     Args:
         model: a `Transformer`; it is in eval mode meanwhile.
@@ -52,7 +53,7 @@ def generate(
         max_new_tokens: the most tokens.
         do_sample: draw tokens; default: if a temperature, top_k or top_p is given.
         temperature: logits are divided by it.
-        top_k: draw from the k likeliest.
+        top_k: draw from the k likeliest; default: from all.
         top_p: draw from the fewest tokens that together have this probability.
         repetition_penalty: above 1, tokens that are in a row's prompt or text become less likely.
         eos_token_id: ends a row, one or several; default: the config's.
@@ -72,6 +73,10 @@ def generate(
     sampling = Sampling(draws, temperature, top_k, top_p, repetition_penalty)
     ends = _ends(model, eos_token_id)
     pad = next((p for p in (pad_token_id, model.config.pad_token_id, *ends[:1].tolist()) if p is not None), 0)
+    if not 0 <= pad < model.config.vocab_size:
+        raise SettingError(
+            f"pad_token_id {pad} is no token: rows that have ended are filled with one of the {model.config.vocab_size}"
+        )
     count = _room(model, input_ids, max_new_tokens)
     ids, real = input_ids, _checked_mask(input_ids, attention_mask)
     positions = None if real is None else positions_from_mask(real)

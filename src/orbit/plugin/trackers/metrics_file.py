@@ -37,7 +37,7 @@ class MetricsFile(Tracker):
         path = trainer.in_workspace(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _cut(path, trainer.step)
+            cut_lines(path, trainer.step)
         self._file = path.open("a", encoding="utf-8")
         for row in self.written.rows if self.written.step == trainer.step else ():
             self.write(row, trainer.step)
@@ -51,7 +51,7 @@ class MetricsFile(Tracker):
         self._file.close()
 
 
-def _cut(path: Path, step: int) -> None:
+def cut_lines(path: Path, step: int) -> None:
     """Take away the lines from this step on, and one that a kill cut short."""
     lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) < step]

@@ -1,0 +1,48 @@
+"""A component from its arguments, which a config wrote: checked against its signature before it is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from orbit.core.components import ComponentError
+from orbit.core.names import did_you_mean
+
+
+def make(component: Callable[..., Any], args: Mapping[str, Any], where: str, **given: Any) -> Any:
+    """Call a class or function with `args`, and with those of `given` that it takes.
+
+    Args:
+        where: what it is, for messages.
+        given: what the caller brings, which no config may write.
+
+    Raises:
+        ComponentError: an argument that it does not take, or one that it lacks.
+
+    >>> from difflib import get_close_matches
+    >>> make(get_close_matches, {"word": "tow"}, "matches", possibilities=["two"], tokenizer=None)
+    ['two']
+    >>> make(get_close_matches, {"word": "tow", "cutof": 0.9}, "matches", possibilities=["two"])
+    Traceback (most recent call last):
+    ...
+    orbit.core.components.ComponentError: matches takes no argument 'cutof'; did you mean 'cutoff'?; it takes: ...
+    """
+    parameters = inspect.signature(component).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    for key in args:
+        if key in given or (key not in named and not takes_any):
+            free = [name for name in named if name not in given]
+            raise ComponentError(
+                f"{where} takes no argument {key!r}{did_you_mean(key, free)}; it takes: {', '.join(free)}"
+            )
+    passed = {key: value for key, value in given.items() if takes_any or key in named}
+    missing = [
+        name
+        for name in named
+        if parameters[name].default is inspect.Parameter.empty and name not in {*args, *passed}
+    ]
+    if missing:
+        raise ComponentError(f"{where} needs {', '.join(missing)}: write that into its args")
+    return component(**args, **passed)

@@ -1,0 +1,129 @@
+"""The commands that run a config: what they do with one job, and what is looked at before the first of a sweep.
+
+one job      compose → look → run
+a sweep      compose all → look at all → run each, by Hydra's launcher
+--cfg job    compose → look at its keys → print
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orbit.config import ConfigError
+from orbit.core.names import did_you_mean
+from orbit.pipeline import schema
+from orbit.pipeline.compose import Job, compose_job, compose_sweep, run_sweep, shown
+from orbit.pipeline.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does with a job.
+
+    Attributes:
+        config: the name of its primary config.
+        run: called with the job; what it returns is the exit status, unless it is no number.
+        look: called with every job before the first one runs. It raises where the job cannot, and returns what no two
+            jobs of a sweep may have in common, or None.
+    """
+
+    config: str
+    run: Callable[[Job], Any]
+    look: Callable[[Job], Any]
+
+
+def _train(job: Job) -> None:
+    from orbit.pipeline.train import train
+
+    train(job.config, job.experiment, overrides=job.overrides)
+
+
+def _look_at_run(job: Job) -> Path:
+    schema.check(job.config)
+    folder = RunFolder.of(job.config, job.experiment)
+    folder.check()
+    return folder.path.absolute()
+
+
+COMMANDS = {"train": Command("train", _train, _look_at_run)}
+
+
+def run_command(
+    name: str,
+    overrides: Sequence[str],
+    *,
+    multirun: bool = False,
+    show: bool = False,
+    config_dir: str | None = None,
+    imports: Sequence[str] = (),
+) -> int:
+    """Run a command as its options say. Returns the exit status.
+
+    Args:
+        overrides: in Hydra's grammar.
+        multirun: a sweep: an override may list values.
+        show: print the config and do nothing else.
+        config_dir: the user's folder of configs.
+        imports: modules that register components of the user's.
+
+    Raises:
+        ConfigError: before anything runs.
+    """
+    command = COMMANDS[name]
+    import_modules(imports)
+    if not multirun:
+        job = compose_job(command.config, overrides, config_dir)
+        if show:
+            schema.check(job.config)
+            Console().out(shown(job), end="", highlight=False)
+            return 0
+        command.look(job)
+        return _status(command.run(job))
+    seen: dict[Any, Job] = {}
+    for job in compose_sweep(command.config, overrides, config_dir):
+        place = command.look(job)
+        if place is not None and place in seen:
+            raise ConfigError(
+                f"two jobs of the sweep would share {place}: {' '.join(seen[place].overrides)} and "
+                f"{' '.join(job.overrides)}"
+            )
+        seen[place] = job
+    run_sweep(command.config, overrides, partial(_one_of_many, name, tuple(imports)), config_dir)
+    return 0
+
+
+def _one_of_many(name: str, imports: Sequence[str], job: Job) -> None:
+    """A job of a sweep, perhaps in a process of its own."""
+    import_modules(imports)
+    print(f"orbit {name} {' '.join(job.overrides)}", flush=True)
+    status = _status(COMMANDS[name].run(job))
+    if status:
+        raise ConfigError(f"orbit {name} {' '.join(job.overrides)} ended with status {status}")
+
+
+def _status(result: Any) -> int:
+    return result if isinstance(result, int) else 0
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Import modules of the user's, from the working directory too. ConfigError where there is none of a name."""
+    if modules and "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # it is there, and lacks something
+            here = [path.stem for path in Path.cwd().glob("*.py")]
+            raise ConfigError(
+                f"--import {module}: there is no such module here or installed{did_you_mean(module, here)}"
+            ) from error

@@ -1,0 +1,43 @@
+"""Evaluation while a run trains: the objective's mean loss, and its records, on every dataset of `data.eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from orbit.core import runtime
+from orbit.core.loop import Core
+from orbit.core.meters import Averages
+from orbit.core.nested import flat
+from orbit.core.outcome import Outcome
+
+
+def evaluate(
+    trainer: Core,
+    compute: Callable[[], Outcome],
+    loaders: Mapping[str, Iterable[Any]],
+    precision: torch.dtype | None = None,
+) -> None:
+    """Put `val_loss` and `val_<record>` into the trainer's metrics: means over units, as the loss in training is.
+
+    Args:
+        compute: the outcome of `trainer.batch`.
+        loaders: by name; with several the names stand in front: `val_<name>_loss`.
+        precision: autocast to this, where evaluation has a precision of its own.
+    """
+    measured: dict[str, float] = {}
+    for name, loader in loaders.items():
+        before = f"val_{name}_" if len(loaders) > 1 else "val_"
+        records = Averages()
+        for _ in trainer.eval(loader):
+            with runtime.autocast(trainer.device, precision):
+                outcome = trainer.weighed(compute())
+            trainer.step_on(outcome)
+            records.add(outcome.records, outcome.weight)
+        if trainer.team is not None:
+            records.over_ranks()
+        found = {"loss": trainer.metrics.pop("val_loss", float("nan")), **dict(flat(records.flush()))}
+        measured |= {f"{before}{key}": float(value) for key, value in found.items()}
+    trainer.metrics.update(measured)

@@ -1,0 +1,164 @@
+"""The driver `hf`: `transformers.Trainer`'s loop, around an objective of ours or as a registered subclass of it.
+
+The same fields with the same defaults reach it as reach driver orbit, besides those that only transformers has. Metrics
+go into the same `metrics.jsonl` under the same names, checkpoints into the same folder in transformers' own format.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from orbit.config import ConfigError
+from orbit.core.extras import need
+from orbit.pipeline.arguments import Arguments
+from orbit.pipeline.hf_trainer import ObjectiveTrainer
+from orbit.pipeline.samples import SampleFile
+from orbit.pipeline.work import Work, is_hf_trainer
+from orbit.plugin.trackers.metrics_file import cut_lines
+
+_NUMBERS = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr_0", "train_loss": "train_loss"}
+
+
+def fit(work: Work) -> dict[str, float]:
+    """Train. Returns the last metrics, named as driver orbit names them."""
+    need("llm", "accelerate")
+    own = not is_hf_trainer(work.trainer)
+    args = training_arguments(work, own)
+    evals: Any = dict(work.evals)
+    if len(evals) < 2:
+        evals = next(iter(evals.values()), None)
+    parts: dict[str, Any] = {
+        "model": work.model,
+        "args": args,
+        "train_dataset": work.train,
+        "eval_dataset": evals,
+        "data_collator": work.collate,
+        "processing_class": work.tokenizer,
+        "callbacks": _callbacks(work),
+    }
+    if own:
+        trainer: Any = ObjectiveTrainer(work.trainer, work.ref, work.arguments, **parts)
+    else:
+        trainer = work.trainer(**parts, **work.method_args)
+    output = trainer.train(resume_from_checkpoint=_checkpoint(work))
+    if work.arguments.do_eval and args.eval_strategy == "no":
+        trainer.evaluate()
+    found: dict[str, float] = {}
+    for row in trainer.state.log_history:
+        found |= renamed(row)
+    if args.load_best_model_at_end and trainer.state.best_metric is not None:
+        found[f"best_{work.arguments.monitor}"] = float(trainer.state.best_metric)
+    return found | {"train_loss": float(output.training_loss)}
+
+
+def training_arguments(work: Work, own: bool = True) -> TrainingArguments:
+    """Our arguments as transformers'.
+
+    Args:
+        own: the loss is an objective of ours, whose batches keep every key.
+
+    Raises:
+        ConfigError: a value that transformers refuses.
+    """
+    ours = work.arguments
+    known = {field.name for field in fields(TrainingArguments)}
+    given = {f.name: getattr(ours, f.name) for f in fields(Arguments) if f.name in known}
+    cuda = torch.cuda.is_available() and not ours.use_cpu
+    given |= {
+        "output_dir": str(work.folder.checkpoints),
+        "warmup_steps": ours.warmup_steps or (ours.warmup_ratio if ours.warmup_ratio < 1 else 0.999999),
+        "report_to": ours.trackers or "none",
+        "metric_for_best_model": "eval_" + ours.monitor.removeprefix("val_"),
+        "remove_unused_columns": not own,
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": ours.dataloader_pin_memory and cuda,
+        "resume_from_checkpoint": None,
+        "fsdp": "full_shard" if ours.fsdp is True else ours.fsdp or None,
+    }
+    try:
+        args = TrainingArguments(**{**given, **ours.rest})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trainer.args: {str(error).splitlines()[0]}") from error
+    if own and args.n_gpu > 1:
+        raise ConfigError(
+            f"driver=hf would use {args.n_gpu} GPUs from one process: start with torchrun --nproc-per-node "
+            f"{args.n_gpu}, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return args
+
+
+def renamed(row: dict[str, Any]) -> dict[str, float]:
+    """A row of transformers' log under our names; times and counts are left out.
+
+    >>> renamed({"loss": 1.5, "learning_rate": 0.1, "eval_loss": 2.0, "eval_runtime": 3.0, "epoch": 1.0})
+    {'loss': 1.5, 'lr_0': 0.1, 'val_loss': 2.0}
+    """
+    found = {}
+    for name, value in row.items():
+        timing = name.endswith(("_runtime", "_per_second", "_preparation_time"))
+        if isinstance(value, (int, float)) and not timing:
+            if name in _NUMBERS:
+                found[_NUMBERS[name]] = float(value)
+            elif name.startswith("eval_"):
+                found[f"val_{name.removeprefix('eval_')}"] = float(value)
+    return found
+
+
+class Rows(TrainerCallback):
+    """Append transformers' log to `metrics.jsonl`; a resumed run goes on behind its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            cut_lines(self.path, state.global_step + 1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        found = renamed(logs or {})
+        if state.is_world_process_zero and found:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **found}) + "\n")
+
+
+class Answers(TrainerCallback):
+    """Ask a `SampleFile` every `interval` steps."""
+
+    def __init__(self, file: SampleFile, interval: int) -> None:
+        self.file, self.interval = file, interval
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and self.file.path.exists():
+            cut_lines(self.file.path, state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and state.global_step % self.interval == 0:
+            self.file.ask(state.global_step)
+
+
+def _callbacks(work: Work) -> list[TrainerCallback]:
+    args = work.arguments
+    callbacks: list[TrainerCallback] = [Rows(work.folder.metrics)]
+    samples = work.samples()
+    if samples is not None and args.sample_steps:
+        callbacks.append(Answers(samples, args.sample_steps))
+    if args.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+    return callbacks
+
+
+def _checkpoint(work: Work) -> str | None:
+    """The checkpoint to go on from, in transformers' format."""
+    if work.resume != "latest":
+        return None if work.resume is None else str(work.resume)
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = work.folder.checkpoints
+    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return found

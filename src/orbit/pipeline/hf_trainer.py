@@ -1,0 +1,127 @@
+"""`transformers.Trainer` around one of our objectives, with the normalisation of our own core.
+
+    a window's gradient = Σ wᵢ·∇lossᵢ / Σ wᵢ        over its micro-batches and all processes
+
+transformers asks for Σ wᵢ before the first forward pass (`num_items_in_batch`), so the units of a batch are counted in
+the batch: by the objective's own `units(batch)` where it has one, else the supervised labels, else the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from orbit.core.meters import Averages
+from orbit.core.nested import count_samples, flat
+from orbit.core.outcome import Outcome
+from orbit.pipeline.arguments import Arguments
+from orbit.pipeline.loaders import train_sampler
+
+
+class ObjectiveTrainer(Trainer):
+    """A Trainer whose loss is an objective's.
+
+    Args:
+        objective: `objective(model, batch, ref) -> Outcome`.
+        ref: the objective's reference.
+        arguments: those of the run; they give the order of the data.
+        others: what `transformers.Trainer` takes.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole window
+
+    def __init__(
+        self, objective: Callable[..., Outcome], ref: Any, arguments: Arguments, **others: Any
+    ) -> None:
+        self.objective, self.ref, self.arguments = objective, ref, arguments
+        super().__init__(**others)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return train_sampler(self.train_dataset if train_dataset is None else train_dataset, self.arguments)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        total = torch.tensor(
+            float(sum(units(self.objective, batch) for batch in batch_samples)), device=device
+        )
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's part of the window's loss.
+
+        Raises:
+            ValueError: the objective weighs the batch otherwise than its units were counted.
+        """
+        outcome = self.objective(model, inputs, self.ref)
+        if outcome.loss is None:
+            raise ValueError(
+                "driver=hf needs a loss for every batch and the objective gave None: use driver=orbit"
+            )
+        counted = units(self.objective, inputs)
+        if not isinstance(outcome.weight, Tensor) and outcome.weight != counted:
+            raise ValueError(
+                f"{type(self.objective).__name__} weighs this batch {outcome.weight:g} and {counted:g} units were "
+                "counted in it: give the objective a method units(batch), or use driver=orbit"
+            )
+        total = outcome.weight if num_items_in_batch is None else num_items_in_batch
+        loss = outcome.loss * (outcome.weight / total) if counted else outcome.loss * 0.0
+        if (
+            self.args.average_tokens_across_devices
+        ):  # the processes' gradients are averaged, and total is of all
+            loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss and records per unit, over all processes."""
+        model = self._wrap_model(self.model, training=False, dataloader=dataloader)
+        means = Averages()
+        training = model.training
+        model.eval()
+        try:
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    outcome = self.objective(model, batch, self.ref)
+                means.add({"loss": outcome.loss, **outcome.records}, outcome.weight)
+        finally:
+            model.train(training)
+        if self.args.world_size > 1:
+            means.over_ranks()
+        found = {f"{metric_key_prefix}_{name}": float(value) for name, value in flat(means.flush())}
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics=found,
+            num_samples=self.num_examples(dataloader),
+        )
+
+
+def units(objective: Any, batch: Mapping[str, Any]) -> float:
+    """Units that the objective's loss on this batch averages over, known from the batch alone."""
+    count = getattr(objective, "units", None)
+    if count is not None:
+        return float(count(batch))
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor):
+        return float((labels[:, 1:] != getattr(objective, "ignore_index", -100)).sum())
+    return float(count_samples(batch))

@@ -1,0 +1,80 @@
+"""What a driver is given: everything that a config came to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from orbit.config import ConfigError
+from orbit.core.names import did_you_mean
+from orbit.pipeline.arguments import Arguments
+from orbit.pipeline.folder import RunFolder
+from orbit.pipeline.samples import SampleFile
+
+DRIVERS = ("orbit", "hf")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What either driver trains.
+
+    Attributes:
+        trainer: an objective; for driver hf also a subclass of `transformers.Trainer`.
+        method_args: for such a class's constructor.
+        ref: what the objective is called with as `ref`.
+        resume: "latest", a checkpoint's path, or None.
+    """
+
+    model: nn.Module
+    trainer: Any
+    train: Any
+    collate: Callable[..., Any]
+    arguments: Arguments
+    folder: RunFolder
+    evals: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+    method_args: Mapping[str, Any] = field(default_factory=dict)
+    ref: Any = None
+    resume: Path | str | None = "latest"
+
+    def __post_init__(self) -> None:
+        asks = self.arguments.eval_strategy != "no" or self.arguments.do_eval or self.arguments.eval_on_start
+        if asks and not self.evals:
+            raise ConfigError(
+                "trainer.args asks for evaluation (eval_strategy, do_eval) and data.eval is empty: give it a dataset, "
+                "or eval_strategy=no and do_eval=false"
+            )
+
+    def samples(self) -> SampleFile | None:
+        """What asks `sample_prompts`, if that is wished for."""
+        args = self.arguments
+        if not args.sample_steps:
+            return None
+        path = self.folder.path / "samples.jsonl"
+        return SampleFile(
+            self.model, self.tokenizer, args.sample_prompts or (), args.sample_max_new_tokens, path
+        )
+
+
+def driver_of(asked: str | None, trainer: Any) -> str:
+    """Who drives: a subclass of `transformers.Trainer` brings its own loop, whatever was asked.
+
+    Raises:
+        ConfigError: there is no such driver.
+    """
+    if asked is not None and asked not in DRIVERS:
+        raise ConfigError(
+            f"trainer.driver={asked!r}{did_you_mean(str(asked), DRIVERS)}; there are: orbit, hf"
+        )
+    return "hf" if is_hf_trainer(trainer) else asked or "orbit"
+
+
+def is_hf_trainer(trainer: Any) -> bool:
+    """It is `transformers.Trainer` or a subclass; known without importing transformers."""
+    return isinstance(trainer, type) and any(
+        kind.__module__ == "transformers.trainer" and kind.__name__ == "Trainer" for kind in trainer.__mro__
+    )
