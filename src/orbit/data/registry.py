@@ -25,10 +25,18 @@ COLLATOR_REGISTRY = Components(
     {
         "DataCollatorForSupervisedDataset": "orbit.data.collate:SFTCollator",  # its name in open-unlearning
         "PaddingFreeCollator": "orbit.data.collate:PaddingFreeCollator",
+        "PreferenceCollator": "orbit.data.collate:PreferenceCollator",
         "SFTCollator": "orbit.data.collate:SFTCollator",
     },
 )
-SOURCE_REGISTRY = Components("source", {"facts": "orbit.demo.facts:questions_and_answers"})
+SOURCE_REGISTRY = Components(
+    "source",
+    {
+        "fact_preferences": "orbit.demo.facts:preferred_answers",
+        "facts": "orbit.demo.facts:questions_and_answers",
+        "prose": "orbit.demo.facts:paragraphs",
+    },
+)
 
 
 def _register_data(name: str, handler: Any) -> None:
