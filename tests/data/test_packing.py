@@ -43,7 +43,9 @@ def first_fit_decreasing(lengths, max_length):
     return rows
 
 
-@pytest.mark.parametrize(("count", "longest", "max_length"), [(300, 64, 64), (500, 9, 64), (200, 30, 100), (1, 5, 5)])
+@pytest.mark.parametrize(
+    ("count", "longest", "max_length"), [(300, 64, 64), (500, 9, 64), (200, 30, 100), (1, 5, 5)]
+)
 def test_rows_are_those_of_first_fit_decreasing(count, longest, max_length):
     lengths = np.random.default_rng(count).integers(1, longest + 1, count).tolist()
     assert [row.tolist() for row in pack(lengths, max_length)] == first_fit_decreasing(lengths, max_length)
@@ -98,7 +100,13 @@ class Mean(torch.nn.Module):
 def ours(window=None):
     torch.manual_seed(0)
     config = TransformerConfig(
-        vocab_size=len(TOKENIZER), hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, window=window, init_std=0.5
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        window=window,
+        init_std=0.5,
     )
     return Transformer(config).eval()
 
@@ -141,7 +149,9 @@ def token_losses(model, batch):
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_or_not_every_token_has_the_same_loss(name, side, collator):
     model, data, packed = MODELS[name](), samples(), Packed(samples(), 12)
-    batch = collator(TOKENIZER, padding_side=side, pad_to_multiple_of=8)([packed[i] for i in range(len(packed))])
+    batch = collator(TOKENIZER, padding_side=side, pad_to_multiple_of=8)(
+        [packed[i] for i in range(len(packed))]
+    )
     assert "attention_mask" not in batch
     assert len(batch["input_ids"]) == (1 if collator is PaddingFreeCollator else len(packed))
     alone = [token_losses(model, SFTCollator(TOKENIZER)([data[i]])) for row in packed.rows for i in row]

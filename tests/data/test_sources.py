@@ -49,7 +49,9 @@ def quiet():
 def test_every_place_gives_the_same_rows(places):
     for name, place in places.items():
         rows = read_rows(**place, columns={"q": "question"})
-        assert [dict(row) for row in rows] == [{"answer": r["answer"], "q": r["question"]} for r in ROWS], name
+        assert [dict(row) for row in rows] == [{"answer": r["answer"], "q": r["question"]} for r in ROWS], (
+            name
+        )
         stream = stream_rows(**place, columns={"q": "question"})
         assert list(stream) == list(stream) == list(rows), name
 
@@ -105,7 +107,10 @@ def test_what_no_hash_can_tell_has_none():
         ({"path": "owner/nothing"}, "'owner/nothing' cannot be loaded: "),
         ({"path": "empty.jsonl"}, "empty.jsonl holds no row"),
         ({"path": "TOFU", "streaming": True}, "streaming=true: this dataset needs all its rows"),
-        ({"path": "rows.jsonl", "columns": {"q": "questoin"}}, "no column 'questoin'; did you mean 'question'"),
+        (
+            {"path": "rows.jsonl", "columns": {"q": "questoin"}},
+            "no column 'questoin'; did you mean 'question'",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_told_in_one_line(places, tmp_path, monkeypatch, place, why):

@@ -70,9 +70,9 @@ class TextDataset(Dataset[Item], ABC):
         if max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1")
         self.template = Template.read(template_args)
-        self.rows: Sequence[Row] = read_rows(**hf_args)
-        self.where = str(hf_args.get("path", "rows"))
-        require_columns(self.rows, *columns, where=self.where)
+        self.rows = read_rows(**hf_args)
+        self.where = self.rows.where
+        require_columns(self.rows, *columns)
         self.tokenizer, self.max_length = tokenizer, max_length
         self.predict_with_generate = predict_with_generate
         self._truncated: set[int] = set()

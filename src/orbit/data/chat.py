@@ -40,6 +40,8 @@ class ChatDataset(TextDataset):
         ValueError: `supervise` is neither.
     """
 
+    tokenised_once = True
+
     def __init__(
         self,
         hf_args: Mapping[str, Any],

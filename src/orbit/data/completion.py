@@ -29,6 +29,8 @@ class CompletionDataset(TextDataset):
         DataError: as `TextDataset`.
     """
 
+    tokenised_once = True
+
     def __init__(
         self,
         hf_args: Mapping[str, Any],

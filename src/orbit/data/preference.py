@@ -28,6 +28,8 @@ class PreferenceDataset(TextDataset):
         DataError, TemplateArgsError: as `TextDataset`.
     """
 
+    tokenised_once = True
+
     def __init__(
         self,
         hf_args: Mapping[str, Any],
@@ -67,6 +69,8 @@ class RatedDataset(TextDataset):
     Raises:
         DataError, TemplateArgsError: as `TextDataset`.
     """
+
+    tokenised_once = True
 
     def __init__(
         self,

@@ -49,8 +49,9 @@ class PretrainingDataset(Dataset[dict[str, Tensor]]):
             raise ValueError(
                 f"max_length={max_length}: a chunk needs two tokens, one to see and one to predict"
             )
-        rows, where = read_rows(**hf_args), str(hf_args.get("path", "rows"))
-        require_columns(rows, text_key, where=where)
+        rows = read_rows(**hf_args)
+        where = rows.where
+        require_columns(rows, text_key)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         stream: list[int] = []
         for i, row in enumerate(rows):

@@ -32,6 +32,8 @@ class QADataset(TextDataset):
     dict_keys(['input_ids', 'attention_mask', 'labels', 'index'])
     """
 
+    tokenised_once = True
+
     def __init__(
         self,
         hf_args: Mapping[str, Any],

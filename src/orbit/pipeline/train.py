@@ -17,6 +17,8 @@ from orbit.config import ConfigError
 from orbit.core.ranks import on_main, shards
 from orbit.core.rng import seed_everything
 from orbit.data.build import build_dataset
+from orbit.data.packing import Packed, check_packable
+from orbit.objective import CausalLM
 from orbit.pipeline import orbit_driver, parts, schema
 from orbit.pipeline.arguments import read_arguments
 from orbit.pipeline.folder import RunFolder
@@ -76,6 +78,8 @@ def train(
         orbit_driver.several_processes(arguments)  # before anything is written: one rank writes
     model = parts.load_model(cfg["model"])
     parts.adapt(model, cfg.get("adapter"), TASK)
+    if isinstance(next(iter(datasets["train"].values())), Packed):
+        check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
     folder.require_room(2 * checkpoint_size(model))
     if folder.begun:
         console.print(f"{folder.path} goes on", highlight=False)
