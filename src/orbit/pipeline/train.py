@@ -17,6 +17,8 @@ from orbit.config import ConfigError
 from orbit.core.ranks import on_main, shards
 from orbit.core.rng import seed_everything
 from orbit.data.build import build_dataset
+from orbit.data.packing import Packed, check_packable
+from orbit.objective import CausalLM
 from orbit.pipeline import orbit_driver, parts, schema
 from orbit.pipeline.arguments import read_arguments
 from orbit.pipeline.folder import RunFolder
@@ -82,6 +84,8 @@ def train(
     ref = None
     if compares:
         ref = make_reference(section.get("reference"), model, data, datasets["eval"], collate, arguments)
+    if isinstance(data, Packed):
+        check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
     folder.require_room(2 * checkpoint_size(model))
     if folder.begun:
         console.print(f"{folder.path} goes on", highlight=False)
