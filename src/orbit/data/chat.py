@@ -8,7 +8,7 @@ from typing import Any, Literal
 from orbit.core.names import did_you_mean
 from orbit.data.base import Item, TextDataset
 from orbit.data.package import package_messages
-from orbit.data.sources import DataError, Row
+from orbit.data.rows import DataError, Row
 from orbit.data.template import Message
 
 ROLES = {

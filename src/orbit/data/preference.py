@@ -10,7 +10,7 @@ import torch
 from orbit.data.base import Item, TextDataset
 from orbit.data.chat import read_messages
 from orbit.data.package import package_messages
-from orbit.data.sources import DataError, Row
+from orbit.data.rows import DataError, Row
 from orbit.data.template import Message
 
 

@@ -29,7 +29,14 @@ COLLATOR_REGISTRY = Components(
         "SFTCollator": "orbit.data.collate:SFTCollator",
     },
 )
-SOURCE_REGISTRY = Components("source", {"facts": "orbit.demo.facts:questions_and_answers"})
+SOURCE_REGISTRY = Components(
+    "source",
+    {
+        "fact_preferences": "orbit.demo.facts:preferred_answers",
+        "facts": "orbit.demo.facts:questions_and_answers",
+        "prose": "orbit.demo.facts:paragraphs",
+    },
+)
 
 
 def _register_data(name: str, handler: Any) -> None:

@@ -77,6 +77,22 @@ def questions_and_answers() -> list[dict[str, str]]:
     return [{"question": fact.question, "answer": fact.answer} for fact in load_facts()]
 
 
+def preferred_answers() -> list[dict[str, str]]:
+    """The demo's facts as rows with prompt, chosen and rejected: the answer, and that of the next country.
+
+    >>> preferred_answers()[0]["prompt"] == load_facts()[0].question
+    True
+    """
+    facts = load_facts()
+    rows = []
+    for number, fact in enumerate(facts):
+        kind = fact.question.split()[0]  # When, What, ...: another year for a year
+        others = (*facts[number + 1 :], *facts[:number])
+        other = next(o for o in others if o.question.split()[0] == kind and o.answer != fact.answer)
+        rows.append({"prompt": fact.question, "chosen": fact.answer, "rejected": other.answer})
+    return rows
+
+
 def _fact(entry: dict[str, Any]) -> Fact:
     fact = Fact(**{**entry, "also": tuple(entry.get("also", ()))})
     for text in (*fact.taught, fact.paraphrase, fact.answer):
@@ -89,7 +105,12 @@ def _fact(entry: dict[str, Any]) -> Fact:
 
 def load_prose() -> str:
     """The unrelated text, paragraphs parted by an empty line."""
-    return "\n\n".join(json.loads(line)["text"] for line in _packaged("prose.jsonl").splitlines())
+    return "\n\n".join(row["text"] for row in paragraphs())
+
+
+def paragraphs() -> list[dict[str, str]]:
+    """The unrelated text as rows with text, a paragraph each."""
+    return [{"text": json.loads(line)["text"]} for line in _packaged("prose.jsonl").splitlines()]
 
 
 def _packaged(name: str) -> str:

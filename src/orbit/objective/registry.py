@@ -4,4 +4,13 @@ from __future__ import annotations
 
 from orbit.core.components import Components
 
-OBJECTIVE_REGISTRY = Components("objective", {"CausalLM": "orbit.objective.causal_lm:CausalLM"})
+OBJECTIVE_REGISTRY = Components(
+    "objective",
+    {
+        "CausalLM": "orbit.objective.causal_lm:CausalLM",
+        "dpo": "orbit.objective.preference.dpo:DPO",
+        "kto": "orbit.objective.preference.kto:KTO",
+        "orpo": "orbit.objective.preference.orpo:ORPO",
+        "simpo": "orbit.objective.preference.simpo:SimPO",
+    },
+)

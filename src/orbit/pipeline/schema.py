@@ -4,7 +4,7 @@
     adapter    type · the fields of that type, or null
     data       train, eval: {NAME: {handler, args}}
     collator   handler · args
-    trainer    handler (or name) · driver · args · method_args
+    trainer    handler (or name) · driver · args · method_args · reference
     paths      root · train_output_dir
     run_name, resume, strict
 
@@ -36,7 +36,7 @@ SCHEMA: dict[str, Any] = {
     "adapter": OPEN,
     "data": {"train": OPEN, "eval": OPEN},
     "collator": COMPONENT,
-    "trainer": {**COMPONENT, "driver": TEXT, "method_args": OPEN},
+    "trainer": {**COMPONENT, "driver": TEXT, "method_args": OPEN, "reference": TEXT},
     "paths": {"root": (str,), "train_output_dir": TEXT},
     "run_name": (str, int, float, type(None)),
     "resume": (str, bool, type(None)),

@@ -22,6 +22,7 @@ from orbit.objective import CausalLM
 from orbit.pipeline import orbit_driver, parts, schema
 from orbit.pipeline.arguments import read_arguments
 from orbit.pipeline.folder import RunFolder
+from orbit.pipeline.references import check_reference, make_reference
 from orbit.pipeline.resume import resume_from
 from orbit.pipeline.work import Work, driver_of, is_hf_trainer
 
@@ -73,26 +74,32 @@ def train(
     method_args = dict(section.get("method_args") or {})
     if not is_hf_trainer(trainer):
         trainer = parts.build_objective(section)
+    compares = check_reference(section.get("reference"), trainer)
     seed_everything(arguments.seed)
     if driver == "orbit":
         orbit_driver.several_processes(arguments)  # before anything is written: one rank writes
     model = parts.load_model(cfg["model"])
     parts.adapt(model, cfg.get("adapter"), TASK)
-    if isinstance(next(iter(datasets["train"].values())), Packed):
+    data = next(iter(datasets["train"].values()))
+    if isinstance(data, Packed):
         check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
+    ref = None
+    if compares:
+        ref = make_reference(section.get("reference"), model, data, datasets["eval"], collate, arguments)
     folder.require_room(2 * checkpoint_size(model))
     if folder.begun:
         console.print(f"{folder.path} goes on", highlight=False)
     work = Work(
         model=model,
         trainer=trainer,
-        train=next(iter(datasets["train"].values())),
+        train=data,
         collate=collate,
         arguments=arguments,
         folder=folder,
         evals=datasets["eval"],
         tokenizer=tokenizer,
         method_args=method_args,
+        ref=ref,
         resume=resume,
     )
     changed = on_main(folder.begin)

@@ -215,7 +215,7 @@ class Transformer(nn.Module):
 
         Raises:
             ShapeError: ids, labels or the text's length do not fit. MaskError: nor does the mask.
-            CacheError: a cache of another model or batch.
+            CacheError: a cache of another model or batch, or one that a failed forward has left half filled.
         """
         self._check(input_ids, labels, cache, logits_to_keep)
         mask = None if attention_mask is None else _as_bool(attention_mask)
@@ -290,6 +290,13 @@ class Transformer(nn.Module):
         if cache is not None and len(cache) != self.config.num_layers:
             raise CacheError(
                 f"the cache has {len(cache)} layers and the model {self.config.num_layers}: make it with make_cache()"
+            )
+        # A compiled graph would be made anew for every length if it compared them.
+        if cache and not torch.compiler.is_compiling() and len({layer.length for layer in cache}) > 1:
+            lengths = [layer.length for layer in cache]
+            raise CacheError(
+                f"the cache's layers hold {lengths} tokens: an earlier forward ended halfway. Crop each to "
+                f"{min(lengths)}, or begin with a new cache"
             )
         length, limit = (cache[0].length if cache else 0) + input_ids.shape[1], self.config.max_length
         if limit is not None and length > limit:

@@ -1,0 +1,147 @@
+"""What the reference model says: log p of answers under the policy as it was before training.
+
+    AdapterOff()            the same model with its adapters off: nothing more in memory
+    FrozenCopy(model)       a second model, as TRL keeps one
+    Cached.of(model, data)  no second model: every answer scored once, before training
+
+All give the same numbers to 1e-5; `choose` takes the first that is right for a model. A reference never has dropout.
+Each is a function (model, rows) -> (R,), of the policy that is being trained and the rows that it is to score.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from orbit.adapter import adapter_parameters, route
+from orbit.core.modes import modes_kept
+from orbit.core.nested import map_nested_tensor
+from orbit.core.runtime import unwrap
+from orbit.objective.preference.sequences import Rows, rows_of, sequence_logps
+
+Reference: TypeAlias = Callable[[nn.Module, Rows], Tensor]
+
+
+class ReferenceModelError(ValueError):
+    """A reference that an objective needs and was not given, or one that cannot answer."""
+
+
+class AdapterOff:
+    """The model that is being trained, with its adapters off.
+
+    Args:
+        task: a frozen task that the reference has; None, none: the base model.
+
+    Raises, when it is called:
+        TaskError: the model has no adapters, or no such task. RouteError: they are merged.
+    """
+
+    def __init__(self, task: str | None = None) -> None:
+        self.task = task
+
+    def __call__(self, model: nn.Module, rows: Rows) -> Tensor:
+        with route(unwrap(model), self.task):
+            return _logps(model, rows)
+
+
+class FrozenCopy:
+    """A copy of the model as it is now; it follows the batches to their device.
+
+    >>> ref = FrozenCopy(model)                          # doctest: +SKIP
+    >>> DPO()(model, batch, ref).loss.backward()         # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(unwrap(model)).requires_grad_(False)
+
+    def __call__(self, model: nn.Module, rows: Rows) -> Tensor:
+        device = rows.labels.device
+        if any(parameter.device != device for parameter in self.model.parameters()):
+            self.model.to(device)
+        return _logps(self.model, rows)
+
+
+class Cached:
+    """Answers scored before training, found again by their tokens, whatever batch they come in.
+
+    Args:
+        logps: what `Cached.of` made: fingerprint of a row → log p.
+    """
+
+    def __init__(self, logps: Mapping[str, float]) -> None:
+        self.logps = dict(logps)
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Iterable[Any]) -> Cached:
+        """Score every answer of `batches` under the model as it is now, where it is now."""
+        device = next(model.parameters()).device
+        found: dict[str, float] = {}
+        for batch in batches:
+            rows = rows_of(map_nested_tensor(lambda tensor: tensor.to(device), batch))
+            found |= zip(fingerprints(rows), _logps(model, rows).tolist(), strict=True)
+        return cls(found)
+
+    def __call__(self, model: nn.Module, rows: Rows) -> Tensor:
+        """Raises ReferenceModelError for a row that was not scored."""
+        keys = fingerprints(rows)
+        missing = [number for number, key in enumerate(keys) if key not in self.logps]
+        if missing:
+            raise ReferenceModelError(
+                f"row {missing[0]} of this batch was not scored before training ({len(self.logps)} answers were): the "
+                "data changes from one reading to the next, or the objective pairs answers anew; use FrozenCopy"
+            )
+        return torch.tensor([self.logps[key] for key in keys], dtype=torch.float64)
+
+
+def fingerprints(rows: Rows) -> list[str]:
+    """One of each row's tokens and labels, the same whatever it is padded with."""
+    ids, labels = rows.inputs["input_ids"], rows.labels
+    mask = rows.inputs.get("attention_mask", torch.ones_like(ids))
+    table = torch.stack([ids, labels, mask.to(ids.dtype)], dim=1).cpu()
+    keys = []
+    for row in table:
+        kept = row[:2, row[2] != 0].contiguous().numpy()
+        keys.append(hashlib.blake2b(kept.tobytes(), digest_size=16).hexdigest())
+    return keys
+
+
+def choose(model: nn.Module, batch: Any = None) -> Reference:
+    """The cheapest reference that is right: adapters off where that is the model as it is now, else a frozen copy.
+
+    It is not where the base model trains too, nor where training goes on from an adapter that has learned something:
+    `batch`, one of pairs or of single rows, tells; without one adapters are taken to be fresh.
+    """
+    inner = unwrap(model)
+    adapters = {id(parameter) for parameter in adapter_parameters(inner).values()}
+    if not adapters or any(p.requires_grad and id(p) not in adapters for p in inner.parameters()):
+        return FrozenCopy(model)
+    off = AdapterOff()
+    if batch is None:
+        return off
+    device = next(inner.parameters()).device
+    rows = rows_of(map_nested_tensor(lambda tensor: tensor.to(device), batch))
+    fresh = torch.allclose(off(model, rows), _logps(model, rows), rtol=1e-5, atol=1e-5)
+    return off if fresh else FrozenCopy(model)
+
+
+def needed(ref: Reference | None, objective: object) -> Reference:
+    """`ref`, or a ReferenceModelError that says how to make one."""
+    if ref is None:
+        raise ReferenceModelError(
+            f"{type(objective).__name__} compares with a reference model: before training, make ref=choose(model), "
+            "AdapterOff(), FrozenCopy(model) or Cached.of(model, batches)"
+        )
+    return ref
+
+
+@torch.no_grad()
+def _logps(model: nn.Module, rows: Rows) -> Tensor:
+    if not model.training:
+        return sequence_logps(model, rows).sums
+    with modes_kept(model):
+        return sequence_logps(model.eval(), rows).sums
