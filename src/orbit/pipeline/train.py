@@ -81,11 +81,11 @@ def train(
     model = parts.load_model(cfg["model"])
     parts.adapt(model, cfg.get("adapter"), TASK)
     data = next(iter(datasets["train"].values()))
+    if isinstance(data, Packed):
+        check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
     ref = None
     if compares:
         ref = make_reference(section.get("reference"), model, data, datasets["eval"], collate, arguments)
-    if isinstance(data, Packed):
-        check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
     folder.require_room(2 * checkpoint_size(model))
     if folder.begun:
         console.print(f"{folder.path} goes on", highlight=False)
