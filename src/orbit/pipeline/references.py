@@ -31,7 +31,7 @@ def check_reference(asked: str | None, objective: Any) -> bool:
     Raises:
         ConfigError: there is no such reference, the objective has no use for one, or not for this one.
     """
-    needs = getattr(objective, "needs", frozenset())
+    needs: frozenset[str] = getattr(objective, "needs", frozenset())
     name = type(objective).__name__
     if asked is not None and asked not in REFERENCES:
         raise ConfigError(
