@@ -7,6 +7,8 @@ no longer occurs in the snippet is an error, so that nothing is replaced in sile
 from __future__ import annotations
 
 import copy
+import inspect
+import json
 import re
 import signal
 import textwrap
@@ -16,12 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from orbit import adapter
 from orbit.builder import REGISTRY
 from orbit.data import SFTCollator, build_sft
+from orbit.data.build import build_dataset
+from orbit.data.qa import QADataset
+from orbit.data.registry import DATASET_REGISTRY, _register_data
+from orbit.pipeline.compose import compose
+from orbit.pipeline.parts import load_tokenizer
+from orbit.pipeline.registries import TRAINER_REGISTRY, _register_trainer
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 FOLDER = Path(__file__).parent / "documents"
@@ -29,20 +38,26 @@ SEEDS = (Path(__file__).parents[1] / "docs" / "seeds.md").read_text()
 Namespace = dict[str, Any]
 
 
-def snippet(document: str, number: int) -> str:
-    """The code of the document's snippet of that number."""
+def snippet(document: str, number: int, language: str = "python") -> str:
+    """The text of the document's snippet of that number."""
     text = (FOLDER / f"{document}.md").read_text()
-    match = re.search(rf"^## {number}\. .*?^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    match = re.search(rf"^## {number}\. [^\n]*\n\n```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert match, f"document {document} has no snippet {number}"
     return textwrap.dedent(match[1])
 
 
-def run(code: str, substitutions: dict[str, str] | None = None, /, **names: Any) -> Namespace:
-    """Execute a snippet after its substitutions; `names` are what it leaves undefined."""
-    for old, new in (substitutions or {}).items():
+def substituted(code: str, substitutions: dict[str, str]) -> str:
+    """The snippet after its substitutions, each of which docs/seeds.md has to say."""
+    for old, new in substitutions.items():
         assert old in code, f"the snippet has no {old!r} to replace"
         assert old in SEEDS, f"docs/seeds.md does not say that {old!r} is replaced"
         code = code.replace(old, new)
+    return code
+
+
+def run(code: str, substitutions: dict[str, str] | None = None, /, **names: Any) -> Namespace:
+    """Execute a snippet after its substitutions; `names` are what it leaves undefined."""
+    code = substituted(code, substitutions or {})
     namespace: Namespace = {"__name__": "snippet", **names}
     exec(compile(code, "<snippet>", "exec"), namespace)
     return namespace
@@ -258,6 +273,99 @@ def test_001_the_scaling_pass_value(loaded: dict[str, Any]) -> None:
     run(f"# Allow{after}", model=model)
     assert model.xlora_config.scaling_pass_value == 1 / 3
     assert not torch.equal(logits(model), none), "the experts take part in the scaling pass"
+
+
+# ── document 002 ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+TAGS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+FACTS = [
+    {"question": "when did ghana become independent ?", "answer": "6 march 1957"},
+    {"question": "what is the capital of mali ?", "answer": "bamako"},
+]
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a snippet registers is forgotten afterwards."""
+    for registry in (DATASET_REGISTRY, TRAINER_REGISTRY):
+        monkeypatch.setattr(registry, "_things", dict(registry._things))
+
+
+@pytest.fixture
+def components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> Path:
+    """A user's folder of configs that holds the document's files, beside a local copy of the data and a model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*TAGS]})
+    tiny_llama(tokenizer).save_pretrained("llama")
+    tokenizer.save_pretrained("llama")
+    copy_of_tofu = tmp_path / "locuslab" / "TOFU"
+    copy_of_tofu.mkdir(parents=True)
+    (copy_of_tofu / "full.json").write_text("\n".join(map(json.dumps, FACTS)))
+    (copy_of_tofu / "README.md").write_text(
+        "---\nconfigs:\n- config_name: full\n  data_files: full.json\n---\n"
+    )
+    model = {'"meta-llama/Llama-3.1-8B-Instruct"': "llama", "'flash_attention_2'": "sdpa"}
+    for name, text in {
+        "model/Llama-3.1-8B-Instruct": substituted(snippet("002", 1, "yaml"), model),
+        "data/datasets/TOFU_QA_FULL": snippet("002", 3, "yaml"),
+        "data/tofu": "defaults:\n- datasets@train: TOFU_QA_FULL\n",
+        "trainer/documented": snippet("002", 5, "yaml"),
+    }.items():
+        path = tmp_path / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "configs"
+
+
+def test_002_dataset_handler() -> None:
+    """Ours takes what the document's takes."""
+    documented = run(snippet("002", 2), Dataset=torch.utils.data.Dataset)["QADataset"]
+    wanted = inspect.signature(documented.__init__).parameters
+    ours = inspect.signature(QADataset.__init__).parameters
+    assert list(wanted) == list(ours)[: len(wanted)]
+    assert all(
+        ours[name].default == p.default
+        for name, p in wanted.items()
+        if p.default is not inspect.Parameter.empty
+    )
+
+
+def test_002_datasets(components: Path) -> None:
+    """The document's model and dataset, by its own registration, make the text that its tags spell."""
+    run(
+        snippet("002", 4),
+        {"from data.tofu import QADataset": "from orbit.data.qa import QADataset"},
+        _register_data=_register_data,
+    )
+    cfg = compose("train", ["model=Llama-3.1-8B-Instruct", "data=tofu"], components)
+    tokenizer = load_tokenizer(cfg["model"])
+    [(name, section)] = cfg["data"]["train"].items()
+    data = build_dataset(name, section, cfg["model"]["template_args"], tokenizer)
+    assert (name, type(data), len(data), data.max_length) == ("TOFU_QA_FULL", QADataset, 2, 512)
+    tags = yaml.safe_load(snippet("002", 1, "yaml"))["template_args"]
+    for item, fact in zip(data, FACTS, strict=True):
+        written = f"{tags['user_start_tag']}{fact['question']}{tags['user_end_tag']}{tags['asst_tag']}{fact['answer']}"
+        assert item["input_ids"].tolist() == tokenizer(written)["input_ids"] + [tokenizer.eos_token_id]
+        taught = item["labels"][item["labels"] != -100]
+        assert tokenizer.decode(taught) == f"{fact['answer']} <end>"
+
+
+def test_002_registering_trainers(registered: None) -> None:
+    import transformers
+
+    class GradAscentTrainer(transformers.Trainer):
+        """What the document calls its trainer for unlearning."""
+
+    run(
+        snippet("002", 6),
+        {"from trainer.unlearn.grad_ascent import GradAscentTrainer": ""},
+        _register_trainer=_register_trainer,
+        GradAscentTrainer=GradAscentTrainer,
+    )
+    assert TRAINER_REGISTRY["finetune"] is transformers.Trainer
+    assert TRAINER_REGISTRY["GradAscent"] is GradAscentTrainer
 
 
 # ── document 003 ──────────────────────────────────────────────────────────────────────────────────────────────────

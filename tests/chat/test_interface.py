@@ -287,6 +287,18 @@ def test_a_template_that_refuses_is_an_error_of_the_chat(model, tokenizer):
         chat.respond("hello")
     with pytest.raises(ChatError, match="is no text"):
         chat.respond("\udc80")
+    with pytest.raises(ChatError, match="3 is no text"):
+        chat.respond(3)
+
+
+def test_a_tokenizer_of_another_model_is_an_error_of_the_chat(tokenizer):
+    chat = ChatInterface(model=tiny_llama(tokenizer), tokenizer=tiny_tokenizer(extra=("moon",)))
+    assert chat.respond("hello", max_new_tokens=1)
+    with pytest.raises(
+        ChatError, match=r"gives token \d+, and the model knows \d+ tokens: give the model's own"
+    ):
+        chat.respond("moon")
+    assert len(chat.messages) == 2
 
 
 def test_arguments_of_generate_pass(chat):

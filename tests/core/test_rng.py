@@ -106,6 +106,9 @@ def test_seed_worker_outside_of_a_worker() -> None:
     [
         ((-1,), "seed -1 is outside"),
         ((2**32,), "outside 0 <= seed < 2"),
+        ((1.5,), "seed 1.5 is a float: give a whole number"),
+        (("42",), "seed '42' is a str: give a whole number"),
+        ((None,), "seed None is a NoneType"),
         ((1, "always"), "deterministic='always': give True, False or"),
     ],
 )

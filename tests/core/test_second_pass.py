@@ -339,3 +339,39 @@ def test_values_that_are_kept_are_the_micro_batchs() -> None:
     run("update", expected, data(8), 2)
     for p, other in zip(got.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("way", ["number", "attribute"])
+def test_what_chooses_the_batch_is_one_too(way: str) -> None:
+    """A number that indexes the batches, and a tensor that lies in an object of the user's."""
+    model, batches = smooth(), data(8)[:1] * 4
+    engine = Engine(model, sam(model), plugins=[], device="cpu", gradient_accumulation_steps=2)
+
+    class Mine:
+        def __init__(self) -> None:
+            self.calls, self.last = 0, torch.zeros(())
+
+        def loss(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = model(x).square().mean()
+            return self.last
+
+    mine, calls = Mine(), 0
+    name = {"number": "number", "attribute": "mine.x"}[way]
+    with pytest.raises(
+        SecondPassError, match=f"the variable '{name}' .*update.lambda {name.split('.')[-1]}={name}"
+    ):
+        for number, _ in enumerate(engine.train(batches)):
+
+            def compute(way: str = way) -> Tensor:
+                nonlocal calls
+                calls += 1  # what the function writes itself is no reason
+                return mine.loss(batches[number][0] if way == "number" else mine.x)  # noqa: B023
+
+            if way == "attribute":
+                mine.x = engine.data.clone()
+            engine.update(compute)
+    assert not engine.optimizer.perturbed
+    for number, _ in enumerate(engine.train(batches)):
+        engine.update(lambda number=number: mine.loss(batches[number][0]))
+    assert engine.step == 2

@@ -56,6 +56,8 @@ def test_refused() -> None:
         film(torch.randn(2, 5, 4), torch.randn(2, 3))
     with pytest.raises(ShapeError, match=r"give one a sample, \(2, 3\)"):
         film(torch.randn(2, 4, 5), torch.randn(3, 3))
+    with pytest.raises(ShapeError, match=r"context of the shape \(2, 5\): this block reads 3 features"):
+        film(torch.randn(2, 4, 5), torch.randn(2, 5))
     with pytest.raises(SettingError, match="channel_dim=2"):
         FiLM(3, 4, channel_dim=2)
     with pytest.raises(SettingError, match="features=0"):

@@ -70,6 +70,7 @@ def test_what_a_target_means(targets, meant) -> None:
         (["act"], r"names 2 module\(s\) \(ReLU\) without parameters"),
         (["re:("], "is not a regular expression"),
         ([], 'no target was given: name layers, or say "\\*"'),
+        ([""], 'no target was given: name layers, or say "\\*"'),
         ([3], "target 3 is a int: targets are names"),
     ],
 )
@@ -81,6 +82,14 @@ def test_a_target_that_matches_nothing_changes_nothing(change, targets, says) ->
     with pytest.raises(TargetError, match=says):
         change(model, ["norm", *targets] if targets else targets)
     assert trains(model) == before
+
+
+def test_no_names_are_no_names() -> None:
+    for targets in ("", None, 3):
+        model = Net()
+        with pytest.raises(TargetError, match=r"no target was given|targets are names"):
+            freeze_layers(model, targets)
+        assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_frozen_layer_does_not_move_by_the_gradient_that_it_had() -> None:

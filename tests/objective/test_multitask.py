@@ -16,13 +16,13 @@ TASKS = ["a", "b", "a"]
 
 @pytest.fixture
 def model() -> nn.Module:
-    model = tiny_llama(tiny_tokenizer()).double()
+    model = tiny_llama(tiny_tokenizer())
     torch.manual_seed(5)
     for task in ("a", "b", "c"):
         adapter.inject(model, adapter.AdapterConfig(r=2), task)
         for parameter in adapter.adapter_parameters(model, task).values():
             nn.init.normal_(parameter, std=0.3)
-    return model
+    return model.double()
 
 
 @pytest.fixture

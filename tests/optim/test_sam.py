@@ -166,11 +166,16 @@ def test_a_step_without_the_second_gradient_is_refused() -> None:
 def test_bad_input() -> None:
     model = tiny.model()
     parameters = list(model.parameters())
-    for rho in (-0.1, float("nan")):
+    for rho in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="rho=.*must be >= 0"):
             SAM(parameters, torch.optim.SGD, rho=rho)
         with pytest.raises(ValueError, match="rho=.*must be >= 0"):
             SAM([{"params": parameters, "rho": rho}], torch.optim.SGD)
+    wrong: Any = "sgd"
+    with pytest.raises(
+        TypeError, match=r"base_optimizer='sgd' is no optimizer: SAM\(params, torch.optim.SGD"
+    ):
+        SAM(parameters, wrong)
     with pytest.raises(ValueError, match="LBFGS.step\\(\\) cannot do without closure"):
         SAM(parameters, torch.optim.LBFGS)
     with pytest.raises(ValueError, match="around SAM, which perturbs by itself"):

@@ -48,8 +48,10 @@ def read_messages(path: str | Path) -> list[dict[str, str]]:
     return [_checked(path, number, message, messages) for number, message in enumerate(messages)]
 
 
-def is_text(value: str) -> bool:
+def is_text(value: Any) -> bool:
     """Is this text that can be written? Bytes that a terminal could not decode, and half a pair of JSON's, are not."""
+    if not isinstance(value, str):
+        return False
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -62,7 +64,7 @@ def _checked(path: Path, number: int, message: Any, messages: list[Any]) -> dict
     if (
         not isinstance(message, dict)
         or message.keys() != {"role", "content"}
-        or not all(isinstance(value, str) and is_text(value) for value in message.values())
+        or not all(is_text(value) for value in message.values())
     ):
         raise ChatError(f'{path}: message {number} must be {{"role": …, "content": …}} of text')
     has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"

@@ -128,7 +128,8 @@ class ChatInterface:
             generate: arguments of `model.generate`, over those of the settings.
 
         Raises:
-            ChatError: the message is no text, or the chat template refuses the conversation. RouteError: see
+            ChatError: the message is no text, the chat template refuses the conversation, or its tokens are not the
+                model's. RouteError: see
                 `orbit.adapter.route`. What the model raises.
         """
         messages = [*self.messages, _of_user(message)]
@@ -274,13 +275,21 @@ class ChatInterface:
 
     def _encoded(self, messages: list[dict[str, str]]) -> list[int]:
         if not is_text(messages[-1]["content"]):
-            raise ChatError(f"{messages[-1]['content']!r} is no text: it holds bytes that are no letters")
+            raise ChatError(f"{messages[-1]['content']!r} is no text, or holds bytes that are no letters")
         from jinja2 import TemplateError  # what chat templates are written in
 
         try:
-            return encode(self.tokenizer, render(self.tokenizer, messages, add_generation_prompt=True))
+            ids = encode(self.tokenizer, render(self.tokenizer, messages, add_generation_prompt=True))
         except TemplateError as error:
             raise ChatError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+        find = getattr(self.model, "get_input_embeddings", None)
+        table = None if find is None else getattr(find(), "num_embeddings", None)
+        if table is not None and max(ids, default=0) >= table:
+            raise ChatError(
+                f"the tokenizer gives token {max(ids)}, and the model knows {table} tokens: give the model's own tokenizer, "
+                "or resize_token_embeddings(len(tokenizer)) and train the new ones"
+            )
+        return ids
 
     def _end(self) -> dict[str, Any]:
         """The token that ends a reply, for a model that does not know its own."""

@@ -20,13 +20,13 @@ def make(component: Callable[..., Any], args: Mapping[str, Any], where: str, **g
     Raises:
         ComponentError: an argument that it does not take, or one that it lacks.
 
-    >>> from textwrap import shorten
-    >>> make(shorten, {"text": "one two three", "width": 9}, "shorten", tokenizer=None)
-    'one [...]'
-    >>> make(shorten, {"text": "one two three", "witdh": 9}, "shorten")
+    >>> from difflib import get_close_matches
+    >>> make(get_close_matches, {"word": "tow"}, "matches", possibilities=["two"], tokenizer=None)
+    ['two']
+    >>> make(get_close_matches, {"word": "tow", "cutof": 0.9}, "matches", possibilities=["two"])
     Traceback (most recent call last):
     ...
-    orbit.core.components.ComponentError: shorten takes no argument 'witdh'; ...
+    orbit.core.components.ComponentError: matches takes no argument 'cutof'; did you mean 'cutoff'?; it takes: ...
     """
     parameters = inspect.signature(component).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

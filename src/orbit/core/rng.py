@@ -5,6 +5,7 @@ A snapshot holds plain values and tensors only, so that it loads with `weights_o
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,10 +32,13 @@ def seed_everything(seed: int = 42, deterministic: bool | str = False) -> int:
             `deterministic=` does the same while its loops run.
 
     Raises:
-        ValueError: the seed is outside its range, or `deterministic` is none of the three.
+        ValueError: the seed is no whole number or outside its range, or `deterministic` is none of the three.
         RuntimeError: CUDA has started without `CUBLAS_WORKSPACE_CONFIG`, which deterministic algorithms need.
         Nothing was changed then.
     """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise ValueError(f"seed {seed!r} is a {type(seed).__name__}: give a whole number, 0 <= seed < 2**32")
+    seed = operator.index(seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is outside 0 <= seed < 2**32, the range that NumPy accepts")
     algorithms.switch_on(deterministic)

@@ -15,12 +15,19 @@ that of the last micro-batch by then, which is an error here and not another gra
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from types import CodeType, FunctionType
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from torch.optim import Optimizer
+
 from orbit.core import rng
+from orbit.core.base import Base
+from orbit.core.events import Plugin
 from orbit.core.nested import first_tensor
 from orbit.core.outcome import Outcome
 
@@ -55,15 +62,16 @@ class MicroBatch:
         """Back-propagate it once more, at the parameters as they are now.
 
         Raises:
-            SecondPassError: a tensor that the function reads is another one now.
+            SecondPassError: a tensor or a number that the function reads is another one now.
         """
         now = _variables(self._compute) if self._variables else {}
         for name, value in now.items():
-            if value is not self._variables.get(name, value):
+            before = self._variables.get(name, value)
+            if value is not before and not (isinstance(value, _PLAIN) and value == before):
                 raise SecondPassError(
                     f"{type(trainer.optimizer).__name__} computes this loss again when its window is full, and the "
                     f"variable {name!r} that the function reads is the last micro-batch's by then: read engine.data, "
-                    f"target or batch in it, or keep the value, update(lambda {name}={name}: ...)"
+                    f"target or batch in it, or keep the value, update(lambda {name.rpartition('.')[2]}={name}: ...)"
                 )
         updater = trainer.updater
         exchanging, updater.synchronised = updater.synchronised, self._synchronised
@@ -77,9 +85,16 @@ class MicroBatch:
             updater.synchronised = exchanging
 
 
+_PLAIN = (int, float, str)
+
+
 def _variables(function: Callable[..., Any]) -> dict[str, Any]:
-    """The variables outside of a function, and of the functions beside it that it calls, that hold tensors."""
+    """What lies outside of a function, and of the functions beside it that it calls, and may be another micro-batch's:
+    variables, and attributes of theirs, that hold tensors; and numbers and strings, which choose among batches. What
+    the functions themselves write, a counter say, is not meant.
+    """
     found: dict[str, Any] = {}
+    written = set[str]()
     left: list[Any] = [function]
     seen = set[int]()
     while left:
@@ -87,19 +102,47 @@ def _variables(function: Callable[..., Any]) -> dict[str, Any]:
         if not isinstance(current, FunctionType) or id(current) in seen:
             continue
         seen.add(id(current))
-        for name, value in _outer(current):
+        codes = _codes(current.__code__)
+        read = {name for code in codes for name in code.co_names}
+        written |= {name for code in codes for name in _stored(code)}
+        for name, value in _outer(current, codes):
             if isinstance(value, FunctionType):
                 beside = value.__globals__ is current.__globals__
                 left += [value] if beside or name in current.__code__.co_freevars else []
-            elif first_tensor(value) is not None:
+            elif isinstance(value, _PLAIN) or first_tensor(value) is not None:
                 found[name] = value
-    return found
+            elif hasattr(value, "__dict__") and not isinstance(value, _OWN_STATE):
+                parts = vars(value)
+                found |= {
+                    f"{name}.{part}": parts[part]
+                    for part in read & parts.keys()
+                    if first_tensor(parts[part]) is not None
+                }
+    return {name: value for name, value in found.items() if name.rpartition(".")[2] not in written}
 
 
-def _outer(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    codes = [function.__code__]
-    for code in codes:  # with the comprehensions and lambdas inside
-        codes += [part for part in code.co_consts if isinstance(part, CodeType)]
+# A forward writes to a module, and the trainer's batch is put back; classes and modules are no variables.
+_OWN_STATE = (nn.Module, Base, Plugin, Optimizer, type, ModuleType)
+
+
+def _codes(code: CodeType) -> list[CodeType]:
+    """With the comprehensions and lambdas inside."""
+    codes = [code]
+    for one in codes:
+        codes += [part for part in one.co_consts if isinstance(part, CodeType)]
+    return codes
+
+
+@cache
+def _stored(code: CodeType) -> frozenset[str]:
+    """The variables and attributes outside of a function that it writes."""
+    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname in _STORES)
+
+
+_STORES = ("STORE_DEREF", "STORE_GLOBAL", "STORE_ATTR")
+
+
+def _outer(function: FunctionType, codes: list[CodeType]) -> Iterator[tuple[str, Any]]:
     known = function.__globals__
     yield from ((name, known[name]) for code in codes for name in code.co_names if name in known)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

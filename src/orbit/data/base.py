@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from orbit.data.package import IGNORE_INDEX, Template, cut
+from orbit.data.rows import DataError, Row, require_columns
 from orbit.data.sft import MaskedSampleError
-from orbit.data.sources import DataError, Row, read_rows, require_columns
+from orbit.data.sources import read_rows
 from orbit.data.template import TemplateError
 
 Item = dict[Any, Any]  # of tensors, or of items: {"chosen": {...}, "rejected": {...}}
@@ -43,6 +44,9 @@ class Counts:
 class TextDataset(Dataset[Item], ABC):
     """Rows of text that become token ids when they are asked for. Subclasses say how, in `encode`.
 
+    A class that sets `tokenised_once = True` promises that an item follows from its row, the arguments and the
+    tokenizer alone: runs from a config then keep the items (`orbit.data.once`).
+
     An item holds "input_ids", "attention_mask" and "labels", each (length,) int64, and its row's number as "index"
     (0-d). The first item that is cut warns; `truncated` counts those seen, `counts()` reads all.
 
@@ -70,16 +74,16 @@ class TextDataset(Dataset[Item], ABC):
         if max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1")
         self.template = Template.read(template_args)
-        self.rows: Sequence[Row] = read_rows(**hf_args)
-        self.where = str(hf_args.get("path", "rows"))
-        require_columns(self.rows, *columns, where=self.where)
+        self.rows = read_rows(**hf_args)
+        self.where = self.rows.where
+        require_columns(self.rows, *columns)
         self.tokenizer, self.max_length = tokenizer, max_length
         self.predict_with_generate = predict_with_generate
         self._truncated: set[int] = set()
 
     @abstractmethod
     def encode(self, row: Row, idx: int) -> Item:
-        """The item of row `idx`, uncut and without its index."""
+        """The item of row `idx`, uncut and without its index: the same whenever it is asked for."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,7 +1,7 @@
-"""Batches of samples of like length, so that less is padded: `LengthGroupedSampler`.
+"""Batches of samples of like length, so that less is padded: `LengthGrouped`.
 
-A random order is cut into pools of some batches, and each pool is sorted by length, longest first. The longest sample of
-all comes first, so that a batch which does not fit into memory fails at once. The order is that of
+A random order is cut into pools of some batches, and each pool is sorted by length, longest first. The longest sample
+of all comes first, so that a batch which does not fit into memory fails at once. The order is that of
 `transformers.trainer_pt_utils.get_length_grouped_indices` for the same generator.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 
-class LengthGroupedSampler(Sampler[int]):
+class LengthGrouped(Sampler[int]):
     """Indices in an order that puts like lengths together; for a DataLoader's `sampler`.
 
     Drawn anew for each epoch from torch's generator where the iterator is made, so that a loop goes on within it
@@ -30,7 +30,7 @@ class LengthGroupedSampler(Sampler[int]):
     Raises:
         ValueError: no sample, or a size below 1.
 
-    >>> sampler = LengthGroupedSampler([3, 9, 4, 8], batch_size=2, pool=2)
+    >>> sampler = LengthGrouped([3, 9, 4, 8], batch_size=2, pool=2)
     >>> list(sampler)
     [1, 3, 2, 0]
     """

@@ -3,8 +3,8 @@
     folder/<key>/meta.json  0.bin  0.offsets.bin  1.bin ...      one file a tensor of the samples, memory-mapped
 
 The key is a hash of all that the samples are made of (`fingerprint.py`), so nothing old is ever read for something new.
-A folder appears complete or not at all: it is written aside and renamed. Of several processes that want the same one, one
-writes and the others wait. Every file is verified when it is opened, and a damaged folder is written again.
+A folder appears complete or not at all: it is written aside and renamed. Of several processes that want the same one,
+one writes and the others wait. Every file is verified when it is opened, and a damaged folder is written again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import fcntl
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,15 +27,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from orbit.core.files import aside, remove, sha256_of, strays, sync_file, sync_folder, write_synced
+from orbit.data.fingerprint import NotCacheableError
 from orbit.data.rows import DataError
 
 _logger = logging.getLogger(__name__)
 _META = "meta.json"
-_STORED = {torch.int64: np.dtype("<i4")}  # token ids fit; other types are stored as they are
+_Path: TypeAlias = "tuple[Any, ...]"  # the keys that lead to a value in a nested sample
 
 
 class Tokenised(Dataset[dict[str, Any]]):
     """The samples in a folder that `tokenised` wrote; each is equal to what the dataset gave.
+
+    Attributes:
+        truncated: how many of them the dataset had cut; more than none is a warning.
 
     Raises:
         DataError: the folder is damaged.
@@ -42,23 +48,23 @@ class Tokenised(Dataset[dict[str, Any]]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            meta = json.loads((folder / _META).read_text("utf-8"))
+            meta = _read(folder)
             for name, wanted in meta["files"].items():
                 if sha256_of(folder / name) != wanted:
                     raise DataError(f"{folder / name} is damaged")
-        except (OSError, ValueError, KeyError) as error:
+            self._open(meta)
+        except (OSError, ValueError, LookupError) as error:
             raise DataError(f"{folder} is damaged: {error}") from error
-        self.count: int = meta["count"]
-        self._open(meta)
+        if self.truncated:
+            warnings.warn(
+                f"{self.truncated} of {self.count} samples were cut to the dataset's max_length", stacklevel=3
+            )
 
     def _open(self, meta: Mapping[str, Any]) -> None:
-        self._values: list[tuple[list[str], list[Any]]] = [(c["path"], c["values"]) for c in meta["values"]]
-        self._tensors: list[tuple[list[str], torch.dtype, NDArray[Any], NDArray[np.int64]]] = []
-        for number, column in enumerate(meta["tensors"]):
-            dtype: torch.dtype = getattr(torch, column["dtype"])
-            offsets = np.fromfile(self.folder / f"{number}.offsets.bin", np.dtype("<i8"))
-            flat = _mapped(self.folder / f"{number}.bin", _numpy_type(dtype))
-            self._tensors.append((column["path"], dtype, flat, offsets))
+        self.count: int = meta["count"]
+        self.truncated: int = meta["truncated"]
+        self._values: list[tuple[list[Any], list[Any]]] = [(c["path"], c["values"]) for c in meta["values"]]
+        self._tensors = [_Column.open(self.folder, n, c) for n, c in enumerate(meta["tensors"])]
 
     def __len__(self) -> int:
         return self.count
@@ -66,37 +72,62 @@ class Tokenised(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = range(self.count)[index]
         sample: dict[str, Any] = {}
-        for path, dtype, flat, offsets in self._tensors:
-            part = np.array(flat[offsets[place] : offsets[place + 1]])
-            _put(sample, path, torch.from_numpy(part).to(dtype))
+        for column in self._tensors:
+            _put(sample, column.path, column[place])
         for path, values in self._values:
             _put(sample, path, values[place])
         return sample
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Of each sample the length of its first tensor, (samples,)."""
-        return np.diff(self._tensors[0][3])
+        """Of each sample how many input_ids it has, (samples,); the most where samples are nested."""
+        found = [np.diff(column.offsets) for column in self._tensors if column.path[-1] == "input_ids"]
+        if not found:
+            raise DataError("the samples have no input_ids")
+        return np.max(found, axis=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "count": self.count}  # a worker maps the files itself
+        return {"folder": self.folder}  # a worker maps the files itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open(json.loads((self.folder / _META).read_text("utf-8")))
+        self.folder = state["folder"]
+        self._open(_read(self.folder))
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One tensor of every sample: sample i has flat[offsets[i] : offsets[i + 1]]."""
+
+    path: list[Any]
+    dtype: torch.dtype
+    scalar: bool
+    flat: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, folder: Path, number: int, meta: Mapping[str, Any]) -> _Column:
+        dtype: torch.dtype = getattr(torch, meta["dtype"])
+        offsets = np.fromfile(folder / f"{number}.offsets.bin", np.dtype("<i8"))
+        flat = _mapped(folder / f"{number}.bin", _numpy_type(dtype))
+        return cls(meta["path"], dtype, meta["scalar"], flat, offsets)
+
+    def __getitem__(self, place: int) -> Tensor:
+        part = np.array(self.flat[self.offsets[place] : self.offsets[place + 1]])
+        tensor = torch.from_numpy(part).to(self.dtype)
+        return tensor[0] if self.scalar else tensor
 
 
 def tokenised(dataset: Any, key: str, folder: Path) -> Tokenised:
     """The samples of `dataset`, from `folder/key` if they lie there, else made now and written.
 
     Args:
-        dataset: sized and indexed; its samples are mappings (also nested) of 1-D tensors and plain values, the same keys
-            in each, and depend on nothing that `key` does not tell.
+        dataset: sized and indexed; its samples are mappings (also nested) of tensors, 1-D or 0-d, and of plain values,
+            the same keys in each, and depend on nothing that `key` does not tell.
         key: a hash of what the samples are made of.
         folder: of all caches.
 
     Raises:
-        DataError: samples of another form, or a folder that cannot be written. Whatever the dataset raises.
+        NotCacheableError: samples of another form. DataError: a folder that cannot be written. What the dataset raises.
     """
     target = folder / key
     try:
@@ -125,37 +156,44 @@ def tokenised(dataset: Any, key: str, folder: Path) -> Tokenised:
 def _write(dataset: Any, folder: Path) -> None:
     first = dict(_leaves(dataset[0], ()))
     tensors = [path for path, value in first.items() if isinstance(value, Tensor)]
-    values: dict[tuple[str, ...], list[Any]] = {path: [] for path in first if path not in tensors}
-    ends: dict[tuple[str, ...], list[int]] = {path: [0] for path in tensors}
-    names = [f"{number}.bin" for number in range(len(tensors))]
-    if not tensors:
-        raise DataError(f"samples without a tensor cannot be cached: sample 0 has {sorted(dataset[0])}")
+    values: dict[_Path, list[Any]] = {path: [] for path in first if path not in tensors}
+    ends: dict[_Path, list[int]] = {path: [0] for path in tensors}
     with ExitStack() as stack:
-        files = [stack.enter_context((folder / name).open("wb")) for name in names]
+        files = [stack.enter_context((folder / f"{n}.bin").open("wb")) for n in range(len(tensors))]
         for index in range(len(dataset)):
             sample = dict(_leaves(dataset[index], ()))
             if sample.keys() != first.keys():
-                raise DataError(f"sample {index} has {_shown(sample)} and sample 0 {_shown(first)}")
+                raise NotCacheableError(f"sample {index} has {_shown(sample)} and sample 0 {_shown(first)}")
             for path, file in zip(tensors, files, strict=True):
-                file.write(_bytes(sample[path], first[path].dtype, f"sample {index}, {'.'.join(path)}"))
-                ends[path].append(ends[path][-1] + len(sample[path]))
+                stored = _stored(sample[path], first[path], f"sample {index}, {path[-1]!r},")
+                file.write(stored.tobytes())
+                ends[path].append(ends[path][-1] + len(stored))
             for path, column in values.items():
-                column.append(_plain(sample[path], f"sample {index}, {'.'.join(path)}"))
-    for name, path in zip(names, tensors, strict=True):
-        np.array(ends[path], np.dtype("<i8")).tofile(folder / name.replace(".bin", ".offsets.bin"))
-    files_of = sorted(path.name for path in folder.iterdir())
-    for name in files_of:
+                column.append(_plain(sample[path], f"sample {index}, {path[-1]!r},"))
+    for n, path in enumerate(tensors):
+        np.array(ends[path], np.dtype("<i8")).tofile(folder / f"{n}.offsets.bin")
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
         sync_file(folder / name)
     meta = {
         "count": len(dataset),
-        "tensors": [{"path": p, "dtype": str(first[p].dtype).removeprefix("torch.")} for p in tensors],
+        "truncated": int(getattr(dataset, "truncated", 0)),
+        "tensors": [
+            {"path": p, "dtype": str(first[p].dtype).removeprefix("torch."), "scalar": first[p].dim() == 0}
+            for p in tensors
+        ],
         "values": [{"path": path, "values": column} for path, column in values.items()],
-        "files": {name: sha256_of(folder / name) for name in files_of},
+        "files": {name: sha256_of(folder / name) for name in names},
     }
     write_synced(folder / _META, json.dumps(meta).encode())
 
 
-def _leaves(sample: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _read(folder: Path) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads((folder / _META).read_text("utf-8"))
+    return meta
+
+
+def _leaves(sample: Mapping[Any, Any], path: _Path) -> Iterator[tuple[_Path, Any]]:
     for key, value in sample.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, (*path, key))
@@ -163,34 +201,43 @@ def _leaves(sample: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
             yield (*path, key), value
 
 
-def _put(sample: dict[str, Any], path: list[str], value: Any) -> None:
+def _put(sample: dict[Any, Any], path: list[Any], value: Any) -> None:
     for step in path[:-1]:
         sample = sample.setdefault(step, {})
     sample[path[-1]] = value
 
 
-def _bytes(tensor: Any, dtype: torch.dtype, where: str) -> bytes:
-    if not isinstance(tensor, Tensor) or tensor.dim() != 1 or tensor.dtype != dtype:
-        raise DataError(f"{where} is {tensor!r}: a 1-D tensor of {dtype} is needed, as in sample 0")
-    array = tensor.numpy()
-    stored = array.astype(_numpy_type(dtype))
-    if dtype in _STORED and not np.array_equal(stored, array):
-        raise DataError(f"{where} holds numbers beyond 32 bits")
-    return stored.tobytes()
+def _stored(tensor: Any, first: Tensor, where: str) -> NDArray[Any]:
+    if (
+        not isinstance(tensor, Tensor)
+        or (tensor.dim(), tensor.dtype) != (first.dim(), first.dtype)
+        or tensor.dim() > 1
+    ):
+        raise NotCacheableError(
+            f"{where} is {tensor!r}: tensors are 1-D or 0-d, and of one type in all samples"
+        )
+    array = tensor.reshape(-1).numpy()
+    stored = array.astype(_numpy_type(first.dtype))
+    if first.dtype == torch.int64 and not np.array_equal(stored, array):
+        raise NotCacheableError(f"{where} holds numbers beyond 32 bits")
+    return stored
 
 
 def _plain(value: Any, where: str) -> Any:
     if value is not None and not isinstance(value, (str, bool, int, float)):
-        raise DataError(f"{where} is {value!r}: samples hold 1-D tensors, text, numbers, booleans and None")
+        raise NotCacheableError(
+            f"{where} is {value!r}: samples hold tensors, text, numbers, booleans and None"
+        )
     return value
 
 
-def _shown(leaves: Mapping[tuple[str, ...], Any]) -> list[str]:
-    return sorted(".".join(path) for path in leaves)
+def _shown(leaves: Mapping[_Path, Any]) -> list[str]:
+    return sorted(".".join(map(str, path)) for path in leaves)
 
 
 def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
-    return _STORED.get(dtype) or torch.empty(0, dtype=dtype).numpy().dtype
+    """Of the file. Token ids fit into 32 bits; other types are stored as they are."""
+    return np.dtype("<i4") if dtype == torch.int64 else torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from orbit.core.names import did_you_mean
 from orbit.data.base import Item, TextDataset
 from orbit.data.package import package_messages
-from orbit.data.sources import DataError, Row
+from orbit.data.rows import DataError, Row
 from orbit.data.template import Message
 
 ROLES = {
@@ -39,6 +39,8 @@ class ChatDataset(TextDataset):
         DataError, TemplateArgsError: as `TextDataset`.
         ValueError: `supervise` is neither.
     """
+
+    tokenised_once = True
 
     def __init__(
         self,

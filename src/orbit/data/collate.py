@@ -3,8 +3,8 @@
 Padding is known by position, never by comparing ids with the padding token: in most chat models the padding
 token is also the mark that ends a turn, which must stay supervised and attended.
 
-Samples may be nested: {"forget": sample, "retain": sample} or {"chosen": sample, "rejected": sample} become a batch under
-each key. Beside tokens they may have a number (a column (batch,) of the batch), text such as `task` (a list), and `index`.
+Samples may be nested: {"forget": sample, "retain": sample} or {"chosen": sample, "rejected": sample} become a batch
+under each key. Beside tokens they may have numbers (a tensor (batch,)) and a `task` (a list).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 from orbit.data.packing import join
 from orbit.data.sft import pad_token_id
 
-_INDEX = "index"
+_INDEX, _TASK = "index", "task"
+_TOKENS = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class SFTCollator:
         """Stack samples of 1-D "input_ids", "labels" and, if they have it, "attention_mask".
 
         Returns:
-            {"input_ids", "attention_mask", "labels"}, each (batch, length) int64; of rows with "position_ids" (packed ones)
-            those, and no attention mask, from which the model would read one long text; and the samples' other columns.
+            {"input_ids", "attention_mask", "labels"}, each (batch, length) int64, and the samples' other columns. Of
+            rows with "position_ids" (packed ones) those in place of the attention mask, which would hide their borders.
 
         Raises:
-            ValueError: no sample, a sample without ids or labels, with columns that are neither tokens nor plain values,
-                or of unequal lengths, or one that has not what the others have.
+            ValueError: no sample, one without ids or labels, of unequal lengths, with a column that is neither tokens
+                nor numbers nor `task`, or without what the others have.
         """
         if not samples:
             raise ValueError(f"{type(self).__name__} got an empty list of samples")
@@ -73,14 +74,16 @@ class SFTCollator:
         batch: dict[str, Any] = {key: self([sample[key] for sample in samples]) for key in nested}
         if tokens or not nested:
             batch.update(self._together([_row(i, {k: s[k] for k in tokens}) for i, s in enumerate(samples)]))
-        if self.index is not None and self.index not in plain and not nested:
-            raise ValueError(
-                f"index={self.index!r}: the samples have no such column; they have {sorted(keys)}"
-            )
-        for key in plain:
-            if key != _INDEX or self.index == _INDEX:
-                batch[key] = _column(key, [sample[key] for sample in samples])
-        return batch
+            if self.index is not None and self.index not in plain:
+                raise ValueError(
+                    f"index={self.index!r}: the samples have no such column; they have {sorted(keys)}"
+                )
+        return {**batch, **self._columns([{key: sample[key] for key in plain} for sample in samples])}
+
+    def _columns(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What is neither tokens nor nested."""
+        keys = [key for key in samples[0] if key != _INDEX or self.index == _INDEX]
+        return {key: _column(key, [sample[key] for sample in samples]) for key in keys}
 
     def _together(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Rows of tokens as one batch."""
@@ -111,11 +114,46 @@ class PaddingFreeCollator(SFTCollator):
         return super()._together([join(rows, self.ignore_index)])
 
 
+@dataclass(frozen=True)
+class PreferenceCollator(SFTCollator):
+    """Pairs as the preference objectives take them: chosen_input_ids, rejected_input_ids, chosen_labels, ...
+
+    Samples are {"chosen": sample, "rejected": sample}; both sides are padded to the longest of either. Arguments as for
+    `SFTCollator`.
+    """
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Raises ValueError as `SFTCollator`, and for samples that are no pairs."""
+        if not samples:
+            raise ValueError("PreferenceCollator got an empty list of samples")
+        for i, sample in enumerate(samples):
+            if not {"chosen", "rejected"} <= sample.keys():
+                raise ValueError(
+                    f"sample {i} has {sorted(sample)}: PreferenceCollator takes 'chosen' and 'rejected'"
+                )
+        sides = [sample[side] for side in ("chosen", "rejected") for sample in samples]
+        batch = self._together(
+            [
+                _row(i % len(samples), {k: v for k, v in side.items() if k in _TOKENS})
+                for i, side in enumerate(sides)
+            ]
+        )
+        pairs = {
+            f"{side}_{key}": value
+            for key, values in batch.items()
+            for side, value in zip(("chosen", "rejected"), values.chunk(2), strict=True)
+        }
+        rest = [
+            {key: value for key, value in sample.items() if key not in ("chosen", "rejected")}
+            for sample in samples
+        ]
+        return {**pairs, **self._columns(rest)}
+
+
 def _row(index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
-    known = {"input_ids", "attention_mask", "labels", "position_ids"}
-    if not {"input_ids", "labels"} <= sample.keys() <= known:
+    if not {"input_ids", "labels"} <= sample.keys() <= set(_TOKENS):
         raise ValueError(
-            f"sample {index} has sequences {sorted(sample)}: 'input_ids', 'labels' and optionally 'attention_mask' or "
+            f"sample {index} has keys {sorted(sample)}: 'input_ids', 'labels' and optionally 'attention_mask' or "
             "'position_ids' are taken, as build_sft and Packed make them; drop other columns first"
         )
     row = {key: torch.as_tensor(value, dtype=torch.int64) for key, value in sample.items()}
@@ -136,9 +174,11 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _column(key: str, values: list[Any]) -> Tensor | list[Any]:
-    """Numbers as a tensor (batch,); text, and text with None, as a list."""
+    """Numbers as a tensor (batch,); the rows' tasks as a list."""
     if all(isinstance(value, (bool, int, float, Tensor)) for value in values):
         return torch.tensor(values)
-    if all(value is None or isinstance(value, str) for value in values):
+    if key == _TASK and all(value is None or isinstance(value, str) for value in values):
         return values
-    raise ValueError(f"{key!r} holds {values!r}: a column of a batch is numbers, or text")
+    raise ValueError(
+        f"{key!r} holds {values!r}: a model takes numbers, and text as {_TASK!r} alone; drop the column"
+    )

@@ -7,8 +7,8 @@ from typing import Any
 
 from orbit.data.base import Item, TextDataset, text
 from orbit.data.package import leading, sample, supervised
+from orbit.data.rows import Row
 from orbit.data.sft import MaskedSampleError
-from orbit.data.sources import Row
 from orbit.data.template import encode
 
 
@@ -28,6 +28,8 @@ class CompletionDataset(TextDataset):
     Raises:
         DataError: as `TextDataset`.
     """
+
+    tokenised_once = True
 
     def __init__(
         self,

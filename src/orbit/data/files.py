@@ -1,7 +1,7 @@
 """Records of a file, one at a time: .jsonl, .json, .csv, .tsv, .parquet.
 
-What is wrong is told with its line: `chat.jsonl, line 17, is no JSON: ...`. Lines end where "\\n" stands and nowhere else
-(JSON may hold U+2028, at which `str.splitlines` breaks).
+What is wrong is told with its line: `chat.jsonl, line 17, is no JSON: ...`. Lines end where "\\n" stands and nowhere
+else (JSON may hold U+2028, at which `str.splitlines` breaks).
 """
 
 from __future__ import annotations

@@ -26,15 +26,15 @@ _FOREIGN = {"builtins", "abc", "typing", "collections", "torch", "datasets", "tr
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 
 
-class NoFingerprintError(ValueError):
-    """Something whose content cannot be told by a hash."""
+class NotCacheableError(ValueError):
+    """Something whose content no hash can tell, or samples of a form that no file can hold."""
 
 
 def fingerprint(*parts: Any) -> str:
     """A hash of plain values (text, numbers, booleans, None, lists and mappings of them).
 
     Raises:
-        NoFingerprintError: another kind of value.
+        NotCacheableError: another kind of value.
 
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}), fingerprint("1") == fingerprint(1)
     (True, False)
@@ -42,7 +42,7 @@ def fingerprint(*parts: Any) -> str:
     try:
         text = json.dumps(parts, sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise NoFingerprintError(f"{error}: no plain value") from error
+        raise NotCacheableError(f"{error}: no plain value") from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -55,10 +55,10 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 
 def of_code(handler: type) -> str:
-    """A hash of the modules that define a class and its bases, of `orbit.data`, and of the tokenizing packages' versions.
+    """A hash of the modules that define a class and its bases, of `orbit.data`, and of the tokenizers' versions.
 
     Raises:
-        NoFingerprintError: a class that was typed in, so that no file has it.
+        NotCacheableError: a class that was typed in, so that no file has it.
     """
     modules = {cls.__module__ for cls in handler.__mro__ if cls.__module__.split(".")[0] not in _FOREIGN}
     files = set(Path(__file__).parent.glob("*.py"))
@@ -66,7 +66,7 @@ def of_code(handler: type) -> str:
         try:
             files.add(Path(inspect.getfile(sys.modules[module])))
         except (KeyError, TypeError) as error:
-            raise NoFingerprintError(
+            raise NotCacheableError(
                 f"{handler.__qualname__} is defined in {module}, which is no file"
             ) from error
     return fingerprint(

@@ -1,4 +1,4 @@
-"""Rows by `datasets`: a hub's name, a local folder, a folder of `save_to_disk`, or a loader's name with `data_files`."""
+"""Rows by `datasets`: a hub's name, a local folder, one of `save_to_disk`, or a loader's name with `data_files`."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from orbit.data.base import Item, text
 from orbit.data.draws import hashed
+from orbit.data.fingerprint import fingerprint, saw
 from orbit.data.qa import QADataset
-from orbit.data.sources import DataError, Row
+from orbit.data.rows import DataError, Row
 
 
 class QAwithIdk(QADataset):
@@ -28,6 +29,8 @@ class QAwithIdk(QADataset):
         DataError: also if the file cannot be read or holds no sentence.
         TemplateArgsError: as `TextDataset`.
     """
+
+    tokenised_once = True
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ def read_refusals(path: str | None = None) -> list[str]:
     try:
         source = files("orbit.data").joinpath("refusals.txt") if path is None else Path(path)
         lines = [line.strip() for line in source.read_text("utf-8").splitlines()]
+        saw(fingerprint(lines))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"idk_path {path} cannot be read: {error}") from error
     if not any(lines):

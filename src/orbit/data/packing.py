@@ -6,9 +6,9 @@
 
 First fit decreasing: the samples, longest first, each go into the first row with room for them.
 
-transformers' models read borders off `position_ids` where the batch has no attention mask: SDPA and eager attention get a
-block-diagonal mask, flash attention the lengths (varlen; of one row only: `PaddingFreeCollator`). So does our
-`Transformer`. Other models would let samples see each other; `check_packable` measures it.
+transformers' models read borders off `position_ids` where the batch has no attention mask and no cache is filled: SDPA
+and eager attention get a block-diagonal mask, flash attention the lengths (varlen; of one row only:
+`PaddingFreeCollator`). So does our `Transformer`. In other models samples would see each other: `check_packable`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Packed(Dataset[dict[str, Tensor]]):
     """Rows of up to `max_length` tokens, each of one or more samples.
 
     Args:
-        dataset: sized and indexed; samples of 1-D "input_ids" and "labels", others than "attention_mask" and "index" are
-            refused.
+        dataset: sized and indexed; its samples hold 1-D "input_ids" and "labels", and nothing else but "attention_mask"
+            and "index".
         max_length: of a row. No sample may be longer.
         ignore_index: label of what is not supervised.
 
@@ -75,8 +75,8 @@ class Packed(Dataset[dict[str, Tensor]]):
                 )
             if other := sample.keys() - _TAKEN - {"index"}:
                 raise DataError(
-                    f"sample {place} has {', '.join(sorted(other))}, which a row of several samples cannot hold: train it "
-                    "without packing"
+                    f"sample {place} has {', '.join(sorted(other))}, which a row of several samples cannot hold: train "
+                    "it without packing"
                 )
         return join(samples, self.ignore_index)
 
@@ -147,35 +147,37 @@ def lengths_of(dataset: Any) -> NDArray[np.int64]:
     return np.asarray(known, np.int64)
 
 
-def check_packable(model: nn.Module, collate: Any, vocabulary: int) -> None:
-    """PackingError unless a sample's logits are the same whatever stands before it in its row.
+def check_packable(model: nn.Module, objective: Any, collate: Any) -> None:
+    """PackingError unless a sample's loss is the same whatever stands before it in its row.
 
-    One forward pass of eight tokens, without gradients; collate is the run's own collator, since flash attention reads
-    borders only in a batch of one row.
-
-    Args:
-        vocabulary: how many token ids the model has.
+    Two forward passes of two rows of eight tokens, without gradients. Objective and collator are the run's own: flash
+    attention reads borders only in a batch of one row, and models of transformers read none while they fill a cache.
     """
     device = next(model.parameters()).device
-    shown = torch.arange(1, 5) % vocabulary
-    rows = [
-        {"input_ids": torch.cat([first, shown]), "position_ids": torch.arange(8) % 4}
-        for first in (shown.flip(0), torch.full((4,), 2 % vocabulary))
-    ]
-    batch = collate([{**row, "labels": row["input_ids"]} for row in rows])
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-    name = type(model).__name__
+    sample = torch.arange(1, 5)
+    losses = []
     with modes_kept(model), torch.no_grad():
         model.eval()
-        try:
-            output = model(**inputs)
-        except TypeError as error:
-            raise PackingError(f"{name} takes no packed rows: {error}; set packing=false") from error
-    logits = output.logits.reshape(2, -1, output.logits.shape[-1])[:, 4:8].float()
-    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+        for before in (sample.flip(0), torch.full_like(sample, 2)):
+            ids = torch.cat([before, sample])
+            ignored = torch.full_like(ids, -100)
+            row = {"input_ids": ids, "position_ids": torch.arange(8) % 4}
+            batch = collate(
+                [
+                    {**row, "labels": ignored.index_copy(0, torch.arange(5, 8), sample[1:])},
+                    {**row, "labels": ignored},
+                ]
+            )
+            try:
+                outcome = objective(model, {key: value.to(device) for key, value in batch.items()})
+            except TypeError as error:
+                raise PackingError(f"{type(model).__name__} takes no packed rows: {error}") from error
+            losses.append(float(outcome.loss))
+    if abs(losses[0] - losses[1]) > 1e-3 * abs(losses[0]):
         raise PackingError(
-            f"{name} lets packed samples see each other: the logits of a sample change with what stands before it in its "
-            "row. Set packing=false; under flash attention use the collator PaddingFreeCollator"
+            f"{type(model).__name__} lets packed samples see each other: the loss of a sample is {losses[0]:.4g} or "
+            f"{losses[1]:.4g}, depending on what stands before it in its row. Train without packing; under flash "
+            "attention use the collator PaddingFreeCollator"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from orbit.data.base import Item, TextDataset
 from orbit.data.chat import read_messages
 from orbit.data.package import package_messages
-from orbit.data.sources import DataError, Row
+from orbit.data.rows import DataError, Row
 from orbit.data.template import Message
 
 
@@ -27,6 +27,8 @@ class PreferenceDataset(TextDataset):
     Raises:
         DataError, TemplateArgsError: as `TextDataset`.
     """
+
+    tokenised_once = True
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class RatedDataset(TextDataset):
     Raises:
         DataError, TemplateArgsError: as `TextDataset`.
     """
+
+    tokenised_once = True
 
     def __init__(
         self,

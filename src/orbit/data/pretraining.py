@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from orbit.data.base import text
 from orbit.data.package import leading
-from orbit.data.sources import DataError, read_rows, require_columns
+from orbit.data.rows import DataError, require_columns
+from orbit.data.sources import read_rows
 from orbit.data.template import encode
 
 
@@ -35,6 +36,8 @@ class PretrainingDataset(Dataset[dict[str, Tensor]]):
         ValueError: `max_length` is below 2.
     """
 
+    tokenised_once = True
+
     def __init__(
         self,
         hf_args: Mapping[str, Any],
@@ -49,18 +52,18 @@ class PretrainingDataset(Dataset[dict[str, Tensor]]):
             raise ValueError(
                 f"max_length={max_length}: a chunk needs two tokens, one to see and one to predict"
             )
-        rows, where = read_rows(**hf_args), str(hf_args.get("path", "rows"))
-        require_columns(rows, text_key, where=where)
+        rows = read_rows(**hf_args)
+        require_columns(rows, text_key)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         stream: list[int] = []
         for i, row in enumerate(rows):
             try:
                 ids = encode(tokenizer, text(row, text_key))
             except DataError as error:
-                raise DataError(f"{where}, row {i}: {error}") from error
+                raise DataError(f"{rows.where}, row {i}: {error}") from error
             stream += [*leading(tokenizer, ids), *ids, *eos]
         if len(stream) < 2:
-            raise DataError(f"{where} holds {len(stream)} tokens in {len(rows)} rows: nothing to learn")
+            raise DataError(f"{rows.where} holds {len(stream)} tokens in {len(rows)} rows: nothing to learn")
         self.tokens = torch.tensor(stream, dtype=torch.int64)
         if len(stream) % max_length == 1:
             self.tokens = self.tokens[:-1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orbit.data.base import Item, TextDataset, text
 from orbit.data.package import package_prompt_response
-from orbit.data.sources import DataError, Row, read_rows, require_columns
+from orbit.data.rows import DataError, Row, require_columns
+from orbit.data.sources import read_rows
 
 
 class QADataset(TextDataset):
@@ -32,6 +33,8 @@ class QADataset(TextDataset):
     dict_keys(['input_ids', 'attention_mask', 'labels', 'index'])
     """
 
+    tokenised_once = True
+
     def __init__(
         self,
         hf_args: Mapping[str, Any],
@@ -47,8 +50,9 @@ class QADataset(TextDataset):
             hf_args, template_args, tokenizer, (question_key, answer_key), max_length, predict_with_generate
         )
         self.question_key, self.answer_key = question_key, answer_key
-        examples = () if few_shot_dataset_hf_args is None else read_rows(**few_shot_dataset_hf_args)
-        if examples:
+        examples: Sequence[Row] = ()
+        if few_shot_dataset_hf_args is not None:
+            examples = read_rows(**few_shot_dataset_hf_args)
             require_columns(examples, question_key, answer_key, where="few_shot_dataset_hf_args")
         self.questions = [text(row, question_key) for row in examples]
         self.answers = [text(row, answer_key) for row in examples]

@@ -116,7 +116,7 @@ def require_text(rows: Sequence[Row], *columns: str, where: str | None = None, l
 
 
 def _where(rows: Sequence[Row], where: str | None) -> str:
-    return where or getattr(rows, "where", "rows")
+    return where or str(getattr(rows, "where", "rows"))
 
 
 def _short(cell: Any) -> str:

@@ -54,8 +54,8 @@ def read_rows(
     """
     if streaming:
         raise DataError(
-            "streaming=true: this dataset needs all its rows, to index them; leave streaming out, or use a dataset that "
-            "reads a stream"
+            "streaming=true: this dataset needs all its rows, to index them; leave streaming out, or use a dataset "
+            "that reads a stream"
         )
     where, is_file = _where(path, rows, source, hf_args)
     held: Any
@@ -86,8 +86,8 @@ def stream_rows(
 ) -> Stream:
     """The rows of a source, read while they are iterated, any number of times.
 
-    Args as for `read_rows`; `streaming=False` reads all at once. Raises as `read_rows`; what is wrong further down, when it
-    is reached.
+    Args as for `read_rows`; `streaming=False` reads all at once. Raises as `read_rows`; what is wrong further down,
+    when it is reached.
     """
     if not streaming:
         whole = read_rows(path, rows, source=source, columns=columns, **hf_args)

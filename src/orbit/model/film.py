@@ -82,6 +82,11 @@ class FiLM(nn.Module):
                 f"the input has the shape {tuple(x.shape)}; this block modulates dimension {self.channel_dim} of "
                 f"width {self.features}"
             )
+        if context.dim() < 2 or context.shape[-1] != self.proj.in_features:
+            raise ShapeError(
+                f"a context of the shape {tuple(context.shape)}: this block reads {self.proj.in_features} features, "
+                f"({len(x)}, {self.proj.in_features})"
+            )
         each_position = last and context.dim() == x.dim()
         wanted = x.shape[:-1] if each_position else x.shape[:1]
         if context.shape[:-1] != wanted:

@@ -16,7 +16,7 @@ into `eval()`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -96,10 +96,12 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Param
     """The parameters that `targets` mean, each once under its first name, in the model's order.
 
     Raises:
-        TargetError: no target, or one that matches nothing or no parameter.
+        TargetError: no target or an empty one, or one that matches nothing or no parameter.
     """
+    if not isinstance(targets, (str, Iterable)):
+        raise TargetError(f"targets={targets!r} is a {type(targets).__name__}: targets are names")
     targets = [targets] if isinstance(targets, str) else list(targets)
-    if not targets:
+    if not targets or "" in targets:
         raise TargetError('no target was given: name layers, or say "*" for the whole model')
     model = unwrap(model)
     parts = _parts(model)

@@ -138,6 +138,18 @@ def make_padding_mask(
     return real_BS[:, None, None, :]
 
 
+def make_packed_mask(positions_BT: Tensor) -> Tensor:
+    """Texts in one row see themselves alone: (B, 1, T, T). One begins where the positions do not rise by one.
+
+    >>> make_packed_mask(torch.tensor([[0, 1, 0]])).int()[0, 0]
+    tensor([[1, 1, 0],
+            [1, 1, 0],
+            [0, 0, 1]], dtype=torch.int32)
+    """
+    text_BT = (positions_BT.diff(dim=1, prepend=positions_BT[:, :1]) != 1).cumsum(1)
+    return (text_BT[:, :, None] == text_BT[:, None, :])[:, None]
+
+
 def positions_from_mask(mask_BS: Tensor) -> Tensor:
     """The position of every real token in its row, counted from 0 at the first one: (B, S), padding at 0.
 

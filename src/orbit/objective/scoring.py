@@ -58,12 +58,16 @@ def score(model: nn.Module, inputs: Mapping[str, Any], labels_BT: Tensor, ignore
     """
     target_BT = labels_BT[:, 1:]
     column_C = (target_BT != ignore_index).any(dim=0).nonzero().squeeze(1)
-    if _keeps_logits(model):
-        output = model(**inputs, logits_to_keep=column_C)
-        logits_BCV = _logits(output, model)
-    else:
-        output = model(**inputs)
-        logits_BCV = _logits(output, model).index_select(1, column_C)
+    asked: dict[str, Any] = {}
+    if _takes(model, "use_cache"):
+        asked["use_cache"] = False  # and with one, transformers' models see no borders of packed samples
+    keeps = _takes(model, "logits_to_keep")
+    if keeps:
+        asked["logits_to_keep"] = column_C
+    output = model(**{**asked, **inputs})
+    logits_BCV = _logits(output, model)
+    if not keeps:
+        logits_BCV = logits_BCV.index_select(1, column_C)
     target_BC = target_BT.index_select(1, column_C)
     mask_BC = target_BC != ignore_index
     logits_NV = logits_BCV[mask_BC]
@@ -76,12 +80,12 @@ def score(model: nn.Module, inputs: Mapping[str, Any], labels_BT: Tensor, ignore
     )
 
 
-def _keeps_logits(model: nn.Module) -> bool:
-    """Whether the model's own forward names `logits_to_keep`; DDP and compile are looked through."""
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's own forward names this argument; DDP and compile are looked through."""
     inner: Any = model
     while inner is not None:
         parameters = inspect.signature(inner.forward).parameters.values()
-        if any(p.name == "logits_to_keep" for p in parameters):
+        if any(p.name == argument for p in parameters):
             return True
         passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         inner = getattr(inner, "_orig_mod", getattr(inner, "module", None)) if passes_on else None

@@ -21,6 +21,7 @@ Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600 (adaptiv
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,7 +47,8 @@ class SAM(Optimizer):
         passes: 2, by which a training loop knows that the gradient is wanted again after `perturb()`.
 
     Raises:
-        ValueError: a negative ρ; a base that needs a closure or keeps its parts apart, or holds other parameters.
+        TypeError: a base that is neither class nor optimizer.
+        ValueError: a negative or infinite ρ; a base that needs a closure or keeps its parts apart, or holds other parameters.
 
     >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     >>> optimizer = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
@@ -67,6 +69,11 @@ class SAM(Optimizer):
         **options: Any,
     ) -> None:
         _require_rho(rho)
+        if not (callable(base_optimizer) or isinstance(base_optimizer, Optimizer)):
+            raise TypeError(
+                f"base_optimizer={base_optimizer!r} is no optimizer: SAM(params, torch.optim.SGD, lr=0.1), or one made "
+                "from params"
+            )
         if isinstance(base_optimizer, Optimizer):
             _require_base(base_optimizer)
             if options:
@@ -206,8 +213,8 @@ class SAM(Optimizer):
 
 
 def _require_rho(rho: float) -> None:
-    if not rho >= 0:
-        raise ValueError(f"rho={rho!r}: the distance to look within must be >= 0; 0.05 is usual")
+    if not 0 <= rho < math.inf:
+        raise ValueError(f"rho={rho!r}: the distance to look within must be >= 0 and finite; 0.05 is usual")
 
 
 def _require_base(base: Optimizer) -> None:

@@ -52,6 +52,8 @@ def fit(work: Work) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in trainer.state.log_history:
         found |= renamed(row)
+    if args.load_best_model_at_end and trainer.state.best_metric is not None:
+        found[f"best_{work.arguments.monitor}"] = float(trainer.state.best_metric)
     return found | {"train_loss": float(output.training_loss)}
 
 

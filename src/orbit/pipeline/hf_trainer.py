@@ -109,7 +109,7 @@ class ObjectiveTrainer(Trainer):
             means.over_ranks()
         found = {f"{metric_key_prefix}_{name}": float(value) for name, value in flat(means.flush())}
         return EvalLoopOutput(
-            predictions=None,  # type: ignore[arg-type]
+            predictions=None,
             label_ids=None,
             metrics=found,
             num_samples=self.num_examples(dataloader),

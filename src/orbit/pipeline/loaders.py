@@ -41,11 +41,9 @@ def train_sampler(data: Any, arguments: Arguments) -> Sampler[int]:
     if strategy == "random":
         return EpochOrder(data, seed)
     together = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    from orbit.data.batching import LengthGroupedSampler
+    from orbit.data.batching import LengthGrouped
 
-    return EpochOrder(
-        data, seed, LengthGroupedSampler(lengths_of(data, arguments.length_column_name), together)
-    )
+    return EpochOrder(data, seed, LengthGrouped(lengths_of(data, arguments.length_column_name), together))
 
 
 def lengths_of(data: Any, column: str) -> list[int]:

@@ -89,7 +89,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parts[id(parameter) not in spared and "bias" not in name.rpartition(".")[2]].append(parameter)
+            bias = any(
+                part.endswith("bias") for part in name.split(".")[-2:]
+            )  # or a module that is one (T5's)
+            parts[id(parameter) not in spared and not bias].append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         for decays, parameters in parts.items()

@@ -23,7 +23,9 @@ from orbit.pipeline.work import Work
 
 
 def fit(work: Work) -> dict[str, float]:
-    """Train. Returns the last metrics: `loss` (of the last step), `train_loss`, `val_loss`, ..."""
+    """Train. Returns the last metrics: `loss` (of the last step), `train_loss`, `val_loss`, ...; with
+    `load_best_model_at_end` also `best_val_loss`, that of the model as it is now.
+    """
     args, model = work.arguments, work.model
     ways = several_processes(args)
     loader = train_loader(work.train, work.collate, args)
@@ -73,8 +75,10 @@ def fit(work: Work) -> dict[str, float]:
         if args.load_best_model_at_end and best is not None and best.best_path is not None:
             _load_model(engine, best.best_path)
     loss = engine.step_info.get("loss")
-    last = {} if loss is None else {"loss": loss}
-    return {name: float(value) for name, value in {**last, **engine.metrics}.items()}
+    found = {} if loss is None else {"loss": loss}
+    if args.load_best_model_at_end and best is not None and best.best_score is not None:
+        found[f"best_{args.monitor}"] = best.best_score
+    return {name: float(value) for name, value in {**found, **engine.metrics}.items()}
 
 
 def evaluates(args: Arguments, engine: Engine, steps: int) -> bool:

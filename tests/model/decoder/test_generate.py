@@ -1,7 +1,10 @@
 """Text, token for token what transformers makes of the same weights."""
 
+import copy
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from orbit.model import MaskError, SettingError, ShapeError, Transformer, TransformerConfig
 from orbit.model.decoder import generate
@@ -193,6 +196,18 @@ def test_what_was_made_can_be_trained_on(model):
 def test_as_a_function(model):
     ids, _ = prompts()
     assert torch.equal(generate(model, ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
+
+
+def test_a_compiled_model_generates_from_a_few_graphs(model):
+    """Lengths are no constants of a graph: one for the prompt, one for a token, and not one more a token."""
+    ids, _ = prompts(rows=2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
+    try:
+        assert torch.equal(generate(compiled, ids, max_new_tokens=12), by_us(model, ids, max_new_tokens=12))
+    finally:
+        torch.compiler.reset()
+    assert counter.frame_count <= 3
 
 
 def test_experts_generate():

@@ -156,6 +156,22 @@ def test_what_is_refused(given, error, why):
         model(**{"input_ids": torch.ones(1, 3, dtype=torch.long), **given})
 
 
+def test_a_cache_that_a_failed_forward_left_half_filled_is_refused():
+    model, ids = decoder(), torch.randint(11, (2, 5))
+    cache = model.make_cache()
+    model(ids, cache=cache)
+    broken = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids[:, :1], cache=cache)
+    broken.remove()
+    with pytest.raises(CacheError, match=r"hold \[6, 5\] tokens: .*Crop each to 5"):
+        model(ids[:, :1], cache=cache)
+    for layer in cache:
+        layer.crop(5)
+    found = model(ids[:, :1], cache=cache).logits
+    torch.testing.assert_close(found, model(torch.cat((ids, ids[:, :1]), 1)).logits[:, -1:])
+
+
 def test_a_cache_counts_towards_the_longest_text():
     model = decoder(max_length=8)
     cache = model.make_cache()

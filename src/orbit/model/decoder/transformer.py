@@ -26,6 +26,7 @@ from orbit.model.decoder.generate import generate
 from orbit.model.errors import CacheError, MaskError, ShapeError
 from orbit.model.experts import Experts
 from orbit.model.gate.top_k import TopKGate
+from orbit.model.mask import make_packed_mask
 from orbit.model.mlp import MLP
 from orbit.model.moe import MoE, moe_aux_loss
 
@@ -196,6 +197,7 @@ class Transformer(nn.Module):
         *,
         cache: Cache | None = None,
         positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
     ) -> TransformerOutput:
         """Logits for the token after each position, and with labels their loss.
@@ -207,14 +209,25 @@ class Transformer(nn.Module):
             labels: (B, T) like the ids, not shifted; −100 is not supervised.
             cache: from `make_cache()`; the new tokens are added to it.
             positions: (T,) or (B, T); by default they follow the cache's. Padding on the left needs none.
+            position_ids: (B, T), in place of `positions`, as transformers' models take them: without mask and cache a
+                new text begins where they do not rise by one, and sees nothing of what stands before it in the row.
             logits_to_keep: logits of the last so many columns, or of these columns; 0 is all.
 
         Raises:
             ShapeError: ids, labels or the text's length do not fit. MaskError: nor does the mask.
-            CacheError: a cache of another model or batch.
+            CacheError: a cache of another model or batch, or one that a failed forward has left half filled.
         """
         self._check(input_ids, labels, cache, logits_to_keep)
         mask = None if attention_mask is None else _as_bool(attention_mask)
+        if position_ids is not None:
+            if positions is not None or position_ids.shape != input_ids.shape:
+                raise ShapeError(
+                    f"position_ids {tuple(position_ids.shape)} must be (B, T) like the ids, {tuple(input_ids.shape)}, "
+                    "and stand in place of positions"
+                )
+            positions = position_ids
+            if mask is None and cache is None:
+                mask = make_packed_mask(position_ids)
         h_BTD = self.model(input_ids, mask, cache, positions)
         if isinstance(logits_to_keep, Tensor):
             h_BTD = h_BTD[:, logits_to_keep]
@@ -277,6 +290,13 @@ class Transformer(nn.Module):
         if cache is not None and len(cache) != self.config.num_layers:
             raise CacheError(
                 f"the cache has {len(cache)} layers and the model {self.config.num_layers}: make it with make_cache()"
+            )
+        # A compiled graph would be made anew for every length if it compared them.
+        if cache and not torch.compiler.is_compiling() and len({layer.length for layer in cache}) > 1:
+            lengths = [layer.length for layer in cache]
+            raise CacheError(
+                f"the cache's layers hold {lengths} tokens: an earlier forward ended halfway. Crop each to "
+                f"{min(lengths)}, or begin with a new cache"
             )
         length, limit = (cache[0].length if cache else 0) + input_ids.shape[1], self.config.max_length
         if limit is not None and length > limit:

@@ -1,0 +1,64 @@
+"""A dataset that is tokenised once: `once(make, handler, settings, tokenizer)`.
+
+Only a handler that says `tokenised_once = True` is cached: each sample is then a function of the rows that it reads by
+`read_rows`, of its arguments, of the tokenizer, and of code in its own module, in its bases' and in `orbit.data`.
+Whoever has a `set_epoch` gives other samples in another epoch, and is not cached.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orbit.data.cache import tokenised
+from orbit.data.fingerprint import NotCacheableError, fingerprint, of_code, of_tokenizer, seen
+
+_logger = logging.getLogger(__name__)
+
+
+def once(
+    make: Callable[[], Any],
+    handler: Any,
+    settings: Mapping[str, Any],
+    tokenizer: Any,
+    folder: Path | None = None,
+) -> Any:
+    """What `make` makes, or its samples from the cache, which are the same.
+
+    Args:
+        make: calls `handler`.
+        handler: the dataset's class.
+        settings: all arguments but the tokenizer.
+        folder: of caches; default `$ORBIT_CACHE/tokenised`.
+
+    Raises:
+        DataError: the cache cannot be written. Whatever `make` raises, and the dataset at a sample.
+    """
+    with seen() as digests:
+        dataset = make()
+    if not getattr(handler, "tokenised_once", False) or hasattr(dataset, "set_epoch"):
+        return dataset
+    try:
+        if None in digests:
+            raise NotCacheableError("its rows cannot be told apart by a hash")
+        key = fingerprint(digests, of_tokenizer(tokenizer), of_code(handler), _without_rows(settings))
+        return tokenised(dataset, key, _default() if folder is None else folder)
+    except NotCacheableError as error:
+        _logger.info("%s is tokenised anew in every run: %s", handler.__qualname__, error)
+        return dataset
+
+
+def _without_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows in memory are told by their digest already."""
+    return {
+        key: {k: v for k, v in value.items() if k != "rows"} if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+    }
+
+
+def _default() -> Path:
+    from orbit.demo.smollm2 import cache_folder
+
+    return cache_folder() / "tokenised"
