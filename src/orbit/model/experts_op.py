@@ -1,6 +1,6 @@
 """Experts one after another, each on its own rows, with a backward pass of its own: `experts`.
 
-    y_t = Σ_k w_tk·y_s,   y_s = W_down[e]·h_s,   h_s = φ(W_gate[e]·x_t) ⊙ W_up[e]·x_t   s the row of t and k, e its expert
+    y_t = Σ_k w_tk·y_s,   y_s = W_down[e]·h_s,   h_s = φ(W_gate[e]·x_t) ⊙ W_up[e]·x_t     s row (t, k), e its expert
 
     x, y (T, D)   up (E, 2·I, D) = W_gate over W_up, or (E, I, D) without a gate: h_s = φ(W_up[e]·x_t)   down (E, D, I)
     w (T, K)   order (S,): the row k·T + t at each place, sorted by expert; those of expert e end before ends[e]
