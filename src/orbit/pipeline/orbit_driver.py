@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from orbit.config import ConfigError
+from orbit.core import runtime
+from orbit.core.meters import Averages
 from orbit.core.outcome import Outcome
 from orbit.core.ranks import parallel, shards
 from orbit.core.rng import seed_everything
@@ -16,9 +18,9 @@ from orbit.engine import Engine
 from orbit.pipeline.arguments import Arguments, every
 from orbit.pipeline.evaluation import evaluate
 from orbit.pipeline.loaders import eval_loader, total_steps, train_loader, windows_per_epoch
-from orbit.pipeline.optimizers import build_optimizer, build_scheduler
 from orbit.pipeline.plugins import best_of, run_plugins
 from orbit.pipeline.samples import Samples
+from orbit.pipeline.stepping import stepping
 from orbit.pipeline.work import Work
 
 
@@ -26,13 +28,13 @@ def fit(work: Work) -> dict[str, float]:
     """Train. Returns the last metrics: `loss` (of the last step), `train_loss`, `val_loss`, ...; with
     `load_best_model_at_end` also `best_val_loss`, that of the model as it is now.
     """
-    args, model, objective = work.arguments, work.model, work.trainer
+    args, model = work.arguments, work.model
     ways = several_processes(args)
     loader = train_loader(work.train, work.collate, args)
     evals = {name: eval_loader(data, work.collate, args) for name, data in work.evals.items()}
     windows = windows_per_epoch(loader, args)
     steps = total_steps(windows, args)
-    optimizer = build_optimizer(model, args)
+    way = stepping(work.trainer, model, args, steps)
     plugins = run_plugins(args, work.folder, steps, windows, work.resume)
     best = best_of(plugins)
     samples = work.samples()
@@ -40,11 +42,11 @@ def fit(work: Work) -> dict[str, float]:
         plugins.append(Samples(samples, args.sample_steps))
     engine = Engine(
         model,
-        optimizer,
-        scheduler=build_scheduler(optimizer, args, steps),
+        way.optimizer,
+        scheduler=way.scheduler,
         plugins=plugins,
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
-        grad_clip_norm=args.max_grad_norm or None,
+        grad_clip_norm=way.grad_clip_norm,
         device="cpu" if args.use_cpu else None,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         parallel=ways,
@@ -60,7 +62,7 @@ def fit(work: Work) -> dict[str, float]:
         engine.load(Path(work.resume or ""))
 
     def compute() -> Outcome:
-        outcome: Outcome = objective(engine.model, engine.batch, work.ref)
+        outcome: Outcome = way.objective(engine.model, engine.batch, work.ref)
         return outcome
 
     precision = torch.bfloat16 if args.bf16_full_eval else torch.float16 if args.fp16_full_eval else None
@@ -74,8 +76,7 @@ def fit(work: Work) -> dict[str, float]:
                 evaluate(engine, compute, evals, precision)
         if args.load_best_model_at_end and best is not None and best.best_path is not None:
             _load_model(engine, best.best_path)
-    loss = engine.step_info.get("loss")
-    found = {} if loss is None else {"loss": loss}
+    found = _last_loss(engine)
     if args.load_best_model_at_end and best is not None and best.best_score is not None:
         found[f"best_{args.monitor}"] = best.best_score
     return {name: float(value) for name, value in {**found, **engine.metrics}.items()}
@@ -104,7 +105,7 @@ def several_processes(args: Arguments) -> str | None:
     Raises:
         ConfigError: an `fsdp` that we do not have, or one without several processes.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = max(runtime.world_size(), int(os.environ.get("WORLD_SIZE", "1"))) > 1
     if not args.fsdp:
         way = "ddp" if several else None
     elif args.fsdp is not True and args.fsdp not in ("full_shard", "full_shard auto_wrap"):
@@ -120,6 +121,16 @@ def several_processes(args: Arguments) -> str | None:
     if way is not None:
         parallel.start()
     return way
+
+
+def _last_loss(engine: Engine) -> dict[str, float]:
+    """`loss` of the last step that was done here, over all ranks; nothing if none was."""
+    means, loss = Averages(), engine.step_info.get("loss")
+    if loss is not None:
+        means.add({"loss": loss}, engine.updater.share)
+    if engine.team is not None:
+        means.over_ranks()
+    return means.flush()
 
 
 def _compile(args: Arguments) -> Any:
