@@ -5,6 +5,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from orbit.data.collate import PaddingFreeCollator, SFTCollator
+from orbit.data.forget_retain import ForgetRetainDataset
+from orbit.data.mixture import TaskMixture
+from orbit.data.preference import PreferenceDataset, RatedDataset
+from orbit.data.qa import QADataset
 from orbit.data.registry import COLLATOR_REGISTRY
 from orbit.data.sft import build_sft
 from tests.tiny_llm import tiny_tokenizer
@@ -81,6 +85,38 @@ def test_broken_samples_are_named(tokenizer, broken, why):
 def test_settings_outside_their_range(tokenizer, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SFTCollator(tokenizer, **settings)
+
+
+def test_prompts_for_generation_and_their_answers_have_a_length_each(tokenizer):
+    rows = [
+        {"question": question, "answer": "bamako"} for question in ("hello", "what is the capital of mali ?")
+    ]
+    data = QADataset({"rows": rows}, {}, tokenizer, predict_with_generate=True)
+    batch = SFTCollator(tokenizer, padding_side="left")([data[0], data[1]])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 13)
+    assert batch["labels"].shape == (2, 16)
+    for i in range(2):
+        assert torch.equal(batch["input_ids"][i][batch["attention_mask"][i] == 1], data[i]["input_ids"])
+        assert tokenizer.decode(batch["labels"][i][batch["labels"][i] != -100]) == "bamako <end>"
+    with pytest.raises(ValueError, match="for generation need padding"):
+        PaddingFreeCollator(tokenizer)([data[0]])
+
+
+def test_datasets_of_every_form_become_batches(tokenizer):
+    """What the datasets make, collated: pairs, ratings, tasks, forget beside retain."""
+    qa = QADataset({"rows": [{"question": "hello", "answer": "mali"}] * 2}, {}, tokenizer)
+    collate = SFTCollator(tokenizer, index="index")
+    assert collate([qa[0], qa[1]])["index"].tolist() == [0, 1]
+    assert collate([TaskMixture({"a": qa})[0]] * 2)["task"] == ["a", "a"]
+    both = collate([ForgetRetainDataset(qa, qa)[0]] * 2)
+    assert both["forget"]["labels"].shape == both["retain"]["labels"].shape
+    rated = [{"prompt": "hello", "completion": "mali", "label": good} for good in (True, False)]
+    ratings = RatedDataset({"rows": rated}, {}, tokenizer)
+    assert collate([ratings[0], ratings[1]])["desirable"].tolist() == [True, False]
+    pairs = PreferenceDataset(
+        {"rows": [{"prompt": "hello", "chosen": "mali", "rejected": "6 march"}]}, {}, tokenizer
+    )
+    assert PreferenceCollator(tokenizer)([pairs[0]])["rejected_labels"].shape[0] == 1
 
 
 def numbered(tokenizer):
