@@ -116,7 +116,7 @@ def test_datasets_of_every_form_become_batches(tokenizer):
     pairs = PreferenceDataset(
         {"rows": [{"prompt": "hello", "chosen": "mali", "rejected": "6 march"}]}, {}, tokenizer
     )
-    assert PreferenceCollator(tokenizer)([pairs[0]])["rejected_labels"].shape[0] == 1
+    assert SFTCollator(tokenizer)([pairs[0]])["rejected"]["labels"].shape[0] == 1
 
 
 def numbered(tokenizer):
