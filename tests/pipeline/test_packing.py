@@ -1,4 +1,4 @@
-"""`packing:` of a dataset: one step over all the data is the same packed or not, and what cannot be packed is refused."""
+"""`packing:` of a dataset: one step over all data is the same packed or not; what cannot be packed is refused."""
 
 from __future__ import annotations
 
