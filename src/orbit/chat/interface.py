@@ -36,6 +36,8 @@ from orbit.core.rng import preserved
 from orbit.core.runtime import resolve_device
 from orbit.data.sft import pad_token_id
 from orbit.data.template import encode, render
+from orbit.model import Transformer
+from orbit.model.decoder.folder import is_ours
 
 Adapter: TypeAlias = "str | Path | None"
 
@@ -46,7 +48,8 @@ class ChatInterface:
     Args:
         model: a causal LM with `generate`, of transformers or `orbit.model.Transformer`, also as an X-LoRA mixture;
             its tokenizer must be given too.
-        model_id: in place of `model`: a Hugging Face name, a folder, or "smollm2" (`orbit.demo.smollm2`).
+        model_id: in place of `model`: a Hugging Face name, a folder (of `Transformer.save_pretrained` too), or
+            "smollm2" (`orbit.demo.smollm2`).
         tokenizer: default, with `model_id`: the one beside the model.
         device: default: where `model` is; with `model_id`, CUDA when there is one, else the CPU.
         adapter: a folder to load (PEFT's, or a mixture's), or the name of a task that the model already has; of
@@ -286,8 +289,8 @@ class ChatInterface:
         table = None if find is None else getattr(find(), "num_embeddings", None)
         if table is not None and max(ids, default=0) >= table:
             raise ChatError(
-                f"the tokenizer gives token {max(ids)}, and the model knows {table} tokens: give the model's own tokenizer, "
-                "or resize_token_embeddings(len(tokenizer)) and train the new ones"
+                f"the tokenizer gives token {max(ids)}, and the model knows {table} tokens: give the model's own "
+                "tokenizer, or resize_token_embeddings(len(tokenizer)) and train the new ones"
             )
         return ids
 
@@ -331,5 +334,10 @@ def _load(model_id: str | Path, tokenizer: Any, dtype: torch.dtype | str) -> tup
     from orbit.demo.smollm2 import resolve_model
 
     folder = resolve_model(model_id)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: Any
+    if is_ours(folder):
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # "auto" is as stored
+        model = Transformer.from_pretrained(folder, dtype=wanted)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer

@@ -10,6 +10,7 @@ OBJECTIVE_REGISTRY = Components(
         "CausalLM": "orbit.objective.causal_lm:CausalLM",
         "dpo": "orbit.objective.preference.dpo:DPO",
         "kto": "orbit.objective.preference.kto:KTO",
+        "multitask": "orbit.objective.multitask:MultiTask",
         "orpo": "orbit.objective.preference.orpo:ORPO",
         "simpo": "orbit.objective.preference.simpo:SimPO",
     },

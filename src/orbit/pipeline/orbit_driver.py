@@ -18,9 +18,9 @@ from orbit.engine import Engine
 from orbit.pipeline.arguments import Arguments, every
 from orbit.pipeline.evaluation import evaluate
 from orbit.pipeline.loaders import eval_loader, total_steps, train_loader, windows_per_epoch
-from orbit.pipeline.optimizers import build_optimizer, build_scheduler
 from orbit.pipeline.plugins import best_of, run_plugins
 from orbit.pipeline.samples import Samples
+from orbit.pipeline.stepping import stepping
 from orbit.pipeline.work import Work
 
 
@@ -28,13 +28,13 @@ def fit(work: Work) -> dict[str, float]:
     """Train. Returns the last metrics: `loss` (of the last step), `train_loss`, `val_loss`, ...; with
     `load_best_model_at_end` also `best_val_loss`, that of the model as it is now.
     """
-    args, model, objective = work.arguments, work.model, work.trainer
+    args, model = work.arguments, work.model
     ways = several_processes(args)
     loader = train_loader(work.train, work.collate, args)
     evals = {name: eval_loader(data, work.collate, args) for name, data in work.evals.items()}
     windows = windows_per_epoch(loader, args)
     steps = total_steps(windows, args)
-    optimizer = build_optimizer(model, args)
+    way = stepping(work.trainer, model, args, steps)
     plugins = run_plugins(args, work.folder, steps, windows, work.resume)
     best = best_of(plugins)
     samples = work.samples()
@@ -42,11 +42,11 @@ def fit(work: Work) -> dict[str, float]:
         plugins.append(Samples(samples, args.sample_steps))
     engine = Engine(
         model,
-        optimizer,
-        scheduler=build_scheduler(optimizer, args, steps),
+        way.optimizer,
+        scheduler=way.scheduler,
         plugins=plugins,
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
-        grad_clip_norm=args.max_grad_norm or None,
+        grad_clip_norm=way.grad_clip_norm,
         device="cpu" if args.use_cpu else None,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         parallel=ways,
@@ -62,7 +62,7 @@ def fit(work: Work) -> dict[str, float]:
         engine.load(Path(work.resume or ""))
 
     def compute() -> Outcome:
-        outcome: Outcome = objective(engine.model, engine.batch, work.ref)
+        outcome: Outcome = way.objective(engine.model, engine.batch, work.ref)
         return outcome
 
     precision = torch.bfloat16 if args.bf16_full_eval else torch.float16 if args.fp16_full_eval else None

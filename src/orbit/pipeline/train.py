@@ -7,6 +7,7 @@ check the config and its folder → build tokenizer, data, trainer, model, adapt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -17,11 +18,14 @@ from orbit.config import ConfigError
 from orbit.core.ranks import on_main, shards
 from orbit.core.rng import seed_everything
 from orbit.data.build import build_dataset
+from orbit.data.packing import Packed, check_packable
+from orbit.objective import CausalLM
 from orbit.pipeline import orbit_driver, parts, schema
 from orbit.pipeline.arguments import read_arguments
 from orbit.pipeline.folder import RunFolder
 from orbit.pipeline.references import check_reference, make_reference
 from orbit.pipeline.resume import resume_from
+from orbit.pipeline.stepping import tasks_of
 from orbit.pipeline.work import Work, driver_of, is_hf_trainer
 
 TASK = "default"
@@ -72,13 +76,20 @@ def train(
     method_args = dict(section.get("method_args") or {})
     if not is_hf_trainer(trainer):
         trainer = parts.build_objective(section)
+    data = next(iter(datasets["train"].values()))
+    several = tasks_of(trainer, data, cfg.get("adapter"), driver)
+    tasks = several or (TASK,)
     compares = check_reference(section.get("reference"), trainer)
     seed_everything(arguments.seed)
     if driver == "orbit":
-        orbit_driver.several_processes(arguments)  # before anything is written: one rank writes
+        processes = orbit_driver.several_processes(arguments)  # before anything is written: one rank writes
+        if processes and several:
+            raise ConfigError("trainer multitask runs in one process: start it without torchrun")
     model = parts.load_model(cfg["model"])
-    parts.adapt(model, cfg.get("adapter"), TASK)
-    data = next(iter(datasets["train"].values()))
+    for task in tasks:
+        parts.adapt(model, cfg.get("adapter"), task)
+    if isinstance(data, Packed):
+        check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
     ref = None
     if compares:
         ref = make_reference(section.get("reference"), model, data, datasets["eval"], collate, arguments)
@@ -107,7 +118,7 @@ def train(
         result = hf_driver.fit(work)
     else:
         result = orbit_driver.fit(work)
-    _save(model, folder, adapted=cfg.get("adapter") is not None)
+    _save(model, folder, () if cfg.get("adapter") is None else tasks)
     on_main(lambda: folder.finish(result))
     console.print(f"{folder.path}: {result}", highlight=False)
     return result
@@ -119,14 +130,17 @@ def checkpoint_size(model: nn.Module) -> int:
     return weights + sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _save(model: Any, folder: RunFolder, adapted: bool) -> None:
-    """The adapter, or all of the model; of a sharded one every rank has a part."""
+def _save(model: Any, folder: RunFolder, tasks: Sequence[str]) -> None:
+    """The adapters, or of a run without any all of the model; of a sharded one every rank has a part."""
     sharded = shards.holds_shards(model)
-    if adapted and sharded:
-        adapter.save(model, folder.adapter(TASK), TASK)
-    elif adapted:
-        on_main(lambda: adapter.save(model, folder.adapter(TASK), TASK))
-    elif sharded:
+    for task in tasks:
+        if sharded:
+            adapter.save(model, folder.adapter(task), task)
+        else:
+            on_main(partial(adapter.save, model, folder.adapter(task), task))
+    if tasks:
+        return
+    if sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
