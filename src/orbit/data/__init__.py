@@ -2,7 +2,7 @@
 
 from orbit.data.batching import LengthGrouped
 from orbit.data.chat import ChatDataset
-from orbit.data.collate import PaddingFreeCollator, PreferenceCollator, SFTCollator
+from orbit.data.collate import PaddingFreeCollator, SFTCollator
 from orbit.data.completion import CompletionDataset
 from orbit.data.forget_retain import ForgetRetainDataset
 from orbit.data.idk import QAwithIdk
@@ -30,7 +30,6 @@ __all__ = [
     "Packed",
     "PackingError",
     "PaddingFreeCollator",
-    "PreferenceCollator",
     "PreferenceDataset",
     "PretrainingDataset",
     "QADataset",
