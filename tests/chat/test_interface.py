@@ -374,6 +374,26 @@ def test_model_id_loads_model_and_tokenizer(model, tokenizer, tmp_path):
     assert chat.device.type == "cpu"
 
 
+def test_model_id_loads_a_transformer_of_ours(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "init_std": 0.5, "num_experts": 4}
+    ours = Transformer(TransformerConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    strong_task(ours, "one", seed=1)
+    ours.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*tokenizer.save_pretrained\("):
+        ChatInterface(model_id=tmp_path, device="cpu")
+    tokenizer.save_pretrained(tmp_path)
+    adapter.save(ours, tmp_path / "one", "one")
+    chat = ChatInterface(
+        model_id=tmp_path, device="cpu", adapter=tmp_path / "one", dtype="float32", max_new_tokens=6
+    )
+    assert isinstance(chat.model, Transformer)
+    answers = chat.compare([tmp_path / "one", None], "hello")
+    for voice, answer in zip(("one", None), answers.values(), strict=True):
+        with adapter.route(ours, voice):
+            assert answer == greedy(ours, tokenizer, [user("hello")])
+
+
 @pytest.mark.parametrize(
     ("given", "error", "why"),
     [

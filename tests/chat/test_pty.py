@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from orbit import adapter
+from orbit.model import Transformer, TransformerConfig
 from tests.chat.test_interface import strong_task
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
@@ -172,3 +173,38 @@ def test_a_person_chats(folder: Path) -> None:
         terminal.type(CTRL_D)
         assert terminal.ended() == 0
         assert "Traceback" not in terminal.seen
+
+
+def test_a_person_chats_with_a_transformer_of_ours(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "init_std": 0.5}
+    ours = Transformer(TransformerConfig(vocab_size=len(tokenizer), max_length=64, **sizes))
+    ours.save_pretrained(folder / "ours")
+    tokenizer.save_pretrained(folder / "ours")
+    strong_task(ours, "three", 3)
+    adapter.save(ours, folder / "three", name="three")
+    command = [
+        sys.executable,
+        "-m",
+        "orbit.cli",
+        "chat",
+        "ours",
+        "--adapter",
+        "three",
+        "--max-new-tokens",
+        "5",
+    ]
+    with Terminal(*command, cwd=folder) as terminal:
+        terminal.until(r"/help lists[\s\S]*> ")
+        assert len(terminal.ask("hello").split()) > 4
+        assert "three" in terminal.ask("/compare three off")
+        terminal.ask("/set temperature 0.8")
+        terminal.ask("/set top_k 5")
+        assert len(terminal.ask("/retry").split()) > 1
+        for _ in range(9):
+            said = terminal.ask("what is the capital of mali ?")
+        assert "max_length 64" in said  # and the chat goes on
+        terminal.ask("/reset")
+        assert len(terminal.ask("hello").split()) > 2
+        terminal.type("/quit\n")
+        assert terminal.ended() == 0

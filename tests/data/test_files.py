@@ -11,9 +11,13 @@ from orbit.data.files import READERS, records
 from orbit.data.rows import DataError
 
 ROWS = [{"question": "Was\u2028ist das, bitte?", "answer": "né"}, {"question": 'a "b", c', "answer": "x\ny"}]
+LINES = (
+    '{"question": "Was\u2028ist das, bitte?", "answer": "né"}',
+    '{"question": "a \\"b\\", c", "answer": "x\\ny"}',
+)
 TEXTS = {
-    ".jsonl": '{"question": "Was\u2028ist das, bitte?", "answer": "né"}\n\n{"question": "a \\"b\\", c", "answer": "x\\ny"}',
-    ".json": '[{"question": "Was\u2028ist das, bitte?", "answer": "né"}, {"question": "a \\"b\\", c", "answer": "x\\ny"}]',
+    ".jsonl": f"{LINES[0]}\n\n{LINES[1]}",
+    ".json": f"[{LINES[0]}, {LINES[1]}]",
     ".csv": 'question,answer\n"Was\u2028ist das, bitte?",né\n\n"a ""b"", c","x\ny"\n',
     ".tsv": 'question\tanswer\nWas\u2028ist das, bitte?\tné\n"a ""b"", c"\t"x\ny"\n',
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from orbit.objective import CausalLM
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
@@ -133,3 +134,20 @@ def test_labels_of_another_shape_are_named(model):
 def test_a_model_without_logits_is_named(model, shape):
     with pytest.raises(TypeError, match="Wrapped returned"):
         CausalLM()(Wrapped(model, shape), batch(model))
+
+
+def test_the_balance_of_transformers_experts_is_in_the_loss():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(
+        **sizes, vocab_size=20, num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5
+    )
+    model = MixtralForCausalLM(config).train()
+    data = batch(model)
+    plain = model(**data).loss
+    torch.testing.assert_close(CausalLM()(model, data).loss, plain)
+    model.config.output_router_logits = True
+    theirs = model(**data)
+    assert theirs.aux_loss > 0
+    torch.testing.assert_close(CausalLM()(model, data).loss, theirs.loss)
+    torch.testing.assert_close(CausalLM()(model.eval(), data).loss, plain)  # a score is of the text alone

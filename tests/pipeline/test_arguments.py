@@ -57,13 +57,14 @@ def test_every_field_of_transformers_is_known_with_its_default() -> None:
 
 
 def test_the_documents_yaml_is_read_with_a_warning_for_each_substitute(plain_cpu: None) -> None:
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="trainer.args") as told:
         arguments = read_arguments(yaml.safe_load(DOCUMENT))
     said = " ".join(str(warning.message) for warning in told)
     for name in ("bf16", "bf16_full_eval", "logging_dir", "paged_adamw_32bit", "save_only_model"):
         assert name in said
     assert len(told) == 5
-    assert arguments.learning_rate == 1e-5 and isinstance(arguments.num_train_epochs, int)
+    assert arguments.learning_rate == 1e-5
+    assert isinstance(arguments.num_train_epochs, int)
     assert (arguments.optim, arguments.bf16, arguments.warmup(100)) == ("adamw_torch", False, 5)
 
 

@@ -159,7 +159,7 @@ def test_driver_hf_gives_the_losses_of_a_hand_written_loop(hand: Way, tmp_path: 
         torch.testing.assert_close(way.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["sequential", "random"])
+@pytest.mark.parametrize("strategy", ["sequential", "random", "group_by_length"])
 def test_both_drivers_go_through_the_data_alike(strategy: str, tmp_path: Path) -> None:
     arguments = replace(ARGUMENTS, train_sampling_strategy=strategy, data_seed=11, max_steps=9)
     ours = by_driver(orbit_driver, tmp_path / "orbit", arguments)

@@ -1,4 +1,4 @@
-"""Driver hf: transformers' loop says what ours says, and a user's Trainer subclass runs as document 002 registers it."""
+"""Driver hf: transformers' loop says what ours says; a Trainer subclass runs as document 002 registers it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ class GradAscentTrainer(Trainer):
 
 def test_a_users_trainer_brings_its_own_loop(tmp_path: Path) -> None:
     assert driver_of("orbit", GradAscentTrainer) == driver_of(None, Trainer) == "hf"
-    assert driver_of(None, CausalLM) == "orbit" and driver_of("hf", CausalLM) == "hf"
+    assert driver_of(None, CausalLM) == "orbit"
+    assert driver_of("hf", CausalLM) == "hf"
     with pytest.raises(ConfigError, match="did you mean 'orbit'"):
         driver_of("orbitt", CausalLM)
     run = replace(
@@ -123,7 +124,8 @@ def loss_of(run: Any) -> float:
 def test_what_only_transformers_has_reaches_it(tmp_path: Path) -> None:
     args = replace(BASE, max_steps=1, warmup_ratio=0.5, rest={"neftune_noise_alpha": 5.0})
     made = hf_driver.training_arguments(work(tmp_path, args))
-    assert made.neftune_noise_alpha == 5.0 and made.get_warmup_steps(10) == 5
+    assert made.neftune_noise_alpha == 5.0
+    assert made.get_warmup_steps(10) == 5
     with pytest.raises(ConfigError, match="muon"):
         hf_driver.training_arguments(work(tmp_path, replace(args, optim="muon")))
 

@@ -81,7 +81,8 @@ def test_each_schedule_is_transformers_own(name: str) -> None:
 def test_optim_args() -> None:
     model = nn.Linear(2, 2)
     made = build_optimizer(model, Arguments(optim="sgd", optim_args="momentum=0.9, nesterov=true"))
-    assert made.defaults["momentum"] == 0.9 and made.defaults["nesterov"] is True
+    assert made.defaults["momentum"] == 0.9
+    assert made.defaults["nesterov"] is True
     with pytest.raises(ConfigError, match="name=value"):
         build_optimizer(model, Arguments(optim="sgd", optim_args="momentum"))
     with pytest.raises(ConfigError, match="momentun"):

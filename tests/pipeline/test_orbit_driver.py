@@ -119,7 +119,8 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     losses = [row["epoch/val_loss"] for row in rows(tmp_path) if "epoch/val_loss" in row]
     assert min(losses) < losses[-1]  # else this test shows nothing
     assert held_loss(run) == pytest.approx(min(losses), rel=1e-5)
-    assert result["best_val_loss"] == min(losses) and result["val_loss"] == losses[-1]
+    assert result["best_val_loss"] == min(losses)
+    assert result["val_loss"] == losses[-1]
 
 
 def test_it_stops_when_the_evaluations_stop_improving(tmp_path: Path) -> None:
@@ -210,7 +211,8 @@ def test_options_reach_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         report_to="tensorboard", use_cpu=True,
     )  # fmt: skip
     orbit_driver.fit(work(tmp_path, args))
-    assert made["activation_checkpointing"] is True and made["split_on_oom"] is True
+    assert made["activation_checkpointing"] is True
+    assert made["split_on_oom"] is True
     assert (made["mixed_precision"], made["grad_clip_norm"], made["device"]) == ("bf16", None, "cpu")
     assert list((tmp_path / "board").iterdir())
     assert any(isinstance(plugin, Plugin) and type(plugin).__name__ == "Board" for plugin in made["plugins"])

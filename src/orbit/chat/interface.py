@@ -36,6 +36,8 @@ from orbit.core.rng import preserved
 from orbit.core.runtime import resolve_device
 from orbit.data.sft import pad_token_id
 from orbit.data.template import encode, render
+from orbit.model import Transformer
+from orbit.model.decoder.folder import is_ours
 
 Adapter: TypeAlias = "str | Path | None"
 
@@ -46,7 +48,8 @@ class ChatInterface:
     Args:
         model: a causal LM with `generate`, of transformers or `orbit.model.Transformer`, also as an X-LoRA mixture;
             its tokenizer must be given too.
-        model_id: in place of `model`: a Hugging Face name, a folder, or "smollm2" (`orbit.demo.smollm2`).
+        model_id: in place of `model`: a Hugging Face name, a folder (of `Transformer.save_pretrained` too), or
+            "smollm2" (`orbit.demo.smollm2`).
         tokenizer: default, with `model_id`: the one beside the model.
         device: default: where `model` is; with `model_id`, CUDA when there is one, else the CPU.
         adapter: a folder to load (PEFT's, or a mixture's), or the name of a task that the model already has; of
@@ -67,6 +70,7 @@ class ChatInterface:
         ChatError: a setting is outside its range.
         TaskError: an adapter that is neither a folder nor a task of the model.
         TypeError: a model that cannot generate.
+        FileNotFoundError: no model at `model_id`, or no tokenizer beside it.
         MissingExtraError: with `model_id`, transformers is not installed.
     """
 
@@ -286,8 +290,8 @@ class ChatInterface:
         table = None if find is None else getattr(find(), "num_embeddings", None)
         if table is not None and max(ids, default=0) >= table:
             raise ChatError(
-                f"the tokenizer gives token {max(ids)}, and the model knows {table} tokens: give the model's own tokenizer, "
-                "or resize_token_embeddings(len(tokenizer)) and train the new ones"
+                f"the tokenizer gives token {max(ids)}, and the model knows {table} tokens: give the model's own "
+                "tokenizer, or resize_token_embeddings(len(tokenizer)) and train the new ones"
             )
         return ids
 
@@ -326,10 +330,20 @@ def _listed(adapter: Any) -> list[Adapter]:
 
 def _load(model_id: str | Path, tokenizer: Any, dtype: torch.dtype | str) -> tuple[Any, Any]:
     need("llm", "transformers", "jinja2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
     from orbit.demo.smollm2 import resolve_model
 
     folder = resolve_model(model_id)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
+    model: Any
+    if is_ours(folder):
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # "auto" is as stored
+        model = Transformer.from_pretrained(folder, dtype=wanted)
+        if tokenizer is None and not any(Path(folder).glob("tokenizer*")):
+            raise FileNotFoundError(
+                f"there is no tokenizer in {folder}: write it there with tokenizer.save_pretrained({folder!r})"
+            )
+        own = {"config": PreTrainedConfig()}  # else transformers wonders about ours
+    else:
+        model, own = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), {}
+    return model, AutoTokenizer.from_pretrained(folder, **own) if tokenizer is None else tokenizer

@@ -1,18 +1,46 @@
-"""Data for language models: chat templates, SFT samples, batches, the step that trains on them. `images` has others."""
+"""Data for language models: templates, samples, datasets, batches, a training step. `images` has others."""
 
-from orbit.data.collate import SFTCollator
+from orbit.data.chat import ChatDataset
+from orbit.data.collate import PaddingFreeCollator, PreferenceCollator, SFTCollator
+from orbit.data.completion import CompletionDataset
+from orbit.data.forget_retain import ForgetRetainDataset
+from orbit.data.idk import QAwithIdk
+from orbit.data.mixture import TaskMixture
+from orbit.data.package import TemplateArgsError, package_messages, package_prompt_response
+from orbit.data.preference import PreferenceDataset, RatedDataset
+from orbit.data.pretraining import PretrainingDataset
+from orbit.data.qa import QADataset
+from orbit.data.rows import DataError
 from orbit.data.sft import MaskedSampleError, build_sft
+from orbit.data.sources import read_rows, stream_rows
 from orbit.data.template import FALLBACK, TemplateError, encode, encode_turns, render
 from orbit.data.train_sft import train_sft
 
 __all__ = [
     "FALLBACK",
+    "ChatDataset",
+    "CompletionDataset",
+    "DataError",
+    "ForgetRetainDataset",
     "MaskedSampleError",
+    "PaddingFreeCollator",
+    "PreferenceCollator",
+    "PreferenceDataset",
+    "PretrainingDataset",
+    "QADataset",
+    "QAwithIdk",
+    "RatedDataset",
     "SFTCollator",
+    "TaskMixture",
+    "TemplateArgsError",
     "TemplateError",
     "build_sft",
     "encode",
     "encode_turns",
+    "package_messages",
+    "package_prompt_response",
+    "read_rows",
     "render",
+    "stream_rows",
     "train_sft",
 ]

@@ -1,4 +1,4 @@
-"""A dataset from its section of a config: `{handler: NAME, args: {...}}`."""
+"""A dataset from its section of a config: `{handler: NAME, args: {...}, packing: 2048, cache: true}`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 from orbit.core.components import ComponentError
 from orbit.core.making import make
 from orbit.core.names import did_you_mean
+from orbit.data.once import once
+from orbit.data.packing import Packed
 from orbit.data.registry import DATASET_REGISTRY
 
-_KEYS = ("handler", "args")
+_KEYS = ("handler", "args", "cache", "packing")
 
 
 def build_dataset(
@@ -18,7 +20,9 @@ def build_dataset(
 ) -> Any:
     """The dataset `name`: what is registered as its handler, or as its name, called with its args.
 
-    `template_args` and `tokenizer` are the model's, for datasets that take them.
+    `template_args` and `tokenizer` are the model's, for datasets that take them. Its samples are tokenised once
+    and kept (`orbit.data.once`), unless `cache` is false. With `packing`, rows of so many tokens hold several of them
+    (`orbit.data.packing`).
 
     Raises:
         ComponentError: no such dataset, another key, arguments that it does not take or lacks.
@@ -31,8 +35,21 @@ def build_dataset(
             )
     handler = section.get("handler") or name
     args = dict(section.get("args") or {})
-    where = f"dataset {name!r}"
-    return make(DATASET_REGISTRY[handler], args, where, template_args=template_args, tokenizer=tokenizer)
+    cache, packing = section.get("cache", True), section.get("packing")
+    if not isinstance(cache, bool):
+        raise ComponentError(f"dataset {name!r} has cache={cache!r}: true or false")
+    if packing is not None and (not isinstance(packing, int) or isinstance(packing, bool) or packing < 2):
+        raise ComponentError(
+            f"dataset {name!r} has packing={packing!r}: the tokens of a row, or null for none"
+        )
+    component, where = DATASET_REGISTRY[handler], f"dataset {name!r}"
+
+    def made() -> Any:
+        return make(component, args, where, template_args=template_args, tokenizer=tokenizer)
+
+    settings = {**args, "template_args": template_args}
+    dataset = once(made, component, settings, tokenizer) if cache else made()
+    return dataset if packing is None else Packed(dataset, packing)
 
 
 def as_dataset(name: str, source: Any, template_args: Mapping[str, Any] | None, tokenizer: Any) -> Any:

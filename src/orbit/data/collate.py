@@ -55,6 +55,7 @@ class SFTCollator:
         Returns:
             {"input_ids", "attention_mask", "labels"}, each (batch, length) int64, and the samples' other columns. Of
             rows with "position_ids" (packed ones) those in place of the attention mask, which would hide their borders.
+            Labels that are longer than the ids, as for generation (`predict_with_generate`), keep their own length.
 
         Raises:
             ValueError: no sample, one without ids or labels, of unequal lengths, with a column that is neither tokens
@@ -88,13 +89,14 @@ class SFTCollator:
     def _together(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Rows of tokens as one batch."""
         packed = "position_ids" in rows[0]
-        length = max(len(row["input_ids"]) for row in rows)
-        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         fill = {"input_ids": pad_token_id(self.tokenizer), "labels": self.ignore_index}
         keys = [*fill, "position_ids" if packed else "attention_mask"]
-        return {
-            key: torch.stack([self._pad(row[key], length, fill.get(key)) for row in rows]) for key in keys
-        }
+        return {key: self._stacked([row[key] for row in rows], fill.get(key)) for key in keys}
+
+    def _stacked(self, column: list[Tensor], fill: int | None) -> Tensor:
+        longest = max(len(values) for values in column)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return torch.stack([self._pad(values, length, fill) for values in column])
 
     def _pad(self, values: Tensor, length: int, fill: int | None) -> Tensor:
         missing = length - len(values)
@@ -111,6 +113,8 @@ class PaddingFreeCollator(SFTCollator):
     """
 
     def _together(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        if any(len(row["labels"]) != len(row["input_ids"]) for row in rows):
+            raise ValueError("samples for generation need padding: take SFTCollator(padding_side='left')")
         return super()._together([join(rows, self.ignore_index)])
 
 
@@ -160,7 +164,8 @@ def _row(index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
     if "position_ids" not in row:
         row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
     lengths = {key: tuple(value.shape) for key, value in row.items()}
-    if len(set(lengths.values())) != 1 or row["labels"].dim() != 1:
+    inputs = {length for key, length in lengths.items() if key != "labels"}
+    if len(inputs) != 1 or row["labels"].dim() != 1 or min(inputs) > lengths["labels"]:
         raise ValueError(f"sample {index} must hold 1-D sequences of one length, got {lengths}")
     return row
 

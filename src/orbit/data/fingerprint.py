@@ -12,6 +12,7 @@ import inspect
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -47,11 +48,16 @@ def fingerprint(*parts: Any) -> str:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """A hash of every file that the tokenizer saves: vocabulary, merges, special tokens, chat template."""
+    """A hash of every file that the tokenizer saves: vocabulary, merges, special tokens, chat template.
+
+    And of today's date, if the template writes it.
+    """
+    template = str(getattr(tokenizer, "chat_template", None))
+    today = time.strftime("%F") if "strftime_now" in template else None
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return fingerprint(type(tokenizer).__qualname__, {p.name: sha256_of(p) for p in files})
+        return fingerprint(type(tokenizer).__qualname__, today, {p.name: sha256_of(p) for p in files})
 
 
 def of_code(handler: type) -> str:

@@ -1,8 +1,8 @@
 """A dataset that is tokenised once: `once(make, handler, settings, tokenizer)`.
 
-Only a handler that says `tokenised_once = True` is cached: each sample is then a function of the rows that it reads by
-`read_rows`, of its arguments, of the tokenizer, and of code in its own module, in its bases' and in `orbit.data`.
-Whoever has a `set_epoch` gives other samples in another epoch, and is not cached.
+Only a class that itself says `tokenised_once = True` is cached: each sample is then a function of the rows that it
+reads by `read_rows`, of its arguments, of the tokenizer, and of code in its own module, in its bases' and in
+`orbit.data`. Whoever has a `set_epoch` gives other samples in another epoch, and is not cached.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from orbit.data.cache import tokenised
 from orbit.data.fingerprint import NotCacheableError, fingerprint, of_code, of_tokenizer, seen
 
 _logger = logging.getLogger(__name__)
+FEW = 1000  # samples that are tokenised while one waits
 
 
 def once(
@@ -24,6 +25,7 @@ def once(
     settings: Mapping[str, Any],
     tokenizer: Any,
     folder: Path | None = None,
+    few: int = FEW,
 ) -> Any:
     """What `make` makes, or its samples from the cache, which are the same.
 
@@ -32,13 +34,19 @@ def once(
         handler: the dataset's class.
         settings: all arguments but the tokenizer.
         folder: of caches; default `$ORBIT_CACHE/tokenised`.
+        few: fewer samples are not worth a file, and are held in memory.
 
     Raises:
         DataError: the cache cannot be written. Whatever `make` raises, and the dataset at a sample.
     """
     with seen() as digests:
         dataset = make()
-    if not getattr(handler, "tokenised_once", False) or hasattr(dataset, "set_epoch"):
+    says_so = vars(handler).get("tokenised_once", False) if isinstance(handler, type) else False
+    if not says_so or hasattr(dataset, "set_epoch"):
+        return dataset
+    if len(dataset) < few:
+        if hasattr(dataset, "hold"):
+            dataset.hold()
         return dataset
     try:
         if None in digests:

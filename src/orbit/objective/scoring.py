@@ -76,8 +76,20 @@ def score(model: nn.Module, inputs: Mapping[str, Any], labels_BT: Tensor, ignore
         target_BC[mask_BC],
         mask_BC,
         column_C,
-        getattr(output, "added_loss", None),
+        _added(output, model),
     )
+
+
+def _added(output: Any, model: nn.Module) -> Tensor | None:
+    """The loss that keeps a model's experts balanced, weighted: our `added_loss`; of transformers' models that were
+    told `output_router_logits=True` their `aux_loss`, which they add themselves only to a loss of their own.
+    """
+    aux = getattr(output, "aux_loss", None)
+    if not isinstance(aux, Tensor) or not model.training:
+        return getattr(output, "added_loss", None)
+    inner: Any = getattr(model, "module", model)
+    weight = getattr(getattr(inner, "config", None), "router_aux_loss_coef", None)
+    return None if weight is None else weight * aux.to(output.logits.device)
 
 
 def _takes(model: nn.Module, argument: str) -> bool:

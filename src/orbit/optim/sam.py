@@ -48,7 +48,8 @@ class SAM(Optimizer):
 
     Raises:
         TypeError: a base that is neither class nor optimizer.
-        ValueError: a negative or infinite ρ; a base that needs a closure or keeps its parts apart, or holds other parameters.
+        ValueError: a negative or infinite ρ; a base that needs a closure or keeps its parts apart, or holds other
+            parameters.
 
     >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     >>> optimizer = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)

@@ -41,7 +41,11 @@ class Command:
 
 
 def _train(job: Job) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from orbit.pipeline.train import train
+
+    disable_progress_bar()  # of loading weights
 
     train(job.config, job.experiment, overrides=job.overrides)
 

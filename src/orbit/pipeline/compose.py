@@ -32,7 +32,7 @@ from orbit.core.names import did_you_mean
 from orbit.pipeline.schema import OPEN, SCHEMA
 
 _SHIPPED = "orbit.configs"
-_PLAIN = re.compile(r"(?P<path>[A-Za-z_][\w.\[\]-]*)=(?!=)")
+_PLAIN = re.compile(r"(?P<path>[A-Za-z_][\w.\[\]-]*)=(?!=)(?P<dict>\{)?")
 _LAUNCHER = re.compile(r"\+*(hydra/launcher=|hydra\.launcher\.)")
 _SILENT = {"version": 1, "root": None, "disable_existing_loggers": False}  # Hydra's `job_logging=none`
 _QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
@@ -103,7 +103,8 @@ def run_sweep(
 
     def task(cfg: Any) -> Any:
         running = HydraConfig.get()
-        return run(Job(resolved(cfg), running.runtime.choices.get("experiment"), (*running.overrides.task,)))
+        given = [_closed(text) for text in running.overrides.task]
+        return run(Job(resolved(cfg), running.runtime.choices.get("experiment"), (*given,)))
 
     entry = hydra.main(config_path=f"pkg://{_SHIPPED}", config_name=name, version_base="1.3")(task)
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
@@ -139,18 +140,25 @@ def resolved(cfg: Any) -> dict[str, Any]:
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
-    """Overrides below an open section may name new keys.
+    """Overrides of an open section, and below one, may name new keys.
 
-    >>> opened(["trainer.args.eval_steps=5", "trainer.drivr=hf"])
-    ['++trainer.args.eval_steps=5', 'trainer.drivr=hf']
+    >>> opened(["trainer.args.eval_steps=5", "trainer.args={eval_steps: 5}", "trainer.drivr=hf"])
+    ['++trainer.args.eval_steps=5', '++trainer.args={eval_steps: 5}', 'trainer.drivr=hf']
     """
     return [f"++{text}" if _lies_open(text) else text for text in overrides]
 
 
+def _closed(override: str) -> str:
+    """As it was before `opened`."""
+    bare = override.removeprefix("++")
+    return bare if _lies_open(bare) else override
+
+
 def _lies_open(override: str) -> bool:
     match = _PLAIN.match(override)
+    steps = match["path"].split(".") if match else []
     schema: Any = SCHEMA
-    for step in match["path"].split(".")[:-1] if match else ():
+    for step in steps if match and match["dict"] else steps[:-1]:
         schema = schema.get(step) if isinstance(schema, Mapping) else None
         if schema is OPEN:
             return True
@@ -184,7 +192,7 @@ def _composing(
         _refuse_more_than_a_launcher(own)
         with open_dict(cfg):
             del cfg["hydra"]
-        return Job(resolved(cfg), choices.get("experiment"), tuple(given))
+        return Job(resolved(cfg), choices.get("experiment"), tuple(map(_closed, given)))
 
     with _told(), _own_hydra(config_dir), hydra.initialize_config_module(_SHIPPED, version_base="1.3"):
         yield composed

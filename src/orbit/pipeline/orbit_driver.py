@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from orbit.config import ConfigError
+from orbit.core import runtime
+from orbit.core.meters import Averages
 from orbit.core.outcome import Outcome
 from orbit.core.ranks import parallel, shards
 from orbit.core.rng import seed_everything
@@ -74,8 +76,7 @@ def fit(work: Work) -> dict[str, float]:
                 evaluate(engine, compute, evals, precision)
         if args.load_best_model_at_end and best is not None and best.best_path is not None:
             _load_model(engine, best.best_path)
-    loss = engine.step_info.get("loss")
-    found = {} if loss is None else {"loss": loss}
+    found = _last_loss(engine)
     if args.load_best_model_at_end and best is not None and best.best_score is not None:
         found[f"best_{args.monitor}"] = best.best_score
     return {name: float(value) for name, value in {**found, **engine.metrics}.items()}
@@ -104,7 +105,7 @@ def several_processes(args: Arguments) -> str | None:
     Raises:
         ConfigError: an `fsdp` that we do not have, or one without several processes.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = max(runtime.world_size(), int(os.environ.get("WORLD_SIZE", "1"))) > 1
     if not args.fsdp:
         way = "ddp" if several else None
     elif args.fsdp is not True and args.fsdp not in ("full_shard", "full_shard auto_wrap"):
@@ -120,6 +121,16 @@ def several_processes(args: Arguments) -> str | None:
     if way is not None:
         parallel.start()
     return way
+
+
+def _last_loss(engine: Engine) -> dict[str, float]:
+    """`loss` of the last step that was done here, over all ranks; nothing if none was."""
+    means, loss = Averages(), engine.step_info.get("loss")
+    if loss is not None:
+        means.add({"loss": loss}, engine.updater.share)
+    if engine.team is not None:
+        means.over_ranks()
+    return means.flush()
 
 
 def _compile(args: Arguments) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from orbit.core.names import did_you_mean
 from orbit.model.activation import activation_of
 from orbit.model.attention.scaling import read_scaling
 from orbit.model.errors import SettingError
 
 __all__ = ["TransformerConfig"]
 
+OURS = "orbit"  # the model_type of what Transformer.save_pretrained writes
 _DIFFERENT: dict[str, tuple[str, ...]] = {  # the settings by which a family differs from Llama
     "llama": (),
     "mistral": ("window",),
@@ -129,7 +131,8 @@ class TransformerConfig:
 
     @classmethod
     def from_llama(cls, config: Any) -> TransformerConfig:
-        """The settings of a Llama, or of a Mistral or Qwen3, which differ from it in what we have.
+        """The settings of a Llama, or of a Mistral or Qwen3, which differ from it in what we have;
+        or those that `Transformer.save_pretrained` wrote.
 
         Args:
             config: transformers' config object, what `config.json` holds, or the folder of that file.
@@ -140,8 +143,10 @@ class TransformerConfig:
         >>> from transformers import LlamaConfig                                # doctest: +SKIP
         >>> TransformerConfig.from_llama(LlamaConfig(num_key_value_heads=8))    # doctest: +SKIP
         """
-        given = _read(config)
+        given = read_config(config)
         kind = given.get("model_type", "llama")
+        if kind == OURS:
+            return cls._from_ours(given)
         if kind not in _DIFFERENT:
             raise SettingError(f"model_type {kind!r} is no Llama: {', '.join(_DIFFERENT)} can be read")
         base, scaling = _rope(given)
@@ -171,11 +176,34 @@ class TransformerConfig:
             pad_token_id=pad if pad is not None and pad >= 0 else None,  # old Llamas write -1 for none
         )
 
+    @classmethod
+    def _from_ours(cls, given: Mapping[str, Any]) -> TransformerConfig:
+        settings = given.get("settings")
+        if not isinstance(settings, dict):
+            raise SettingError("the config of a Transformer has no settings")
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise SettingError(
+                    f"there is no setting {name!r}{did_you_mean(name, known)}: a newer Orbit wrote it?"
+                )
+        missing = [
+            field.name for field in fields(cls) if field.default is MISSING and field.name not in settings
+        ]
+        if missing:
+            raise SettingError(f"the config of a Transformer needs {', '.join(missing)}")
+        if isinstance(settings.get("eos_token_id"), list):
+            settings = {**settings, "eos_token_id": tuple(settings["eos_token_id"])}
+        try:
+            return cls(**settings)
+        except TypeError as error:  # a value of another kind
+            raise SettingError(f"the config of a Transformer: {error}") from None
+
 
 # -- reading transformers' settings --------------------------------------------------------------------------
 
 
-def _read(config: Any) -> Mapping[str, Any]:
+def read_config(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
     if isinstance(config, (str, Path)):

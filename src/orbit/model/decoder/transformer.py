@@ -14,6 +14,8 @@ trained on one fits the other. Touvron et al. 2023, https://arxiv.org/abs/2302.1
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -252,6 +254,39 @@ class Transformer(nn.Module):
         return list(self.model.layers)
 
     generate = generate
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write config.json and model.safetensors, which `from_pretrained` and `orbit chat` read. Adapters are not
+        written: `orbit.adapter.save` does that. Under FSDP2 every rank must call it, and the first one writes.
+
+        Raises:
+            WeightsError: the model is on the meta device. OSError: from the file system.
+        """
+        from orbit.model.decoder.folder import save_folder
+
+        return save_folder(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Transformer:
+        """The model in a folder, of `save_pretrained` or of a Llama (`TransformerConfig.from_llama`), in eval mode.
+
+        Args:
+            folder: with config.json and safetensors.
+            dtype: default: as stored.
+
+        Raises:
+            SettingError: another architecture, or a setting that would be lost. WeightsError: weights that are damaged
+            or do not fit. OSError: from the file system.
+        """
+        from orbit.model.decoder.folder import load_folder
+
+        return load_folder(folder, device=device, dtype=dtype)
 
     # What tools for transformers' models ask for: which part is the body, and which layers read and write tokens.
 

@@ -1,0 +1,127 @@
+"""Configs are composed by Hydra, which does nothing else, whatever a config says in its section `hydra`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from orbit.config import ConfigError
+from orbit.pipeline.compose import compose, compose_job, compose_sweep
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    path = folder / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# @package _global_\n{text}" if name.startswith("experiment/") else text)
+
+
+def test_a_job_knows_its_experiment_and_its_overrides() -> None:
+    job = compose_job("train", ["experiment=sft", "adapter.r=3", "trainer.args.new_one=x"])
+    assert (job.experiment, job.overrides) == (
+        "sft",
+        ("experiment=sft", "adapter.r=3", "trainer.args.new_one=x"),
+    )
+    assert job.config["adapter"]["r"] == 3
+    assert job.config["trainer"]["args"]["new_one"] == "x"
+    assert "hydra" not in job.config
+    assert compose_job("train").experiment is None
+
+
+def test_a_folder_of_the_users_goes_before_what_ships(tmp_path: Path) -> None:
+    write(tmp_path, "experiment/sft", "adapter: {r: 5}\n")
+    write(tmp_path, "experiment/mine", "defaults: [sft]\nadapter: {alpha: 7}\n")
+    assert compose("train", ["experiment=sft"], tmp_path)["adapter"] == {"type": "lora", "r": 5, "alpha": 32}
+    assert compose("train", ["experiment=mine"], tmp_path)["adapter"]["alpha"] == 7
+    assert compose("train", ["experiment=sft"])["adapter"]["r"] == 16
+    assert compose_sweep("train", ["experiment=sft,mine"], tmp_path)[1].config["adapter"]["r"] == 5
+
+
+def test_a_sweep_is_every_combination_in_order() -> None:
+    jobs = compose_sweep("train", ["adapter.r=2,4", "trainer.args.seed=1,2", "run_name=x"])
+    found = [(job.config["adapter"]["r"], job.config["trainer"]["args"]["seed"]) for job in jobs]
+    assert found == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    assert jobs[1].overrides == ("adapter.r=2", "trainer.args.seed=2", "run_name=x")
+
+
+def test_a_program_that_runs_under_hydra_keeps_its_own_state() -> None:
+    with hydra.initialize_config_module("orbit.configs", version_base="1.3"):
+        theirs = GlobalHydra.instance().hydra
+        compose("train")
+        assert GlobalHydra.instance().hydra is theirs
+    assert not GlobalHydra.instance().is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.template_args={x: '${.y}', y: '${.x}'}", "(?i)model.template_args.*interpolation"),
+        ("run_name=${nope}", "run_name: Interpolation key 'nope' not found"),
+        ("run_name=???", r"run_name has no value \(\?\?\?\)"),
+        ("run_name=[1", r"override 'run_name=\[1'"),
+        ("experiment=sftt", "there is no config 'experiment/sftt'; did you mean 'sft'"),
+        ("expriment=sft", "did you mean|expriment"),
+        ("trainer.drivr=hf", "unknown key 'trainer.drivr'; did you mean 'driver'"),
+        ("hydra.run.dir=x", "a sweep chooses its launcher"),
+        ("+hydra.callbacks.x._target_=os.system", "a sweep chooses its launcher"),
+        ("hydra/job_logging=default", "a sweep chooses its launcher"),
+        ("hydra/launcher=nope", "did you mean|there are: basic"),
+    ],
+)
+def test_an_override_that_cannot_be(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as told:
+        compose("train", [override])
+    assert "\n" not in str(told.value)
+
+
+HARMFUL = {
+    "a launcher": "hydra:\n  launcher:\n    _target_: os.system\n",
+    "a callback": "hydra:\n  callbacks:\n    x: {_target_: os.system, command: 'touch harmed'}\n",
+    "a logger": "hydra:\n  job_logging:\n    root: {handlers: [x]}\n    handlers: {x: {'()': os.system}}\n",
+    "Hydra's log": "hydra:\n  hydra_logging:\n    root: {handlers: []}\n",
+    "a sweeper": "hydra:\n  sweeper:\n    _target_: os.system\n",
+    "a hidden sweep": "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {adapter.r: '1,2'}\n",
+    "an environment": "hydra:\n  job:\n    env_set: {LD_PRELOAD: x}\n",
+    "a directory": "hydra:\n  job:\n    chdir: true\n",
+    "a package": "hydra:\n  searchpath: ['pkg://this']\n",
+}
+
+
+@pytest.mark.parametrize("what", HARMFUL)
+def test_a_config_gets_nothing_done_by_hydra(what: str, tmp_path: Path, capsys) -> None:
+    write(tmp_path, "experiment/theirs", HARMFUL[what])
+    with pytest.raises(ConfigError, match=r"hydra\.\w+"):
+        compose("train", ["experiment=theirs"], tmp_path)
+    with pytest.raises(ConfigError, match=r"hydra\.\w+"):
+        compose_sweep("train", ["experiment=sft,theirs"], tmp_path)
+    assert "Zen" not in capsys.readouterr().out  # which importing `this` would print
+
+
+def test_a_launcher_of_the_folder_is_no_launcher(tmp_path: Path) -> None:
+    write(tmp_path, "hydra/launcher/one", "_target_: os.system\ncommand: touch harmed\n")
+    write(tmp_path, "hydra/launcher/two", "_target_: hydra_plugins.x\nn: [{_target_: os.system}]\n")
+    for name in ("one", "two"):
+        with pytest.raises(ConfigError, match=r"hydra\.launcher may name"):
+            compose("train", [f"hydra/launcher={name}"], tmp_path)
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    with pytest.raises(ConfigError, match="is no folder; did you mean 'configs'"):
+        compose("train", (), tmp_path / "config")
+    with pytest.raises(ConfigError, match="holds no .yaml"):
+        compose("train", (), tmp_path / "configs")
+    write(tmp_path / "configs", "train", "a: 1\n")
+    with pytest.raises(ConfigError, match=r"would take the place of Orbit's own train\.yaml"):
+        compose("train", (), tmp_path / "configs")
+
+
+@pytest.mark.parametrize("content", [b"a: [\n", b"run_name: \xff\n", b"a: 1\na: 2\n"])
+def test_a_config_that_cannot_be_read(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as told:
+        compose("train", ["experiment=mine"], tmp_path)
+    assert "\n" not in str(told.value)
