@@ -14,7 +14,7 @@ from orbit.data.pretraining import PretrainingDataset
 from orbit.data.qa import QADataset
 from orbit.data.rows import DataError
 from orbit.data.sft import MaskedSampleError, build_sft
-from orbit.data.sources import DataError, read_rows, stream_rows
+from orbit.data.sources import read_rows, stream_rows
 from orbit.data.streams import StreamDataset
 from orbit.data.template import FALLBACK, TemplateError, encode, encode_turns, render
 from orbit.data.train_sft import train_sft
