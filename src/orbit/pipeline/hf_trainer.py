@@ -40,6 +40,7 @@ class ObjectiveTrainer(Trainer):
         self, objective: Callable[..., Outcome], ref: Any, arguments: Arguments, **others: Any
     ) -> None:
         self.objective, self.ref, self.arguments = objective, ref, arguments
+        self._records = Averages()  # since the last log
         super().__init__(**others)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -70,6 +71,8 @@ class ObjectiveTrainer(Trainer):
             raise ValueError(
                 "driver=hf needs a loss for every batch and the objective gave None: use driver=orbit"
             )
+        if model.training:
+            self._records.add(outcome.records)
         counted = units(self.objective, inputs)
         if not isinstance(outcome.weight, Tensor) and outcome.weight != counted:
             raise ValueError(
@@ -83,6 +86,14 @@ class ObjectiveTrainer(Trainer):
         ):  # the processes' gradients are averaged, and total is of all
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the step's numbers, and with a training loss the means of the objective's records since the last one."""
+        if "loss" in logs:
+            if self.args.world_size > 1:
+                self._records.over_ranks()
+            logs = {**logs, **dict(flat(self._records.flush()))}
+        super().log(logs, start_time)
 
     def evaluation_loop(
         self,
