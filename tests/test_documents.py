@@ -12,6 +12,7 @@ import json
 import re
 import signal
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,7 @@ def components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None
     for name, text in {
         "model/Llama-3.1-8B-Instruct": substituted(snippet("002", 1, "yaml"), model),
         "data/datasets/TOFU_QA_FULL": snippet("002", 3, "yaml"),
-        "data/tofu": "defaults:\n- datasets@train: TOFU_QA_FULL\n",
+        "data/tofu": "defaults:\n- datasets@train: TOFU_QA_FULL\n- datasets@eval: TOFU_QA_FULL\n",
         "trainer/documented": snippet("002", 5, "yaml"),
     }.items():
         path = tmp_path / "configs" / f"{name}.yaml"
@@ -353,6 +354,21 @@ def test_002_datasets(components: Path) -> None:
         assert item["input_ids"].tolist() == tokenizer(written)["input_ids"] + [tokenizer.eos_token_id]
         taught = item["labels"][item["labels"] != -100]
         assert tokenizer.decode(taught) == f"{fact['answer']} <end>"
+
+
+def test_002_the_three_files_are_a_run(components: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Model, dataset and trainer as the document has them; what has a substitute here says so."""
+    _register_data("TOFU_QA_FULL", QADataset)
+    parts = ["model=Llama-3.1-8B-Instruct", "data=tofu", "trainer=documented"]
+    cfg = compose("train", ["experiment=sft", *parts], components)
+    with warnings.catch_warnings(record=True, action="always") as told:
+        train(cfg, "sft")
+    said = "\n".join(str(warning.message) for warning in told)
+    assert all(f"trainer.args.{name}" in said for name in ("logging_dir", "save_only_model"))
+    assert ("paged_adamw_32bit" in said) != torch.cuda.is_available()
+    [folder] = (components.parent / "runs" / "sft").iterdir()
+    assert (folder / "adapters" / "default" / "adapter_model.safetensors").exists()
+    assert re.findall(r"^Step +(\d+)/10: .* loss", capsys.readouterr().out, re.MULTILINE) == ["5", "10"]
 
 
 def test_002_registering_trainers(registered: None) -> None:

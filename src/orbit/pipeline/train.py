@@ -53,7 +53,7 @@ def train(
     folder.check()
     done = folder.result()
     if done is not None:
-        console.print(f"{folder.path} is done: {done}", highlight=False)
+        console.print(f"{folder.path} is done: {done}", highlight=False, soft_wrap=True)
         return done
     section = cfg["trainer"]
     trainer = parts.trainer_of(section)
@@ -95,7 +95,7 @@ def train(
         ref = make_reference(section.get("reference"), model, data, datasets["eval"], collate, arguments)
     folder.require_room(2 * checkpoint_size(model))
     if folder.begun:
-        console.print(f"{folder.path} goes on", highlight=False)
+        console.print(f"{folder.path} goes on", highlight=False, soft_wrap=True)
     work = Work(
         model=model,
         trainer=trainer,
@@ -111,7 +111,7 @@ def train(
     )
     changed = on_main(folder.begin)
     if changed:
-        console.print(f"since it was begun: {', '.join(changed)}", highlight=False)
+        console.print(f"since it was begun: {', '.join(changed)}", highlight=False, soft_wrap=True)
     if driver == "hf":
         from orbit.pipeline import hf_driver
 
@@ -120,7 +120,7 @@ def train(
         result = orbit_driver.fit(work)
     _save(model, folder, () if cfg.get("adapter") is None else tasks)
     on_main(lambda: folder.finish(result))
-    console.print(f"{folder.path}: {result}", highlight=False)
+    console.print(f"{folder.path}: {result}", highlight=False, soft_wrap=True)
     return result
 
 

@@ -23,10 +23,10 @@ def samples() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.masked_fill(torch.arange(len(row)) < 2, -100)} for row in ids]
 
 
-def train(parallel: str | None, tied: bool) -> dict[str, torch.Tensor]:
+def train(parallel: str | None, tied: bool, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The whole parameters after two epochs."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.2, **settings}
     model = Transformer(TransformerConfig(28, **sizes, tie_embeddings=tied))
     loader = DataLoader(samples(), batch_size=4 // runtime.world_size(), collate_fn=SFTCollator(PADDING))
     engine = Engine(
