@@ -150,7 +150,7 @@ def test_samples_without_anything_to_learn_are_an_error(tiny_model: Path) -> Non
 
 
 def test_a_truncated_answer(tiny_model: Path) -> None:
-    assert looked_at(tiny_model, args={"max_length": 14}).rules() == {"truncated"}
+    assert looked_at(tiny_model, args={"max_length": 13}).rules() == {"truncated"}
 
 
 def test_a_prompt_that_fills_the_sample(tiny_model: Path) -> None:
