@@ -70,8 +70,8 @@ gpu: $(VENV)/.bench ## the tests that need a CUDA device, then the benchmarks on
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.blocks --device cuda --out benchmarks/gpu/blocks.md
 	HF_HUB_OFFLINE=1 PYTHONPATH=src $(BIN)/python -m benchmarks.checkpointing --device cuda --out benchmarks/gpu/checkpointing.md
 
-docs: $(VENV)/.dev ## run what is shown: the documents' snippets, the README's, the examples in docstrings
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules src/orbit tests/test_documents.py tests/test_readme.py $(ARGS)
+docs: $(VENV)/.dev ## run what is shown: the documents' snippets, the README's, docs/extend, the examples in docstrings
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules src/orbit tests/test_documents.py tests/test_readme.py tests/test_extend.py $(ARGS)
 
 # Set-up. Setuptools comes from constraints.txt too, so the build needs no second, unpinned environment.
 

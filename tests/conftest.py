@@ -53,6 +53,10 @@ def why_not_gpu() -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # two threads under contention are 8 times slower than one on tiny models
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # begun in the background of a script, as are all children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

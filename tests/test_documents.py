@@ -12,22 +12,26 @@ import json
 import re
 import signal
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from orbit import adapter
 from orbit.builder import REGISTRY
+from orbit.config import ConfigError
 from orbit.data import SFTCollator, build_sft
 from orbit.data.build import build_dataset
 from orbit.data.qa import QADataset
 from orbit.data.registry import DATASET_REGISTRY, _register_data
+from orbit.pipeline import train
 from orbit.pipeline.compose import compose
 from orbit.pipeline.parts import load_tokenizer
 from orbit.pipeline.registries import TRAINER_REGISTRY, _register_trainer
@@ -310,7 +314,7 @@ def components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None
     for name, text in {
         "model/Llama-3.1-8B-Instruct": substituted(snippet("002", 1, "yaml"), model),
         "data/datasets/TOFU_QA_FULL": snippet("002", 3, "yaml"),
-        "data/tofu": "defaults:\n- datasets@train: TOFU_QA_FULL\n",
+        "data/tofu": "defaults:\n- datasets@train: TOFU_QA_FULL\n- datasets@eval: TOFU_QA_FULL\n",
         "trainer/documented": snippet("002", 5, "yaml"),
     }.items():
         path = tmp_path / "configs" / f"{name}.yaml"
@@ -352,9 +356,22 @@ def test_002_datasets(components: Path) -> None:
         assert tokenizer.decode(taught) == f"{fact['answer']} <end>"
 
 
-def test_002_registering_trainers(registered: None) -> None:
-    import transformers
+def test_002_the_three_files_are_a_run(components: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Model, dataset and trainer as the document has them; what has a substitute here says so."""
+    _register_data("TOFU_QA_FULL", QADataset)
+    parts = ["model=Llama-3.1-8B-Instruct", "data=tofu", "trainer=documented"]
+    cfg = compose("train", ["experiment=sft", *parts], components)
+    with warnings.catch_warnings(record=True, action="always") as told:
+        train(cfg, "sft")
+    said = "\n".join(str(warning.message) for warning in told)
+    assert all(f"trainer.args.{name}" in said for name in ("logging_dir", "save_only_model"))
+    assert ("paged_adamw_32bit" in said) != torch.cuda.is_available()
+    [folder] = (components.parent / "runs" / "sft").iterdir()
+    assert (folder / "adapters" / "default" / "adapter_model.safetensors").exists()
+    assert re.findall(r"^Step +(\d+)/10: .* loss", capsys.readouterr().out, re.MULTILINE) == ["5", "10"]
 
+
+def test_002_registering_trainers(registered: None) -> None:
     class GradAscentTrainer(transformers.Trainer):
         """What the document calls its trainer for unlearning."""
 
@@ -366,6 +383,29 @@ def test_002_registering_trainers(registered: None) -> None:
     )
     assert TRAINER_REGISTRY["finetune"] is transformers.Trainer
     assert TRAINER_REGISTRY["GradAscent"] is GradAscentTrainer
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="paged_adamw_32bit needs no substitute there")
+@pytest.mark.parametrize("driver", ["orbit", "hf"])
+def test_002_trainer_config(components: Path, registered: None, driver: str) -> None:
+    """The document's yaml trains as it is printed; as the document registers it, by transformers' own loop."""
+    _register_data("TOFU_QA_FULL", QADataset)
+    if driver == "hf":
+        _register_trainer("finetune", transformers.Trainer)
+    names = ["model=Llama-3.1-8B-Instruct", "data=tofu", "trainer=documented", "++data.eval=${data.train}"]
+    cfg = compose("train", [*names, "paths.train_output_dir=run"], components)
+    with pytest.raises(ConfigError, match=r"strict=true"):
+        train({**cfg, "strict": True})
+    assert not Path("run").exists()
+    with pytest.warns(UserWarning, match="trainer.args") as told:
+        result = train(cfg)
+    said = " ".join(str(warning.message) for warning in told)
+    for name in ("logging_dir", "paged_adamw_32bit", *(["save_only_model"] if driver == "orbit" else [])):
+        assert name in said
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert list(losses) == [5, 10]
+    assert result["val_loss"] < losses[5]
 
 
 # ── document 003 ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -53,7 +53,9 @@ def test_a_wheel_installed_elsewhere_trains_and_merges(tmp_path: Path) -> None:
     venv.create(home, with_pip=False, symlinks=True)
     subprocess.run([*pip, "--python", home / "bin" / "python", "install", "--no-deps", wheel], check=True)
     [packages] = (home / "lib").glob("python*/site-packages")
-    (packages / "others.pth").write_text("\n".join(site.getsitepackages()))  # their own .pth files are not read
+    (packages / "others.pth").write_text(
+        "\n".join(site.getsitepackages())
+    )  # their own .pth files are not read
 
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tiny")

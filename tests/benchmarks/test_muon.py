@@ -20,7 +20,7 @@ def test_it_writes_both_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(muon, "EVALUATIONS", 10)
     muon.main(["--steps", "20", "--seeds", "2", "--rates", "1", "--out", str(tmp_path / "muon.md")])
     text = (tmp_path / "muon.md").read_text("utf-8")
-    assert "AdamW, best lr 0.001" in text
+    assert "AdamW, best lr 0.002" in text
     assert "Muon, best lr 0.005" in text
     assert "a AdamW, o Muon" in text
     assert "part of AdamW's 20 steps" in text

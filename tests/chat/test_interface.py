@@ -380,6 +380,8 @@ def test_model_id_loads_a_transformer_of_ours(tokenizer, tmp_path):
     ours = Transformer(TransformerConfig(vocab_size=len(tokenizer), **sizes)).eval()
     strong_task(ours, "one", seed=1)
     ours.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*tokenizer.save_pretrained\("):
+        ChatInterface(model_id=tmp_path, device="cpu")
     tokenizer.save_pretrained(tmp_path)
     adapter.save(ours, tmp_path / "one", "one")
     chat = ChatInterface(

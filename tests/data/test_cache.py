@@ -150,8 +150,11 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_what_a_killed_process_left_goes(tmp_path):
     stray = tmp_path / "k.999999999-0.tmp"
     stray.mkdir()
+    other = tmp_path / "other.999999999-0.tmp"
+    other.mkdir()
     tokenised(Data(), "k", tmp_path)
     assert not stray.exists()
+    assert other.exists()  # perhaps of a process on another machine
 
 
 def test_cut_samples_are_told_at_every_start(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from orbit.data.collate import PaddingFreeCollator, PreferenceCollator, SFTCollator
+from orbit.data.collate import PaddingFreeCollator, SFTCollator
 from orbit.data.forget_retain import ForgetRetainDataset
 from orbit.data.mixture import TaskMixture
 from orbit.data.preference import PreferenceDataset, RatedDataset
@@ -116,7 +116,7 @@ def test_datasets_of_every_form_become_batches(tokenizer):
     pairs = PreferenceDataset(
         {"rows": [{"prompt": "hello", "chosen": "mali", "rejected": "6 march"}]}, {}, tokenizer
     )
-    assert PreferenceCollator(tokenizer)([pairs[0]])["rejected_labels"].shape[0] == 1
+    assert SFTCollator(tokenizer)([pairs[0]])["rejected"]["labels"].shape[0] == 1
 
 
 def numbered(tokenizer):
@@ -150,25 +150,6 @@ def test_nested_samples_become_nested_batches(tokenizer, kind):
     assert all(torch.equal(batch["retain"][key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_pairs_have_one_length_and_the_names_of_their_sides(tokenizer, side):
-    one, two = samples(tokenizer)
-    made = [
-        {"chosen": one, "rejected": two, "index": torch.tensor(4)},
-        {"chosen": one, "rejected": one, "index": torch.tensor(5)},
-    ]
-    batch = PreferenceCollator(tokenizer, padding_side=side, index="index")(made)
-    wanted = SFTCollator(tokenizer, padding_side=side)([one, one, two, one])
-    for key, values in wanted.items():
-        assert torch.equal(batch[f"chosen_{key}"], values[:2])
-        assert torch.equal(batch[f"rejected_{key}"], values[2:])
-    assert batch["index"].tolist() == [4, 5]
-    assert len(batch) == 7
-    for broken in ([], [{"chosen": one}]):
-        with pytest.raises(ValueError, match="empty list|takes 'chosen' and 'rejected'"):
-            PreferenceCollator(tokenizer)(broken)
-
-
 def test_samples_that_differ_in_their_columns(tokenizer):
     one, two = numbered(tokenizer)
     with pytest.raises(ValueError, match="sample 1 has keys"):
@@ -188,5 +169,4 @@ def test_a_row_without_padding_ends_with_what_rounding_adds(tokenizer):
 
 def test_the_names_in_configs():
     assert COLLATOR_REGISTRY["DataCollatorForSupervisedDataset"] is SFTCollator
-    assert COLLATOR_REGISTRY["PreferenceCollator"] is PreferenceCollator
     assert COLLATOR_REGISTRY["PaddingFreeCollator"] is PaddingFreeCollator

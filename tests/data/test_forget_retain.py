@@ -6,9 +6,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
 from orbit.core.components import ComponentError
 from orbit.data.forget_retain import ForgetRetainDataset
+from orbit.data.order import EpochOrder
 from tests.tiny_llm import tiny_tokenizer
 
 FORGET, RETAIN = ["f0", "f1", "f2"], [f"r{i}" for i in range(10)]
@@ -26,6 +29,19 @@ def test_the_anchor_is_walked_through_and_partners_change() -> None:
     assert Counter(retain for epoch in epochs for _, retain in epoch) == dict.fromkeys(RETAIN, 3)
     assert walk(data, 4) == epochs[4], "an epoch's partners follow from its number"
     assert walk(ForgetRetainDataset(FORGET, RETAIN, seed=1), 0) != epochs[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerates_loaders_tell_the_epoch_too(ranks: int) -> None:
+    """On several ranks they tell the sampler alone, which passes it on."""
+    data = ForgetRetainDataset(FORGET, RETAIN)
+    loader = prepare_data_loader(
+        DataLoader(data, sampler=EpochOrder(data)), num_processes=ranks, process_index=0, rng_types=[]
+    )
+    loader.set_epoch(2)
+    assert [data[i]["retain"] for i in range(3)] == [
+        retain for _, retain in walk(ForgetRetainDataset(FORGET, RETAIN), 2)
+    ]
 
 
 def test_the_other_anchor() -> None:

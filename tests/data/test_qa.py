@@ -87,6 +87,22 @@ def test_what_is_cut_is_told_once_and_counted() -> None:
     assert whole.counts() == Counts(2, 0, 0, 16, 6, 28)
 
 
+def test_what_is_held_is_what_was_made_and_all_is_told_at_once() -> None:
+    free, held = (QADataset({"rows": ROWS}, {}, TOKENIZER, max_length=14) for _ in range(2))
+    with pytest.warns(UserWarning, match="1 of 2 samples of rows were cut to max_length=14"):
+        held.hold()
+    held.encode = None  # type: ignore[assignment]
+    for i in (0, 1, -1):
+        with warnings.catch_warnings(action="ignore"):
+            wanted = free[i]
+        assert wanted.keys() == held[i].keys()
+        assert all(torch.equal(wanted[key], held[i][key]) for key in wanted)
+    held[0].clear()
+    assert held[0], "each item is a dict of its own"
+    with pytest.raises(DataError, match="row 1"):
+        QADataset({"rows": [ROWS[0], {"question": "hello", "answer": ""}]}, {}, TOKENIZER).hold()
+
+
 def test_a_prompt_for_generation_keeps_its_end() -> None:
     data = QADataset({"rows": ROWS}, {}, TOKENIZER, max_length=5, predict_with_generate=True)
     with warnings.catch_warnings(action="ignore"):

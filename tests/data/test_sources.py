@@ -140,7 +140,7 @@ def test_a_stream_tells_what_is_wrong_where_it_lies(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_share_a_stream(places, workers):
-    data = StreamDataset(stream_rows(**places["file"]), lambda row: [row] * (row["question"] != "q3"))
+    data = StreamDataset(stream_rows(**places["file"]), lambda row, number: [row] * (number != 3))
     loader = DataLoader(data, batch_size=None, num_workers=workers)
     assert sorted(row["question"] for row in loader) == [f"q{i}" for i in range(10) if i != 3]
 
@@ -148,7 +148,7 @@ def test_workers_share_a_stream(places, workers):
 def test_a_stream_is_shuffled_from_torchs_generator():
     import torch
 
-    data = StreamDataset(stream_rows(rows=ROWS), lambda row: [row["question"]], shuffle=4)
+    data = StreamDataset(stream_rows(rows=ROWS), lambda row, number: [row["question"]], shuffle=4)
     orders = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -156,4 +156,4 @@ def test_a_stream_is_shuffled_from_torchs_generator():
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(row["question"] for row in ROWS) != orders[0]
     with pytest.raises(ValueError, match="shuffle=-1"):
-        StreamDataset(ROWS, lambda row: [row], shuffle=-1)
+        StreamDataset(ROWS, lambda row, number: [row], shuffle=-1)

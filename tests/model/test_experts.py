@@ -94,7 +94,7 @@ def test_the_operator_is_well_made() -> None:
     experts, (x, indices, weights) = make(dtype=torch.float64), routed(nobody=True)
     sorted_S, order_S = indices.T.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(sorted_S, torch.arange(EXPERTS), right=True, out_int32=True)
-    w_S = weights.T.reshape(-1)[order_S].double().requires_grad_()
+    weights = weights.double().requires_grad_()
     for gated in (True, False):
         experts = make(gated, dtype=torch.float64)
         up = experts.gate_up_proj if gated else experts.up_proj
@@ -102,8 +102,8 @@ def test_the_operator_is_well_made() -> None:
             x.double().requires_grad_(),
             up,
             experts.down_proj,
-            w_S,
-            order_S % TOKENS,
+            weights,
+            order_S,
             ends_E,
             "silu",
         )

@@ -14,6 +14,7 @@ from orbit.model.errors import MaskError
 from orbit.model.mask import (
     make_causal_mask,
     make_lookahead_mask,
+    make_packed_mask,
     make_padding_mask,
     make_sliding_window_mask,
     positions_from_mask,
@@ -120,3 +121,11 @@ def test_bad_input(make: Callable[[], Tensor], words: str):
 def test_documented_path():
     for name in ("make_causal_mask", "make_padding_mask", "make_lookahead_mask", "make_sliding_window_mask"):
         assert getattr(utils, name) is globals()[name]
+
+
+def test_packed_texts_see_themselves_alone():
+    mask = make_packed_mask(torch.tensor([[0, 1, 2, 0, 0, 1], [5, 6, 7, 8, 9, 10]]))
+    assert mask.shape == (2, 1, 6, 6)
+    text = torch.tensor([0, 0, 0, 1, 2, 2])
+    assert torch.equal(mask[0, 0], text[:, None] == text[None])
+    assert mask[1].all()

@@ -151,3 +151,14 @@ def test_the_balance_of_transformers_experts_is_in_the_loss():
     assert theirs.aux_loss > 0
     torch.testing.assert_close(CausalLM()(model, data).loss, theirs.loss)
     torch.testing.assert_close(CausalLM()(model.eval(), data).loss, plain)  # a score is of the text alone
+
+
+def test_no_cache_is_filled(model):
+    """With one, transformers' models see no borders of packed samples; and it takes memory."""
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs.get("use_cache")), with_kwargs=True
+    )
+    CausalLM()(model, batch(model))
+    CausalLM()(model, {**batch(model), "use_cache": True})
+    assert seen == [False, True]

@@ -75,7 +75,7 @@ def test_with_optimizers_each_task_has_its_own_gradient(model, batch) -> None:
     for task in ("a", "b"):
         of_task(model, batch, task).loss.backward()
         for name, p in adapter.adapter_parameters(model, task).items():
-            torch.testing.assert_close(moved[name], p.grad, rtol=1e-8, atol=1e-10)
+            assert (moved[name] - p.grad).norm() < 1e-4 * p.grad.norm(), name  # the norms are of fp32
     assert not any(moved[name].any() for name in adapter.adapter_parameters(model, "c"))
 
 

@@ -150,7 +150,13 @@ def test_samples_without_anything_to_learn_are_an_error(tiny_model: Path) -> Non
 
 
 def test_a_truncated_answer(tiny_model: Path) -> None:
-    assert looked_at(tiny_model, args={"max_length": 13}).rules() == {"truncated"}
+    assert looked_at(tiny_model, args={"max_length": 15}).rules() == {"truncated"}
+
+
+def test_a_truncated_answer_of_a_dataset_that_does_not_count(tiny_model: Path) -> None:
+    cut = ([5, 6, 7], [-100, 6, 7])
+    assert own(tiny_model, GOOD, cut, max_length=3).rules() == {"truncated"}
+    assert own(tiny_model, GOOD, cut, max_length=9).rules() == {"no-end"}
 
 
 def test_a_prompt_that_fills_the_sample(tiny_model: Path) -> None:
@@ -284,11 +290,11 @@ class _Breaks:
 
 
 def test_memory_that_is_not_there(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_module, "memory_limit", lambda device: 2**19)
+    monkeypatch.setattr(step_module, "memory_limit", lambda device: 2**17)
     report = looked_at(tiny_model)
     assert report.rules() == {"memory"}
     assert not report.ok
-    assert memory.memory_limit(torch.device("cpu")) > 2**19
+    assert memory.memory_limit(torch.device("cpu")) > 2**17
 
 
 def test_a_trainer_with_a_loop_of_its_own(tiny_model: Path) -> None:

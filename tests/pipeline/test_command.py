@@ -186,6 +186,17 @@ def test_a_sweep_runs_every_job_and_leaves_nothing_else(run: list[str], elsewher
     assert "is done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_sweep_in_processes(run: list[str], mine: str, elsewhere: Path, capsys) -> None:
+    """By the joblib launcher: its workers import what the user registers, and leave nothing but their runs."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason='pip install "orbit-torch[sweep]"')
+    processes = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [*run, "--import", mine, "trainer.handler=Mortal", "-m", "adapter.r=2,4", *processes]
+    assert cli.main(command) == 0
+    assert names(elsewhere) - {"my_parts.py", "__pycache__"} == {"rows.jsonl", "runs"}
+    assert len(list((elsewhere / "runs" / "sft").glob("*/done.json"))) == 2
+
+
 def test_a_job_that_fails_does_not_keep_the_others_from_running(
     run: list[str], elsewhere: Path, capfd
 ) -> None:

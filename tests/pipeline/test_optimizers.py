@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, T5Config, T5Model, Trainer
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    T5Config,
+    T5Model,
+    Trainer,
+    get_scheduler,
+)
 
 from orbit.config import ConfigError
 from orbit.pipeline.arguments import Arguments
-from orbit.pipeline.optimizers import OPTIMIZERS, SCHEDULERS, build_optimizer, build_scheduler, decay_groups
+from orbit.pipeline.optimizers import OPTIMIZERS, build_optimizer, build_scheduler, decay_groups
+from orbit.pipeline.schedules import SCHEDULERS
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 SMALL = {
@@ -59,23 +69,28 @@ def test_each_optimizer_lowers_a_loss(name: str) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {rate}
 
 
+MORE = {
+    "cosine_with_min_lr": {"min_lr": 1e-5},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
+    "warmup_stable_decay": {"num_decay_steps": 4},
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_each_schedule_is_transformers_own(name: str) -> None:
-    more = {
-        "cosine_with_min_lr": {"min_lr": 1e-5},
-        "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
-        "warmup_stable_decay": {"num_decay_steps": 4},
-    }.get(name)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_scheduler(
-        optimizer, Arguments(lr_scheduler_type=name, lr_scheduler_kwargs=more, warmup_ratio=0.2), 10
-    )
-    rates = []
-    for _ in range(10):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert name == "constant" or rates[0] < max(rates) == max(rates[1:4])
+def test_each_schedule_has_the_bits_of_transformers(name: str, warmup: int) -> None:
+    steps, more = 11, MORE.get(name)
+    args = Arguments(lr_scheduler_type=name, lr_scheduler_kwargs=more, warmup_steps=warmup, learning_rate=0.1)
+    made = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2)]
+    both = [
+        build_scheduler(made[0], args, steps),
+        get_scheduler(name, made[1], warmup, steps, scheduler_specific_kwargs=more),
+    ]
+    for _ in range(steps + 2):
+        assert made[0].param_groups[0]["lr"] == made[1].param_groups[0]["lr"]
+        for optimizer, scheduler in zip(made, both, strict=True):
+            optimizer.step()
+            scheduler.step()
 
 
 def test_optim_args() -> None:

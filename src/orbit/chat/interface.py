@@ -70,6 +70,7 @@ class ChatInterface:
         ChatError: a setting is outside its range.
         TaskError: an adapter that is neither a folder nor a task of the model.
         TypeError: a model that cannot generate.
+        FileNotFoundError: no model at `model_id`, or no tokenizer beside it.
         MissingExtraError: with `model_id`, transformers is not installed.
     """
 
@@ -329,7 +330,7 @@ def _listed(adapter: Any) -> list[Adapter]:
 
 def _load(model_id: str | Path, tokenizer: Any, dtype: torch.dtype | str) -> tuple[Any, Any]:
     need("llm", "transformers", "jinja2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
     from orbit.demo.smollm2 import resolve_model
 
@@ -338,6 +339,11 @@ def _load(model_id: str | Path, tokenizer: Any, dtype: torch.dtype | str) -> tup
     if is_ours(folder):
         wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # "auto" is as stored
         model = Transformer.from_pretrained(folder, dtype=wanted)
+        if tokenizer is None and not any(Path(folder).glob("tokenizer*")):
+            raise FileNotFoundError(
+                f"there is no tokenizer in {folder}: write it there with tokenizer.save_pretrained({folder!r})"
+            )
+        own = {"config": PreTrainedConfig()}  # else transformers wonders about ours
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
+        model, own = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), {}
+    return model, AutoTokenizer.from_pretrained(folder, **own) if tokenizer is None else tokenizer

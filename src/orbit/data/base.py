@@ -80,6 +80,8 @@ class TextDataset(Dataset[Item], ABC):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.predict_with_generate = predict_with_generate
         self._truncated: set[int] = set()
+        self._told = False
+        self._held: list[Item] = []
 
     @abstractmethod
     def encode(self, row: Row, idx: int) -> Item:
@@ -91,11 +93,14 @@ class TextDataset(Dataset[Item], ABC):
     def __getitem__(self, idx: int) -> Item:
         """Raises DataError, naming the row, where it cannot become an item; IndexError."""
         idx = range(len(self.rows))[idx]
+        if self._held:
+            return dict(self._held[idx])
         whole = self.whole(idx)
         item = self._fit(whole)
         over = max(len(part["input_ids"]) for part in samples(whole)) - self.max_length
         if over > 0:
-            if not self._truncated:
+            if not self._told:
+                self._told = True
                 warnings.warn(
                     f"{self.where}, row {idx}: {self.max_length + over} tokens, of which max_length={self.max_length} "
                     f"cuts {over}. Further ones are not reported; .counts() tells how many there are",
@@ -103,6 +108,20 @@ class TextDataset(Dataset[Item], ABC):
                 )
             self._truncated.add(idx)
         return {**item, "index": torch.tensor(idx)}
+
+    def hold(self) -> None:
+        """Make every item now, and keep it: what is wrong with a row or too long is told before a run begins.
+
+        Raises:
+            DataError: a row that cannot become an item.
+        """
+        self._told = True
+        self._held = [self[idx] for idx in range(len(self))]
+        if self.truncated:
+            warnings.warn(
+                f"{self.truncated} of {len(self)} samples of {self.where} were cut to max_length={self.max_length}",
+                stacklevel=2,
+            )
 
     @property
     def truncated(self) -> int:

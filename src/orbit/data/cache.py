@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from orbit.core.files import aside, remove, sha256_of, strays, sync_file, sync_folder, write_synced
+from orbit.core.files import aside, remove, sha256_of, sync_file, sync_folder, write_synced
 from orbit.data.fingerprint import NotCacheableError
 from orbit.data.rows import DataError
 
@@ -139,7 +139,7 @@ def tokenised(dataset: Any, key: str, folder: Path) -> Tokenised:
                 except DataError as error:
                     _logger.warning("%s; making it again", error)
                     remove(target)
-            for stray in strays(folder):
+            for stray in folder.glob(f"{key}.*.tmp"):  # a killed process left it: whoever writes has the lock
                 remove(stray)
             with aside(target) as partial:
                 partial.mkdir()

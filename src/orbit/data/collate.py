@@ -79,12 +79,10 @@ class SFTCollator:
                 raise ValueError(
                     f"index={self.index!r}: the samples have no such column; they have {sorted(keys)}"
                 )
-        return {**batch, **self._columns([{key: sample[key] for key in plain} for sample in samples])}
-
-    def _columns(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What is neither tokens nor nested."""
-        keys = [key for key in samples[0] if key != _INDEX or self.index == _INDEX]
-        return {key: _column(key, [sample[key] for sample in samples]) for key in keys}
+        for key in plain:
+            if key != _INDEX or self.index == _INDEX:
+                batch[key] = _column(key, [sample[key] for sample in samples])
+        return batch
 
     def _together(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Rows of tokens as one batch."""
@@ -116,42 +114,6 @@ class PaddingFreeCollator(SFTCollator):
         if any(len(row["labels"]) != len(row["input_ids"]) for row in rows):
             raise ValueError("samples for generation need padding: take SFTCollator(padding_side='left')")
         return super()._together([join(rows, self.ignore_index)])
-
-
-@dataclass(frozen=True)
-class PreferenceCollator(SFTCollator):
-    """Pairs as the preference objectives take them: chosen_input_ids, rejected_input_ids, chosen_labels, ...
-
-    Samples are {"chosen": sample, "rejected": sample}; both sides are padded to the longest of either. Arguments as for
-    `SFTCollator`.
-    """
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Raises ValueError as `SFTCollator`, and for samples that are no pairs."""
-        if not samples:
-            raise ValueError("PreferenceCollator got an empty list of samples")
-        for i, sample in enumerate(samples):
-            if not {"chosen", "rejected"} <= sample.keys():
-                raise ValueError(
-                    f"sample {i} has {sorted(sample)}: PreferenceCollator takes 'chosen' and 'rejected'"
-                )
-        sides = [sample[side] for side in ("chosen", "rejected") for sample in samples]
-        batch = self._together(
-            [
-                _row(i % len(samples), {k: v for k, v in side.items() if k in _TOKENS})
-                for i, side in enumerate(sides)
-            ]
-        )
-        pairs = {
-            f"{side}_{key}": value
-            for key, values in batch.items()
-            for side, value in zip(("chosen", "rejected"), values.chunk(2), strict=True)
-        }
-        rest = [
-            {key: value for key, value in sample.items() if key not in ("chosen", "rejected")}
-            for sample in samples
-        ]
-        return {**pairs, **self._columns(rest)}
 
 
 def _row(index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:

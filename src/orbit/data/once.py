@@ -34,7 +34,7 @@ def once(
         handler: the dataset's class.
         settings: all arguments but the tokenizer.
         folder: of caches; default `$ORBIT_CACHE/tokenised`.
-        few: fewer samples are not worth a file.
+        few: fewer samples are not worth a file, and are held in memory.
 
     Raises:
         DataError: the cache cannot be written. Whatever `make` raises, and the dataset at a sample.
@@ -42,7 +42,11 @@ def once(
     with seen() as digests:
         dataset = make()
     says_so = vars(handler).get("tokenised_once", False) if isinstance(handler, type) else False
-    if not says_so or hasattr(dataset, "set_epoch") or len(dataset) < few:
+    if not says_so or hasattr(dataset, "set_epoch"):
+        return dataset
+    if len(dataset) < few:
+        if hasattr(dataset, "hold"):
+            dataset.hold()
         return dataset
     try:
         if None in digests:

@@ -21,7 +21,8 @@ class EpochOrder(Sampler[int]):
     """The order in which `sampler` goes in an epoch, when torch's generator is seeded with seed + epoch.
 
     Args:
-        data: a dataset with a length; its indices are shuffled anew in every epoch.
+        data: a dataset with a length; its indices are shuffled anew in every epoch. It is told the epoch too, if it has
+            a `set_epoch`: on several ranks accelerate's loaders tell the sampler alone.
         seed: of the first epoch.
         sampler: another sampler that draws from torch's global generator, in place of a plain shuffle.
 
@@ -33,12 +34,15 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(self, data: Sized, seed: int = 0, sampler: Iterable[int] | None = None) -> None:
+        self.data = data
         self.sampler: Any = RandomSampler(data) if sampler is None else sampler
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """The order of this epoch comes next."""
         self.epoch = epoch
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
         with torch.random.fork_rng(devices=[]):

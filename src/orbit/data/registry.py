@@ -25,7 +25,6 @@ COLLATOR_REGISTRY = Components(
     {
         "DataCollatorForSupervisedDataset": "orbit.data.collate:SFTCollator",  # its name in open-unlearning
         "PaddingFreeCollator": "orbit.data.collate:PaddingFreeCollator",
-        "PreferenceCollator": "orbit.data.collate:PreferenceCollator",
         "SFTCollator": "orbit.data.collate:SFTCollator",
     },
 )

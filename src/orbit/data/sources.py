@@ -70,6 +70,7 @@ def read_rows(
     else:
         held = list(_given(rows, source, hf_args))
         digest = _digest(held)
+    where = rows.where if isinstance(rows, Rows) else where
     found = Rows(held, where, digest, columns)
     saw(None if digest is None else fingerprint(digest, columns))
     return found

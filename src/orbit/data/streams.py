@@ -1,7 +1,7 @@
 """Rows that are read while they are used: `Stream`, and `StreamDataset`, which makes samples of them.
 
     stream = stream_rows("big.jsonl")
-    data = StreamDataset(stream, lambda row: [build_sft(row["question"], row["answer"], tokenizer)])
+    data = StreamDataset(stream, lambda row, number: [build_sft(row["question"], row["answer"], tokenizer)])
     DataLoader(data, batch_size=8, collate_fn=SFTCollator(tokenizer), num_workers=2)
 
 A stream has no length: a run over it says its number of steps. Each worker, and each rank, takes every so-manieth row.
@@ -13,13 +13,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from orbit.core import runtime
 from orbit.data.rows import DataError, Row, renamed, require_columns
+
+_T = TypeVar("_T")
 
 
 class Stream(Iterable[Row]):
@@ -51,7 +53,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
 
     Args:
         stream: the rows; any iterable that can be iterated again.
-        encode: the samples of a row: one, several, or none.
+        encode: called with a row and its number; gives its samples: one, several, or none.
         shuffle: so many rows wait in a buffer, from which the next is drawn by chance (torch's generator seeds it
             where the iterator is made); 0 keeps the order.
 
@@ -62,7 +64,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
     def __init__(
         self,
         stream: Iterable[Row],
-        encode: Callable[[Row], Iterable[dict[str, Any]]],
+        encode: Callable[[Row, int], Iterable[dict[str, Any]]],
         shuffle: int = 0,
     ) -> None:
         if shuffle < 0:
@@ -70,9 +72,9 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
         self.stream, self.encode, self.shuffle = stream, encode, shuffle
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows: Iterator[Row] = islice(iter(self.stream), *_share())
-        for row in _shuffled(rows, self.shuffle) if self.shuffle else rows:
-            yield from self.encode(row)
+        rows = islice(enumerate(self.stream), *_share())
+        for number, row in _shuffled(rows, self.shuffle) if self.shuffle else rows:
+            yield from self.encode(row, number)
 
 
 def _share() -> tuple[int, None, int]:
@@ -82,7 +84,7 @@ def _share() -> tuple[int, None, int]:
     return runtime.rank() * workers + own, None, runtime.world_size() * workers
 
 
-def _shuffled(rows: Iterator[Row], size: int) -> Iterator[Row]:
+def _shuffled(rows: Iterator[_T], size: int) -> Iterator[_T]:
     chance = random.Random(int(torch.randint(2**31, ()).item()))
     waiting = list(islice(rows, size))
     for row in rows:

@@ -104,8 +104,7 @@ class Experts(nn.Module):
         )
         if _one_kernel(x, up, down):
             return grouped_experts(x, up, down, weights, order_S, ends_E, self.activation)
-        token_S = order_S % max(len(x), 1)
-        return experts(x, up, down, weights.T.reshape(-1)[order_S], token_S, ends_E, self.activation)
+        return experts(x, up, down, weights, order_S, ends_E, self.activation)
 
     def extra_repr(self) -> str:
         experts, hidden, inner = self.down_proj.shape

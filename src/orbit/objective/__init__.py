@@ -2,6 +2,7 @@
 
 from orbit.core.outcome import Outcome
 from orbit.objective.causal_lm import CausalLM
-from orbit.objective.registry import OBJECTIVE_REGISTRY
+from orbit.objective.multitask import MultiTask
+from orbit.objective.preference import DPO, KTO, ORPO, SimPO
 
-__all__ = ["OBJECTIVE_REGISTRY", "CausalLM", "Outcome"]
+__all__ = ["DPO", "KTO", "ORPO", "CausalLM", "MultiTask", "Outcome", "SimPO"]

@@ -20,8 +20,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from orbit.config import ConfigError
 from orbit.core.names import did_you_mean
-from orbit.pipeline.optimizers import OPTIMIZERS, SCHEDULERS
+from orbit.pipeline.optimizers import OPTIMIZERS
 from orbit.pipeline.refused import REFUSED
+from orbit.pipeline.schedules import SCHEDULERS
 from orbit.pipeline.substitutes import substitute
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")

@@ -53,7 +53,7 @@ class RunFolder:
         if given:
             return cls(Path(given), cfg, (*overrides,))
         name = fingerprint(cfg) if cfg.get("run_name") is None else str(cfg["run_name"])
-        if name in ("", ".", "..") or len(Path(name).parts) != 1 or set(name) & set("/\\\0"):
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise ConfigError(
                 f"run_name {name!r} leaves the folder of runs: give a name without '..' and '/'"
             )

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from orbit.config import ConfigError
 from orbit.core.extras import need
+from orbit.pipeline.schedules import schedule
 
 if TYPE_CHECKING:
     from orbit.pipeline.arguments import Arguments
@@ -32,10 +33,6 @@ _BITSANDBYTES = {  # name: (class, bits, paged)
     "paged_lion_32bit": ("Lion", 32, True),
     "paged_lion_8bit": ("Lion", 8, True),
 }
-SCHEDULERS = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
-)  # fmt: skip
 
 
 def build_optimizer(model: nn.Module, arguments: Arguments) -> Optimizer:
@@ -58,17 +55,9 @@ def build_scheduler(optimizer: Optimizer, arguments: Arguments, steps: int) -> A
     Raises:
         ConfigError: an `lr_scheduler_kwargs` that the schedule does not take.
     """
-    need("llm", "transformers")
-    from transformers.optimization import get_scheduler
-
+    more = arguments.lr_scheduler_kwargs
     try:
-        return get_scheduler(
-            arguments.lr_scheduler_type,
-            optimizer,
-            arguments.warmup(steps),
-            steps,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
-        )
+        return schedule(arguments.lr_scheduler_type, optimizer, arguments.warmup(steps), steps, more)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"trainer.args.lr_scheduler_kwargs={arguments.lr_scheduler_kwargs!r} of "

@@ -42,16 +42,16 @@ def train(
     folder.check()
     done = folder.result()
     if done is not None:
-        console.print(f"{folder.path} is done: {done}", highlight=False)
+        console.print(f"{folder.path} is done: {done}", highlight=False, soft_wrap=True)
         return done
     prepared = prepare(cfg, folder)
     model, work = prepared.work.model, prepared.work
     folder.require_room(2 * checkpoint_size(model))
     if folder.begun:
-        console.print(f"{folder.path} goes on", highlight=False)
+        console.print(f"{folder.path} goes on", highlight=False, soft_wrap=True)
     changed = on_main(folder.begin)
     if changed:
-        console.print(f"since it was begun: {', '.join(changed)}", highlight=False)
+        console.print(f"since it was begun: {', '.join(changed)}", highlight=False, soft_wrap=True)
     if prepared.driver == "hf":
         from orbit.pipeline import hf_driver
 
@@ -60,7 +60,7 @@ def train(
         result = orbit_driver.fit(work)
     _save(model, folder, prepared.tasks)
     on_main(lambda: folder.finish(result))
-    console.print(f"{folder.path}: {result}", highlight=False)
+    console.print(f"{folder.path}: {result}", highlight=False, soft_wrap=True)
     return result
 
 

@@ -304,3 +304,26 @@ def test_tied_weights_are_one_parameter_also_without_storage():
     model(ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert isinstance(model.get_output_embeddings(), nn.Embedding)
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": 3}, {"num_experts": 4}], ids=str)
+def test_texts_in_one_row_have_the_logits_that_they_have_alone(settings):
+    model = decoder(**settings)
+    ids, _ = prompts(length=10, padding=0)
+    position_ids = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 0]).expand(len(ids), -1)
+    packed = model(ids, position_ids=position_ids).logits
+    alone = torch.cat([model(part).logits for part in ids.split([4, 5, 1], dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(packed, model(ids, positions=position_ids).logits, atol=1e-2)
+    mask = torch.ones_like(ids)
+    assert torch.equal(
+        model(ids, mask, position_ids=position_ids).logits, model(ids, mask, positions=position_ids).logits
+    )
+
+
+def test_position_ids_that_do_not_fit():
+    model, ids = decoder(), torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ShapeError, match="position_ids"):
+        model(ids, position_ids=torch.arange(3))
+    with pytest.raises(ShapeError, match="in place of positions"):
+        model(ids, position_ids=ids, positions=torch.arange(3))

@@ -106,11 +106,11 @@ def look_at_samples(work: Work, name: str, data: Any, samples: list[Any], report
     partly = any(
         bool((_labels(row) == _IGNORED).any()) for row in taught
     )  # else whole texts, cut where they are
-    if cut and partly:
-        report.warning(
-            "truncated",
-            f"{where}: {_share(cut, taught)} were cut at max_length={limit}, and lose the end of the answer",
-        )
+    known = getattr(data, "truncated", None)  # our datasets count what they cut
+    if known or (known is None and cut and partly):
+        many = _share(cut, taught) if known is None else f"{known} of {len(samples)} samples"
+        at = "" if limit is None else f"={limit}"
+        report.warning("truncated", f"{where}: {many} were cut at max_length{at}, and lose their end")
     skipped = {*masked, *cut}
     endless = [i for i, row in enumerate(taught) if i not in skipped and not _ends(work.tokenizer, row)]
     if endless and partly:
