@@ -1,6 +1,7 @@
 """The `orbit` command.
 
 orbit train experiment=sft [KEY=VALUE ...]      train what a config describes
+orbit eval run=FOLDER [KEY=VALUE ...]           measure what a run, or any model, has learned
 orbit list [KIND]                               what a config can name
 orbit merge RUN --out FOLDER                    an adapter folded into its base model
 orbit chat MODEL [--adapter PATH ...]           talk to a model
@@ -22,7 +23,10 @@ from pathlib import Path
 
 from orbit.core.names import nearest
 
-_CONFIGS = {"train": "train what a config describes"}
+_CONFIGS = {
+    "train": "train what a config describes",
+    "eval": "measure what a run, or any model, has learned",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,7 +57,22 @@ def _look_at_run(job: Job) -> Path:
     return folder.path.absolute()
 
 
-COMMANDS = {"train": Command("train", _train, _look_at_run)}
+def _eval(job: Job) -> None:
+    from orbit.pipeline.eval import evaluate
+
+    evaluate(job.config)
+
+
+def _look_at_evaluation(job: Job) -> Path:
+    from orbit.pipeline.eval import look
+
+    return look(job.config)
+
+
+COMMANDS = {
+    "train": Command("train", _train, _look_at_run),
+    "eval": Command("eval", _eval, _look_at_evaluation),
+}
 
 
 def run_command(
@@ -86,7 +101,7 @@ def run_command(
     if not multirun:
         job = compose_job(command.config, overrides, config_dir)
         if show:
-            schema.check(job.config)
+            schema.check(job.config, schema.SCHEMAS[command.config])
             Console().out(shown(job), end="", highlight=False)
             return 0
         command.look(job)
