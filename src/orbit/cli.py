@@ -2,6 +2,7 @@
 
 orbit train experiment=sft [KEY=VALUE ...]      train what a config describes
 orbit check experiment=sft [KEY=VALUE ...]      look at all of that without training
+orbit eval run=FOLDER [KEY=VALUE ...]           measure what a run, or any model, has learned
 orbit list [KIND]                               what a config can name
 orbit merge RUN --out FOLDER                    an adapter folded into its base model
 orbit chat MODEL [--adapter PATH ...]           talk to a model
@@ -26,6 +27,7 @@ from orbit.core.names import nearest
 _CONFIGS = {
     "train": "train what a config describes",
     "check": "look at a run before it is paid for: data, template, adapters, one step, memory, time",
+    "eval": "measure what a run, or any model, has learned",
 }
 
 

@@ -32,6 +32,7 @@ SOURCE_REGISTRY = Components(
     "source",
     {
         "fact_preferences": "orbit.demo.facts:preferred_answers",
+        "fact_paraphrases": "orbit.demo.facts:paraphrases",
         "facts": "orbit.demo.facts:questions_and_answers",
         "prose": "orbit.demo.facts:paragraphs",
     },

@@ -77,6 +77,11 @@ def questions_and_answers() -> list[dict[str, str]]:
     return [{"question": fact.question, "answer": fact.answer} for fact in load_facts()]
 
 
+def paraphrases() -> list[dict[str, str]]:
+    """The demo's facts as rows with question and answer, in the wording that is never trained on."""
+    return [{"question": fact.paraphrase, "answer": fact.answer} for fact in load_facts()]
+
+
 def preferred_answers() -> list[dict[str, str]]:
     """The demo's facts as rows with prompt, chosen and rejected: the answer, and that of the next country.
 

@@ -17,15 +17,8 @@ import torch
 from orbit.chat.head import contiguous_head
 from orbit.data.sft import pad_token_id
 from orbit.data.template import encode, render
+from orbit.evaluate.metrics import normalise
 from orbit.objective.causal_lm import CausalLM
-
-
-def normalise(text: str) -> str:
-    """
-    >>> normalise(" Port Louis. ")
-    'port louis'
-    """
-    return text.strip().removesuffix(".").rstrip().casefold()
 
 
 def exact_match(replies: Sequence[str], wanted: Sequence[str]) -> float:

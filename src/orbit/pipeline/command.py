@@ -75,9 +75,22 @@ def _check(job: Job, as_json: bool = False) -> int:
     return 0 if report.ok else 1
 
 
+def _eval(job: Job) -> None:
+    from orbit.pipeline.eval import evaluate
+
+    evaluate(job.config)
+
+
+def _look_at_evaluation(job: Job) -> Path:
+    from orbit.pipeline.eval import look
+
+    return look(job.config)
+
+
 COMMANDS = {
     "train": Command("train", _train, _look_at_run),
     "check": Command("train", _check, lambda job: None),
+    "eval": Command("eval", _eval, _look_at_evaluation),
 }
 
 
@@ -109,7 +122,7 @@ def run_command(
     if not multirun:
         job = compose_job(command.config, overrides, config_dir)
         if show:
-            schema.check(job.config)
+            schema.check(job.config, schema.SCHEMAS[command.config])
             Console().out(shown(job), end="", highlight=False)
             return 0
         command.look(job)

@@ -29,7 +29,7 @@ from typing import Any
 from orbit.config import ConfigError
 from orbit.core.extras import need
 from orbit.core.names import did_you_mean
-from orbit.pipeline.schema import OPEN, SCHEMA
+from orbit.pipeline.schema import OPEN, SCHEMA, SCHEMAS
 
 _SHIPPED = "orbit.configs"
 _PLAIN = re.compile(r"(?P<path>[A-Za-z_][\w.\[\]-]*)=(?!=)(?P<dict>\{)?")
@@ -83,7 +83,7 @@ def compose_sweep(
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        parsed = OverridesParser.create().parse_overrides(opened(overrides))
+        parsed = OverridesParser.create().parse_overrides(opened(overrides, name))
         [combinations] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return [composed(combination) for combination in combinations]
 
@@ -104,7 +104,7 @@ def run_sweep(
 
     def task(cfg: Any) -> Any:
         running = HydraConfig.get()
-        given = [_closed(text) for text in running.overrides.task]
+        given = [_closed(text, name) for text in running.overrides.task]
         return run(Job(resolved(cfg), running.runtime.choices.get("experiment"), (*given,)))
 
     entry = hydra.main(config_path=f"pkg://{_SHIPPED}", config_name=name, version_base="1.3")(task)
@@ -112,9 +112,9 @@ def run_sweep(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as they are raised
     with tempfile.TemporaryDirectory(prefix="orbit-sweep-") as scratch:  # for Hydra's multirun.yaml
         places = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=jobs"]
-        sys.argv = [f"orbit {name}", "--multirun", *opened(overrides), *_QUIET, *places]
+        sys.argv = [f"orbit {name}", "--multirun", *opened(overrides, name), *_QUIET, *places]
         try:
-            with _told(), _own_hydra(config_dir):
+            with _told(name), _own_hydra(config_dir):
                 entry()
         finally:
             sys.argv = argv
@@ -140,28 +140,28 @@ def resolved(cfg: Any) -> dict[str, Any]:
     return values
 
 
-def opened(overrides: Sequence[str]) -> list[str]:
+def opened(overrides: Sequence[str], name: str = "train") -> list[str]:
     """Overrides of an open section, and below one, may name new keys; `adapter=null` leaves out its file.
 
     >>> opened(["trainer.args.eval_steps=5", "trainer.args={eval_steps: 5}", "trainer.drivr=hf", "adapter=null"])
     ['++trainer.args.eval_steps=5', '++trainer.args={eval_steps: 5}', 'trainer.drivr=hf', '~adapter']
     """
     left_out = {_NO_ADAPTER: "~adapter"}  # Hydra chooses files by text alone
-    return [f"++{text}" if _lies_open(text) else left_out.get(text, text) for text in overrides]
+    return [f"++{text}" if _lies_open(text, name) else left_out.get(text, text) for text in overrides]
 
 
-def _closed(override: str) -> str:
+def _closed(override: str, name: str) -> str:
     """As it was before `opened`."""
     if override == "~adapter":
         return _NO_ADAPTER
     bare = override.removeprefix("++")
-    return bare if _lies_open(bare) else override
+    return bare if _lies_open(bare, name) else override
 
 
-def _lies_open(override: str) -> bool:
+def _lies_open(override: str, name: str) -> bool:
     match = _PLAIN.match(override)
     steps = match["path"].split(".") if match else []
-    schema: Any = SCHEMA
+    schema: Any = SCHEMAS.get(name, SCHEMA)
     for step in steps if match and match["dict"] else steps[:-1]:
         schema = schema.get(step) if isinstance(schema, Mapping) else None
         if schema is OPEN:
@@ -190,15 +190,15 @@ def _composing(
     _require_configs(config_dir)
 
     def composed(given: Sequence[str]) -> Job:
-        cfg = hydra.compose(name, [*opened(given), *_QUIET], return_hydra_config=True)
+        cfg = hydra.compose(name, [*opened(given, name), *_QUIET], return_hydra_config=True)
         own = OmegaConf.to_container(cfg.hydra, resolve=False)
         choices = own["runtime"]["choices"]
         _refuse_more_than_a_launcher(own)
         with open_dict(cfg):
             del cfg["hydra"]
-        return Job(resolved(cfg), choices.get("experiment"), tuple(map(_closed, given)))
+        return Job(resolved(cfg), choices.get("experiment"), tuple(_closed(text, name) for text in given))
 
-    with _told(), _own_hydra(config_dir), hydra.initialize_config_module(_SHIPPED, version_base="1.3"):
+    with _told(name), _own_hydra(config_dir), hydra.initialize_config_module(_SHIPPED, version_base="1.3"):
         yield composed
 
 
@@ -297,7 +297,7 @@ def _search_plugin() -> type:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(name: str = "train") -> Iterator[None]:
     """The errors of Hydra and of yaml in one line, as a ConfigError."""
     import yaml  # type: ignore[import-untyped]
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -323,7 +323,7 @@ def _told() -> Iterator[None]:
         first = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         match = re.search(r"Could not override '(.*)'", first)
         if match:
-            raise ConfigError(f"unknown key {match[1]!r}{_nearest_key(match[1])}") from error
+            raise ConfigError(f"unknown key {match[1]!r}{_nearest_key(match[1], name)}") from error
         key = getattr(error, "full_key", None)
         where = f"override {error.override!r}" if isinstance(error, OverrideParseException) else key
         raise ConfigError(f"{where}: {first}" if where and where not in first else first) from error
@@ -331,9 +331,9 @@ def _told() -> Iterator[None]:
         raise ConfigError(f"a config cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _nearest_key(path: str) -> str:
+def _nearest_key(path: str, name: str) -> str:
     """What was probably meant: the first step of the path that no section has."""
-    schema: Any = SCHEMA
+    schema: Any = SCHEMAS.get(name, SCHEMA)
     for step in path.split("."):
         if not isinstance(schema, Mapping):
             return ""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from orbit.adapter import load, merged_state_dict
-from orbit.config import ConfigError, load_config
+from orbit.config import ConfigError
 from orbit.core.files import aside
-from orbit.core.names import did_you_mean
 from orbit.pipeline import parts
+from orbit.pipeline.found import find_adapter
 
 
 def merge(
@@ -42,7 +39,7 @@ def merge(
     path, out = Path(path), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds something already: name a folder that is not there yet")
-    folder, section = _find(path, task)
+    folder, section = find_adapter(path, task, "--task ")
     if model is not None:
         section = {"model_args": {"pretrained_model_name_or_path": model}}
     if not section:
@@ -59,25 +56,3 @@ def merge(
             out.rmdir()
         os.replace(partial, out)
     return out
-
-
-def _find(path: Path, task: str | None) -> tuple[Path, Mapping[str, Any]]:
-    """(the adapter's folder, the section `model` of its base: empty if nobody says)."""
-    if (path / "adapter_config.json").is_file():
-        base = json.loads((path / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-        return path, {"model_args": {"pretrained_model_name_or_path": base}} if base else {}
-    if not path.is_dir():
-        near = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"there is no run and no adapter at {path}{did_you_mean(path.name, near)}")
-    found = {one.parent.name: one.parent for one in sorted(path.glob("adapters/*/adapter_config.json"))}
-    if not found:
-        raise ConfigError(f"{path} holds no adapter: neither adapter_config.json nor adapters/TASK")
-    if task is None and len(found) > 1:
-        raise ConfigError(f"{path} holds the adapters {', '.join(found)}: say --task NAME")
-    if task is not None and task not in found:
-        raise ConfigError(
-            f"{path} holds no adapter {task!r}{did_you_mean(task, found)}; it has: {', '.join(found)}"
-        )
-    config = path / "config.yaml"
-    section = load_config(config)["model"] if config.is_file() else {}
-    return found[task] if task is not None else next(iter(found.values())), section

@@ -42,6 +42,19 @@ SCHEMA: dict[str, Any] = {
     "resume": (str, bool, type(None)),
     "strict": FLAG,
 }
+EVAL_SCHEMA: dict[str, Any] = {
+    "run": TEXT,
+    "task": TEXT,
+    "model": SCHEMA["model"],
+    "adapter_path": TEXT,
+    "data": SCHEMA["data"],
+    "metrics": OPEN,
+    "batch_size": (int,),
+    "max_new_tokens": (int,),
+    "device": TEXT,
+    "output_dir": TEXT,
+}
+SCHEMAS: dict[str, Mapping[str, Any]] = {"train": SCHEMA, "eval": EVAL_SCHEMA}
 _WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
 
 

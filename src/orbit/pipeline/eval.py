@@ -1,0 +1,227 @@
+"""`orbit eval`: metrics of a run, or of any model, on the datasets of `data.eval`.
+
+check the config → which model → metrics → model, tokenizer → datasets, once for each pass that a metric needs
+→ (nothing is written until here) → each pass once a dataset → every metric from its pass → files
+
+    EVAL.json      what was measured on what, and every sample: its loss, its reply
+    SUMMARY.json   {dataset: {metric: number}}
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orbit.adapter import load
+from orbit.config import ConfigError, load_config
+from orbit.core.files import replace_synced
+from orbit.core.making import make
+from orbit.core.names import did_you_mean
+from orbit.core.runtime import resolve_device
+from orbit.data.build import build_dataset
+from orbit.data.registry import DATASET_REGISTRY
+from orbit.evaluate.metrics import PASSES, Metric
+from orbit.evaluate.passes import EvaluationError, generate_pass, score_pass
+from orbit.evaluate.registry import METRIC_REGISTRY
+from orbit.pipeline import parts, schema
+from orbit.pipeline.folder import environment, fingerprint
+from orbit.pipeline.found import find_adapter, require_folder
+
+Summary = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated: the section `model`, an adapter's folder or None, and the datasets' sections."""
+
+    model: Mapping[str, Any]
+    adapter: Path | None
+    data: Mapping[str, Mapping[str, Any]]
+
+
+def evaluate(cfg: Mapping[str, Any], console: Console | None = None) -> Summary:
+    """Measure what `cfg` names, and write it down. Returns what SUMMARY.json holds.
+
+    Args:
+        cfg: as `compose("eval", [...])` gives it.
+
+    Raises:
+        ConfigError, ComponentError, DataError, AdapterError: before anything is measured.
+        EvaluationError: a dataset or model on which a metric cannot be measured.
+    """
+    console = Console() if console is None else console
+    out = look(cfg)
+    subject = _subject(cfg)
+    metrics = _metrics(cfg["metrics"])
+    passes = tuple(one for one in PASSES if any(metric.needs == one for metric in metrics.values()))
+    tokenizer = parts.load_tokenizer(subject.model)
+    template = subject.model.get("template_args") or {}
+    datasets = {
+        (name, one): _dataset(name, section, template, tokenizer, one, metrics)
+        for name, section in subject.data.items()
+        for one in passes
+    }
+    model = parts.load_model(subject.model)
+    if subject.adapter is not None:
+        load(model, subject.adapter)
+    model.to(resolve_device(cfg["device"]))
+    measured: dict[str, Any] = {}
+    summary: Summary = {}
+    for name in subject.data:
+        samples: dict[str, Sequence[Any]] = {}
+        try:
+            for one in passes:
+                samples[one] = _run(one, model, datasets[name, one], tokenizer, cfg)
+            summary[name] = {
+                key: number
+                for metric_name, metric in metrics.items()
+                for key, number in _numbers(metric_name, metric(samples[metric.needs])).items()
+            }
+        except EvaluationError as error:
+            raise EvaluationError(f"data.eval.{name}: {error}") from error
+        measured[name] = {one: [asdict(sample) for sample in some] for one, some in samples.items()}
+    what = {
+        "config": dict(cfg),
+        "model": dict(subject.model),
+        "adapter": None if subject.adapter is None else str(subject.adapter),
+        "environment": environment(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "EVAL.json", {**what, "summary": summary, "samples": measured})
+    _write(out / "SUMMARY.json", summary)
+    console.print(_table(summary))
+    console.print(f"{out} has every sample", highlight=False, soft_wrap=True)
+    return summary
+
+
+def look(cfg: Mapping[str, Any]) -> Path:
+    """Check what can be without loading anything, and return the folder of the results. Raises ConfigError."""
+    schema.check(cfg, schema.EVAL_SCHEMA)
+    for key in ("batch_size", "max_new_tokens"):
+        if cfg[key] < 1:
+            raise ConfigError(f"{key}={cfg[key]} must be at least 1")
+    subject = _subject(cfg)
+    _metrics(cfg["metrics"])
+    if cfg["output_dir"]:
+        out = Path(cfg["output_dir"])
+    elif cfg["run"] and subject.adapter != Path(cfg["run"]):
+        out = Path(cfg["run"]) / "eval"
+    else:
+        out = Path("runs") / "eval" / fingerprint(cfg)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: say output_dir=FOLDER")
+    return out.absolute()
+
+
+def _subject(cfg: Mapping[str, Any]) -> _Subject:
+    model, data = cfg.get("model"), (cfg.get("data") or {}).get("eval")
+    adapter = None if cfg["adapter_path"] is None else Path(cfg["adapter_path"])
+    if cfg["run"]:
+        if adapter is not None:
+            raise ConfigError("run and adapter_path are both given: the run has its own adapter")
+        run = Path(cfg["run"])
+        require_folder(run)
+        if (run / "model").is_dir() and not (run / "adapters").is_dir():
+            section = dict(load_config(run / "config.yaml")["model"])
+            tokenizer = {**section["model_args"], **(section.get("tokenizer_args") or {})}
+            key = "pretrained_model_name_or_path"
+            section["tokenizer_args"] = {**(section.get("tokenizer_args") or {}), key: tokenizer[key]}
+            section["model_args"] = {**section["model_args"], key: str(run / "model")}
+        else:
+            adapter, found = find_adapter(run, cfg["task"], "task=")
+            section = dict(found)
+        model = model or section
+        if data is None and (run / "config.yaml").is_file():
+            data = (load_config(run / "config.yaml").get("data") or {}).get("eval")
+    elif adapter is not None and not (adapter / "adapter_config.json").is_file():
+        require_folder(adapter)
+        raise ConfigError(f"adapter_path={adapter} holds no adapter_config.json: of a run say run={adapter}")
+    if not model:
+        raise ConfigError("which model? say run=FOLDER, model=smollm2, or model.model_args....=PATH")
+    if not data:
+        raise ConfigError("data.eval names no dataset: say data=facts, or data.eval.NAME={handler: ...}")
+    return _Subject(model, adapter, data)
+
+
+def _metrics(section: Mapping[str, Any]) -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {}
+    for name, args in section.items():
+        if args is None:
+            continue
+        if not isinstance(args, Mapping):
+            raise ConfigError(f"metrics.{name} is {args!r}: give its arguments, {{}} or null")
+        metric = make(METRIC_REGISTRY[name], args, f"metric {name!r}")
+        needs = getattr(metric, "needs", None)
+        if needs not in PASSES:
+            raise ConfigError(
+                f"metric {name!r} needs the pass {needs!r}{did_you_mean(str(needs), PASSES)}; there are: "
+                f"{', '.join(PASSES)}"
+            )
+        metrics[name] = metric
+    if not metrics:
+        raise ConfigError(f"metrics names none; there are: {', '.join(METRIC_REGISTRY)}")
+    return metrics
+
+
+def _dataset(
+    name: str,
+    section: Mapping[str, Any],
+    template: Mapping[str, Any],
+    tokenizer: Any,
+    needs: str,
+    metrics: Mapping[str, Metric],
+) -> Any:
+    """The dataset for a pass: for `generate` with prompts in the place of samples. It is not packed."""
+    section = {key: value for key, value in section.items() if key != "packing"}
+    handler = section.get("handler") or name
+    takes = "predict_with_generate" in inspect.signature(DATASET_REGISTRY[handler]).parameters
+    if needs == "generate" and not takes:
+        which = [metric for metric, made in metrics.items() if made.needs == "generate"]
+        raise ConfigError(
+            f"data.eval.{name}: {handler} gives no prompts (it takes no predict_with_generate), which "
+            f"{', '.join(which)} need: leave them out by {' '.join(f'metrics.{one}=null' for one in which)}"
+        )
+    if takes:
+        args = {**(section.get("args") or {}), "predict_with_generate": needs == "generate"}
+        section = {**section, "args": args}
+    return build_dataset(name, section, template, tokenizer)
+
+
+def _run(needs: str, model: Any, dataset: Any, tokenizer: Any, cfg: Mapping[str, Any]) -> Sequence[Any]:
+    if needs == "score":
+        return score_pass(model, dataset, tokenizer, cfg["batch_size"])
+    return generate_pass(model, dataset, tokenizer, cfg["batch_size"], cfg["max_new_tokens"])
+
+
+def _numbers(name: str, found: float | Mapping[str, float]) -> dict[str, float]:
+    return dict(found) if isinstance(found, Mapping) else {name: found}
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, default=str)
+    replace_synced(path, (text + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(summary: Summary) -> Table:
+    names = list(dict.fromkeys(key for found in summary.values() for key in found))
+    table = Table("", *names, box=None)
+    for name, found in summary.items():
+        table.add_row(name, *(f"{found[key]:.4f}" if key in found else "" for key in names))
+    return table
