@@ -1,6 +1,7 @@
 """The `orbit` command.
 
 orbit train experiment=sft [KEY=VALUE ...]      train what a config describes
+orbit check experiment=sft [KEY=VALUE ...]      look at all of that without training
 orbit eval run=FOLDER [KEY=VALUE ...]           measure what a run, or any model, has learned
 orbit list [KIND]                               what a config can name
 orbit merge RUN --out FOLDER                    an adapter folded into its base model
@@ -25,6 +26,7 @@ from orbit.core.names import nearest
 
 _CONFIGS = {
     "train": "train what a config describes",
+    "check": "look at a run before it is paid for: data, template, adapters, one step, memory, time",
     "eval": "measure what a run, or any model, has learned",
 }
 
@@ -75,6 +77,8 @@ def _add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options(command)
+    if name == "check":
+        command.add_argument("--json", action="store_true", help="for programs")
     command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     return command
 
@@ -210,6 +214,7 @@ def _config(arguments: argparse.Namespace) -> int:
         show=arguments.cfg is not None,
         config_dir=arguments.config_dir,
         imports=arguments.imports,
+        options={"as_json": arguments.json} if arguments.command == "check" else {},
     )
 
 

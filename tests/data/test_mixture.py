@@ -72,6 +72,7 @@ def test_tasks_from_a_config() -> None:
 
 def test_largest_remainders() -> None:
     assert apportion({"a": 5, "b": 3, "c": 2}, 7) == {"a": 4, "b": 2, "c": 1}  # 3.5, 2.1, 1.4
+    assert apportion({"c": 2, "b": 3, "a": 5}, 7) == {"c": 1, "b": 2, "a": 4}
     assert apportion({"a": 1, "b": 1}, 3) == {"a": 2, "b": 1}
 
 

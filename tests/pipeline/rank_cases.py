@@ -24,7 +24,7 @@ def fit(folder: str, rows: int, way: str | None, adapted: bool) -> dict[str, flo
     if adapted:
         adapter.inject(run.model, adapter.AdapterConfig(r=2), "default")
     result = orbit_driver.fit(run)
-    _save(run.model, run.folder, adapted)
+    _save(run.model, run.folder, ("default",) if adapted else ())
     return result
 
 

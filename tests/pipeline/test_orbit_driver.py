@@ -178,11 +178,13 @@ def test_resume_from(tmp_path: Path) -> None:
 
 def test_the_model_answers_while_it_trains_and_nothing_moves(tmp_path: Path) -> None:
     quiet = work(tmp_path / "quiet", replace(BASE, max_steps=5))
+    dropping(quiet)
     orbit_driver.fit(quiet)
     asks = replace(
         BASE, max_steps=5, sample_steps=2, sample_prompts=["hello", "what is mali"], sample_max_new_tokens=3
     )
     talking = work(tmp_path / "talking", asks)
+    dropping(talking)
     orbit_driver.fit(talking)
     said = [json.loads(line) for line in (tmp_path / "talking" / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["prompt"]) for row in said] == [
@@ -190,6 +192,13 @@ def test_the_model_answers_while_it_trains_and_nothing_moves(tmp_path: Path) -> 
     ]
     for name, value in quiet.model.state_dict().items():
         assert torch.equal(talking.model.state_dict()[name], value)
+
+
+def dropping(run: Work) -> None:
+    """Let the model draw random numbers, while it trains."""
+    for module in run.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3  # type: ignore[assignment]
 
 
 def test_evaluation_asked_for_without_data_is_an_error(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ a sweep      compose all → look at all → run each, by Hydra's launcher
 from __future__ import annotations
 
 import importlib
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,13 +31,14 @@ class Command:
 
     Attributes:
         config: the name of its primary config.
-        run: called with the job; what it returns is the exit status, unless it is no number.
+        run: called with the job and the command's own options; what it returns is the exit status,
+            unless it is no number.
         look: called with every job before the first one runs. It raises where the job cannot, and returns what no two
             jobs of a sweep may have in common, or None.
     """
 
     config: str
-    run: Callable[[Job], Any]
+    run: Callable[..., Any]
     look: Callable[[Job], Any]
 
 
@@ -57,6 +59,22 @@ def _look_at_run(job: Job) -> Path:
     return folder.path.absolute()
 
 
+def _check(job: Job, as_json: bool = False) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    from orbit.pipeline.check import check
+    from orbit.pipeline.check.show import show
+
+    disable_progress_bar()
+    report = check(job.config, job.experiment, job.overrides)
+    console = Console()
+    if as_json:
+        console.out(json.dumps(report.as_plain(), indent=1, ensure_ascii=False), highlight=False)
+    else:
+        show(report, console)
+    return 0 if report.ok else 1
+
+
 def _eval(job: Job) -> None:
     from orbit.pipeline.eval import evaluate
 
@@ -71,6 +89,7 @@ def _look_at_evaluation(job: Job) -> Path:
 
 COMMANDS = {
     "train": Command("train", _train, _look_at_run),
+    "check": Command("train", _check, lambda job: None),
     "eval": Command("eval", _eval, _look_at_evaluation),
 }
 
@@ -83,6 +102,7 @@ def run_command(
     show: bool = False,
     config_dir: str | None = None,
     imports: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> int:
     """Run a command as its options say. Returns the exit status.
 
@@ -92,6 +112,7 @@ def run_command(
         show: print the config and do nothing else.
         config_dir: the user's folder of configs.
         imports: modules that register components of the user's.
+        options: of this command alone.
 
     Raises:
         ConfigError: before anything runs.
@@ -105,7 +126,7 @@ def run_command(
             Console().out(shown(job), end="", highlight=False)
             return 0
         command.look(job)
-        return _status(command.run(job))
+        return _status(command.run(job, **(options or {})))
     seen: dict[Any, Job] = {}
     for job in compose_sweep(command.config, overrides, config_dir):
         place = command.look(job)
@@ -115,15 +136,20 @@ def run_command(
                 f"{' '.join(job.overrides)}"
             )
         seen[place] = job
-    run_sweep(command.config, overrides, partial(_one_of_many, name, tuple(imports)), config_dir)
+    run_sweep(
+        command.config,
+        overrides,
+        partial(_one_of_many, name, tuple(imports), dict(options or {})),
+        config_dir,
+    )
     return 0
 
 
-def _one_of_many(name: str, imports: Sequence[str], job: Job) -> None:
+def _one_of_many(name: str, imports: Sequence[str], options: Mapping[str, Any], job: Job) -> None:
     """A job of a sweep, perhaps in a process of its own."""
     import_modules(imports)
     print(f"orbit {name} {' '.join(job.overrides)}", flush=True)
-    status = _status(COMMANDS[name].run(job))
+    status = _status(COMMANDS[name].run(job, **options))
     if status:
         raise ConfigError(f"orbit {name} {' '.join(job.overrides)} ended with status {status}")
 

@@ -33,6 +33,7 @@ from orbit.pipeline.schema import OPEN, SCHEMA, SCHEMAS
 
 _SHIPPED = "orbit.configs"
 _PLAIN = re.compile(r"(?P<path>[A-Za-z_][\w.\[\]-]*)=(?!=)(?P<dict>\{)?")
+_NO_ADAPTER = "adapter=null"
 _LAUNCHER = re.compile(r"\+*(hydra/launcher=|hydra\.launcher\.)")
 _SILENT = {"version": 1, "root": None, "disable_existing_loggers": False}  # Hydra's `job_logging=none`
 _QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
@@ -140,16 +141,19 @@ def resolved(cfg: Any) -> dict[str, Any]:
 
 
 def opened(overrides: Sequence[str], name: str = "train") -> list[str]:
-    """Overrides of an open section, and below one, may name new keys.
+    """Overrides of an open section, and below one, may name new keys; `adapter=null` leaves out its file.
 
-    >>> opened(["trainer.args.eval_steps=5", "trainer.args={eval_steps: 5}", "trainer.drivr=hf"])
-    ['++trainer.args.eval_steps=5', '++trainer.args={eval_steps: 5}', 'trainer.drivr=hf']
+    >>> opened(["trainer.args.eval_steps=5", "trainer.args={eval_steps: 5}", "trainer.drivr=hf", "adapter=null"])
+    ['++trainer.args.eval_steps=5', '++trainer.args={eval_steps: 5}', 'trainer.drivr=hf', '~adapter']
     """
-    return [f"++{text}" if _lies_open(text, name) else text for text in overrides]
+    left_out = {_NO_ADAPTER: "~adapter"}  # Hydra chooses files by text alone
+    return [f"++{text}" if _lies_open(text, name) else left_out.get(text, text) for text in overrides]
 
 
 def _closed(override: str, name: str) -> str:
     """As it was before `opened`."""
+    if override == "~adapter":
+        return _NO_ADAPTER
     bare = override.removeprefix("++")
     return bare if _lies_open(bare, name) else override
 

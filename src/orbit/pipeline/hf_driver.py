@@ -9,25 +9,29 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from orbit.config import ConfigError
 from orbit.core.extras import need
 from orbit.pipeline.arguments import Arguments
-from orbit.pipeline.hf_trainer import ObjectiveTrainer
+from orbit.pipeline.hf_trainer import objective_trainer
 from orbit.pipeline.samples import SampleFile
 from orbit.pipeline.work import Work, is_hf_trainer
 from orbit.plugin.trackers.metrics_file import cut_lines
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainingArguments
+else:
+    TrainerCallback = object
 
 _NUMBERS = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr_0", "train_loss": "train_loss"}
 
 
 def fit(work: Work) -> dict[str, float]:
     """Train. Returns the last metrics, named as driver orbit names them."""
-    need("llm", "accelerate")
+    need("llm", "transformers", "accelerate")
     own = not is_hf_trainer(work.trainer)
     args = training_arguments(work, own)
     evals: Any = dict(work.evals)
@@ -43,7 +47,9 @@ def fit(work: Work) -> dict[str, float]:
         "callbacks": _callbacks(work),
     }
     if own:
-        trainer: Any = ObjectiveTrainer(work.trainer, work.ref, work.arguments, **parts)
+        trainer: Any = objective_trainer(
+            objective=work.trainer, ref=work.ref, arguments=work.arguments, **parts
+        )
     else:
         trainer = work.trainer(**parts, **work.method_args)
     output = trainer.train(resume_from_checkpoint=_checkpoint(work))
@@ -66,6 +72,9 @@ def training_arguments(work: Work, own: bool = True) -> TrainingArguments:
     Raises:
         ConfigError: a value that transformers refuses.
     """
+    need("llm", "transformers", "accelerate")
+    from transformers import TrainingArguments
+
     ours = work.arguments
     known = {field.name for field in fields(TrainingArguments)}
     given = {f.name: getattr(ours, f.name) for f in fields(Arguments) if f.name in known}
@@ -143,14 +152,23 @@ class Answers(TrainerCallback):
 
 
 def _callbacks(work: Work) -> list[TrainerCallback]:
+    from transformers import EarlyStoppingCallback
+
     args = work.arguments
-    callbacks: list[TrainerCallback] = [Rows(work.folder.metrics)]
+    callbacks: list[TrainerCallback] = [_callback(Rows)(work.folder.metrics)]
     samples = work.samples()
     if samples is not None and args.sample_steps:
-        callbacks.append(Answers(samples, args.sample_steps))
+        callbacks.append(_callback(Answers)(samples, args.sample_steps))
     if args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     return callbacks
+
+
+def _callback(kind: type) -> Any:
+    """The class as a `TrainerCallback`, which is imported only now."""
+    from transformers import TrainerCallback
+
+    return type(kind.__name__, (kind, TrainerCallback), {})
 
 
 def _checkpoint(work: Work) -> str | None:

@@ -9,13 +9,11 @@ the batch: by the objective's own `units(batch)` where it has one, else the supe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
 
 from orbit.core.meters import Averages
 from orbit.core.nested import count_samples, flat
@@ -23,9 +21,23 @@ from orbit.core.outcome import Outcome
 from orbit.pipeline.arguments import Arguments
 from orbit.pipeline.loaders import train_sampler
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from transformers.trainer_utils import EvalLoopOutput
+else:
+    Trainer = object
+
+
+def objective_trainer(**parts: Any) -> Trainer:
+    """`transformers.Trainer` with the methods of `ObjectiveTrainer`, made of its arguments."""
+    import transformers
+
+    made: Trainer = type("ObjectiveTrainer", (ObjectiveTrainer, transformers.Trainer), {})(**parts)
+    return made
+
 
 class ObjectiveTrainer(Trainer):
-    """A Trainer whose loss is an objective's.
+    """What a `transformers.Trainer` does whose loss is an objective's; transformers is imported when one is made.
 
     Args:
         objective: `objective(model, batch, ref) -> Outcome`.
@@ -104,6 +116,8 @@ class ObjectiveTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The mean loss and records per unit, over all processes."""
+        from transformers.trainer_utils import EvalLoopOutput
+
         model = self._wrap_model(self.model, training=False, dataloader=dataloader)
         means = Averages()
         training = model.training

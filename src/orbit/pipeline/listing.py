@@ -22,8 +22,8 @@ def described(kind: str) -> list[dict[str, str]]:
     Raises:
         ConfigError: no such kind.
 
-    >>> described("collators")[0]["name"]
-    'SFTCollator'
+    >>> [one["arguments"] for one in described("objectives") if one["name"] == "CausalLM"]
+    ['(ignore_index=-100)']
     """
     if kind not in REGISTRIES:
         raise ConfigError(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from orbit.config import ConfigError
 from orbit.core import runtime
+from orbit.core.events import Plugin
 from orbit.core.meters import Averages
 from orbit.core.outcome import Outcome
 from orbit.core.ranks import parallel, shards
@@ -20,7 +22,7 @@ from orbit.pipeline.evaluation import evaluate
 from orbit.pipeline.loaders import eval_loader, total_steps, train_loader, windows_per_epoch
 from orbit.pipeline.plugins import best_of, run_plugins
 from orbit.pipeline.samples import Samples
-from orbit.pipeline.stepping import stepping
+from orbit.pipeline.stepping import Stepping, stepping
 from orbit.pipeline.work import Work
 
 
@@ -40,21 +42,7 @@ def fit(work: Work) -> dict[str, float]:
     samples = work.samples()
     if samples is not None and args.sample_steps:
         plugins.append(Samples(samples, args.sample_steps))
-    engine = Engine(
-        model,
-        way.optimizer,
-        scheduler=way.scheduler,
-        plugins=plugins,
-        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
-        grad_clip_norm=way.grad_clip_norm,
-        device="cpu" if args.use_cpu else None,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        parallel=ways,
-        activation_checkpointing=bool(args.gradient_checkpointing),
-        compile=_compile(args),
-        deterministic=args.full_determinism,
-        split_on_oom=args.auto_find_batch_size,
-    )
+    engine = engine_of(model, way, args, plugins, ways)
     if args.tf32 is not None and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = args.tf32
     seed_everything(args.seed)
@@ -80,6 +68,27 @@ def fit(work: Work) -> dict[str, float]:
     if args.load_best_model_at_end and best is not None and best.best_score is not None:
         found[f"best_{args.monitor}"] = best.best_score
     return {name: float(value) for name, value in {**found, **engine.metrics}.items()}
+
+
+def engine_of(
+    model: nn.Module, way: Stepping, args: Arguments, plugins: list[Plugin], parallel: str | None = None
+) -> Engine:
+    """The engine that the arguments ask for. `parallel`: as `several_processes` returns it."""
+    return Engine(
+        model,
+        way.optimizer,
+        scheduler=way.scheduler,
+        plugins=plugins,
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else None,
+        grad_clip_norm=way.grad_clip_norm,
+        device="cpu" if args.use_cpu else None,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        parallel=parallel,
+        activation_checkpointing=bool(args.gradient_checkpointing),
+        compile=_compile(args),
+        deterministic=args.full_determinism,
+        split_on_oom=args.auto_find_batch_size,
+    )
 
 
 def evaluates(args: Arguments, engine: Engine, steps: int) -> bool:

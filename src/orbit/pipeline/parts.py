@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from orbit.adapter import AdapterConfig, inject
+from orbit.adapter import AdapterConfig, InjectReport, inject
 from orbit.config import ConfigError
 from orbit.core.extras import need
 from orbit.core.making import make
@@ -45,10 +45,8 @@ def load_model(cfg: Mapping[str, Any]) -> nn.Module:
     )
 
 
-def adapt(model: nn.Module, cfg: Mapping[str, Any] | None, task: str) -> None:
-    """Adapt the model as the section `adapter` says; null trains all of it."""
-    if cfg is None:
-        return
+def adapt(model: nn.Module, cfg: Mapping[str, Any], task: str) -> InjectReport:
+    """Adapt the model as the section `adapter` says."""
     settings = dict(cfg)
     kind = settings.pop("type", "lora")
     known = [field.name for field in fields(AdapterConfig)]
@@ -61,7 +59,7 @@ def adapt(model: nn.Module, cfg: Mapping[str, Any] | None, task: str) -> None:
         raise ConfigError(f"adapter.type {kind!r} is unknown{did_you_mean(kind, ('lora', 'dora'))}")
     if kind == "dora":
         settings["dora"] = True
-    inject(model, AdapterConfig(**settings), task)
+    return inject(model, AdapterConfig(**settings), task)
 
 
 def build_collator(section: Mapping[str, Any], tokenizer: Any) -> Any:

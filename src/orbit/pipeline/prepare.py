@@ -1,0 +1,98 @@
+"""All that a config describes, built and checked before anything is written: for `orbit train` and `orbit check`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orbit.adapter import InjectReport
+from orbit.config import ConfigError
+from orbit.core.rng import seed_everything
+from orbit.data.build import build_dataset
+from orbit.data.packing import Packed, check_packable
+from orbit.objective import CausalLM
+from orbit.pipeline import orbit_driver, parts
+from orbit.pipeline.arguments import read_arguments
+from orbit.pipeline.folder import RunFolder
+from orbit.pipeline.references import check_reference, make_reference
+from orbit.pipeline.resume import resume_from
+from orbit.pipeline.stepping import tasks_of
+from orbit.pipeline.work import Work, driver_of, is_hf_trainer
+
+TASK = "default"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run consists of.
+
+    Attributes:
+        driver: "orbit" or "hf".
+        tasks: the adapters' names; none where the whole model trains.
+        adapted: what was grafted for each.
+    """
+
+    work: Work
+    driver: str
+    tasks: tuple[str, ...]
+    adapted: tuple[InjectReport, ...]
+
+
+def prepare(cfg: Mapping[str, Any], folder: RunFolder) -> Prepared:
+    """Build what `cfg`, whose keys were checked, describes. Nothing is written.
+
+    Raises:
+        ConfigError, UnknownComponentError, DataError, AdapterError: what is wrong with it.
+    """
+    section = cfg["trainer"]
+    trainer = parts.trainer_of(section)
+    driver = driver_of(section.get("driver"), trainer)
+    arguments = read_arguments(section.get("args") or {}, bool(cfg.get("strict")), driver)
+    resume = resume_from(arguments.resume_from_checkpoint or cfg.get("resume"), driver)
+    tokenizer = parts.load_tokenizer(cfg["model"])
+    template = cfg["model"].get("template_args") or {}
+    datasets = {
+        part: {
+            name: build_dataset(name, dataset, template, tokenizer)
+            for name, dataset in (cfg["data"].get(part) or {}).items()
+        }
+        for part in ("train", "eval")
+    }
+    if len(datasets["train"]) != 1:
+        names = ", ".join(datasets["train"])
+        raise ConfigError(f"data.train names {len(datasets['train'])} datasets ({names}): give it one")
+    collate = parts.build_collator(cfg["collator"], tokenizer)
+    method_args = dict(section.get("method_args") or {})
+    if not is_hf_trainer(trainer):
+        trainer = parts.build_objective(section)
+    data = next(iter(datasets["train"].values()))
+    several = tasks_of(trainer, data, cfg.get("adapter"), driver)
+    compares = check_reference(section.get("reference"), trainer)
+    seed_everything(arguments.seed)
+    if driver == "orbit":
+        processes = orbit_driver.several_processes(arguments)  # before anything is written: one rank writes
+        if processes and several:
+            raise ConfigError("trainer multitask runs in one process: start it without torchrun")
+    model = parts.load_model(cfg["model"])
+    tasks = () if cfg.get("adapter") is None else several or (TASK,)
+    adapted = tuple(parts.adapt(model, cfg["adapter"], task) for task in tasks)
+    if isinstance(data, Packed):
+        check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
+    ref = None
+    if compares:
+        ref = make_reference(section.get("reference"), model, data, datasets["eval"], collate, arguments)
+    work = Work(
+        model=model,
+        trainer=trainer,
+        train=data,
+        collate=collate,
+        arguments=arguments,
+        folder=folder,
+        evals=datasets["eval"],
+        tokenizer=tokenizer,
+        method_args=method_args,
+        ref=ref,
+        resume=resume,
+    )
+    return Prepared(work, driver, tasks, adapted)
