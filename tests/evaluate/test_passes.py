@@ -83,8 +83,9 @@ def test_the_model_and_the_generators_are_as_before(model, tokenizer) -> None:
 
 
 def test_a_sample_cut_before_its_answer_weighs_nothing(model, tokenizer) -> None:
+    data = QADataset({"rows": ROWS[2:]}, TEMPLATE, tokenizer, max_length=4)
     with pytest.warns(UserWarning, match="max_length"):
-        data = QADataset({"rows": ROWS[2:]}, TEMPLATE, tokenizer, max_length=4)
+        data[0]
     [one] = score_pass(model, data, tokenizer, 2)
     assert (one.nll, one.tokens) == (0.0, 0)
 
