@@ -19,8 +19,9 @@ from orbit.pipeline.registries import REGISTRIES
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "docs" / "extend"
-MODULES = {"dataset": "riddles", "objective": "focal"}
-SMALL = "model.model_args.pretrained_model_name_or_path=model trainer.args.max_steps=2"
+MODULES = {"dataset": "riddles", "metric": "wordy", "objective": "focal"}
+MODEL = "model.model_args.pretrained_model_name_or_path=model"
+SMALL = {"train": [MODEL, "trainer.args.max_steps=2"], "eval": [MODEL]}
 RIDDLES = [
     {"riddle": "what is the capital of mali ?", "solution": "bamako"},
     {"riddle": "when did ghana become independent ?", "solution": "6 march 1957"},
@@ -55,7 +56,7 @@ def follow(page: str) -> None:
         for line in block.splitlines() if language == "sh" else ():
             program, *words = shlex.split(line)
             assert program == "orbit"
-            more = shlex.split(SMALL) if words[0] in ("train", "eval") else []
+            more = SMALL.get(words[0], [])
             assert cli.main([*words, *more]) == 0, line
 
 
@@ -95,3 +96,13 @@ def test_objective(room: Path) -> None:
     torch.testing.assert_close(same.loss, plain.loss)
     assert same.weight == plain.weight
     assert 0 < less.loss < plain.loss
+
+
+def test_metric(room: Path) -> None:
+    follow("metric")
+    [path] = room.glob("runs/eval/*/EVAL.json")
+    found = json.loads(path.read_text())
+    replies = found["samples"]["paraphrases"]["generate"]
+    said = sum(min(len(reply["text"].split()), 3) for reply in replies)
+    wanted = sum(len(reply["references"][0].split()) for reply in replies)
+    assert found["summary"]["paraphrases"]["wordiness"] == pytest.approx(said / wanted) != 0

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orbit.adapter import load
-from orbit.config import ConfigError, load_config
+from orbit.config import ConfigError, load_config, merge
 from orbit.core.files import replace_synced
 from orbit.core.making import make
 from orbit.core.names import did_you_mean
@@ -36,6 +36,7 @@ from orbit.pipeline.folder import environment, fingerprint
 from orbit.pipeline.found import find_adapter, require_folder
 
 Summary = dict[str, dict[str, float]]
+_PATH = "pretrained_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -130,25 +131,28 @@ def _subject(cfg: Mapping[str, Any]) -> _Subject:
         run = Path(cfg["run"])
         require_folder(run)
         if (run / "model").is_dir() and not (run / "adapters").is_dir():
-            section = dict(load_config(run / "config.yaml")["model"])
-            tokenizer = {**section["model_args"], **(section.get("tokenizer_args") or {})}
-            key = "pretrained_model_name_or_path"
-            section["tokenizer_args"] = {**(section.get("tokenizer_args") or {}), key: tokenizer[key]}
-            section["model_args"] = {**section["model_args"], key: str(run / "model")}
+            section = _trained(run)
         else:
-            adapter, found = find_adapter(run, cfg["task"], "task=")
-            section = dict(found)
-        model = model or section
+            adapter, section = find_adapter(run, cfg["task"], "task=")
+        model = merge(section, model or {})
         if data is None and (run / "config.yaml").is_file():
             data = (load_config(run / "config.yaml").get("data") or {}).get("eval")
     elif adapter is not None and not (adapter / "adapter_config.json").is_file():
         require_folder(adapter)
         raise ConfigError(f"adapter_path={adapter} holds no adapter_config.json: of a run say run={adapter}")
-    if not model:
-        raise ConfigError("which model? say run=FOLDER, model=smollm2, or model.model_args....=PATH")
+    if not ((model or {}).get("model_args") or {}).get(_PATH):
+        raise ConfigError(f"which model? say run=FOLDER, model=smollm2, or model.model_args.{_PATH}=FOLDER")
     if not data:
         raise ConfigError("data.eval names no dataset: say data=facts, or data.eval.NAME={handler: ...}")
     return _Subject(model, adapter, data)
+
+
+def _trained(run: Path) -> dict[str, Any]:
+    """The section `model` of a run without an adapter, which trained all of the model; its tokenizer is the base's."""
+    section = load_config(run / "config.yaml")["model"]
+    base = {_PATH: section["model_args"][_PATH]}
+    own = {"model_args": {_PATH: str(run / "model")}, "tokenizer_args": section.get("tokenizer_args") or {}}
+    return merge(merge(section, {"tokenizer_args": base}), own)
 
 
 def _metrics(section: Mapping[str, Any]) -> dict[str, Metric]:
@@ -220,8 +224,7 @@ def _finite(value: Any) -> Any:
 
 
 def _table(summary: Summary) -> Table:
-    names = list(dict.fromkeys(key for found in summary.values() for key in found))
-    table = Table("", *names, box=None)
-    for name, found in summary.items():
-        table.add_row(name, *(f"{found[key]:.4f}" if key in found else "" for key in names))
+    table = Table("", *summary, box=None)
+    for key in dict.fromkeys(key for found in summary.values() for key in found):
+        table.add_row(key, *(f"{found[key]:.4f}" if key in found else "" for found in summary.values()))
     return table
