@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orbit.pipeline import REGISTRIES
 from tests.tiny_llm import tiny_llama, tiny_tokenizer
 
 
@@ -24,3 +25,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory of its own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten afterwards."""
+    for registry in REGISTRIES.values():
+        monkeypatch.setattr(registry, "_things", dict(registry._things))
