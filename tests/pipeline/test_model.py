@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from orbit import adapter
 from orbit.config import ConfigError
-from orbit.core.components import ComponentError
 from orbit.model.registry import MODEL_REGISTRY
 from orbit.pipeline import compose, train
 from orbit.pipeline.adapters import TYPES, adapt
@@ -84,13 +83,11 @@ def test_code_of_the_folder_is_not_run_and_nobody_is_asked(
 
 
 def test_a_registered_model(tiny_model: Path) -> None:
-    asked = {
-        "handler": "transformer",
-        "model_args": {"vocab_size": 50, "hidden_size": 32, "num_layers": 1, "num_heads": 2},
-    }
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
+    asked = {"handler": "transformer", "model_args": sizes}
     assert isinstance(load_model(asked), nn.Module)
-    asked["model_args"]["hiden_size"] = 3
-    with pytest.raises(ComponentError, match="hidden_size"):
+    sizes["hiden_size"] = 3
+    with pytest.raises(ConfigError, match="hiden_size"):
         load_model(asked)
     assert "transformer" in MODEL_REGISTRY
 
