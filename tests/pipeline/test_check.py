@@ -297,6 +297,12 @@ def test_memory_that_is_not_there(tiny_model: Path, monkeypatch: pytest.MonkeyPa
     assert memory.memory_limit(torch.device("cpu")) > 2**17
 
 
+def test_a_warm_up_that_outlasts_the_run(tiny_model: Path) -> None:
+    more = ("trainer.args.max_steps=3", "trainer.args.warmup_steps=3")
+    assert looked_at(tiny_model, *more).rules() == {"warmup-too-long"}
+    assert looked_at(tiny_model, more[0], "trainer.args.warmup_steps=2").rules() == set()
+
+
 def test_a_trainer_with_a_loop_of_its_own(tiny_model: Path) -> None:
     report = looked_at(tiny_model, "trainer.handler=Theirs")
     assert report.ok

@@ -178,6 +178,16 @@ def test_a_quantised_base_needs_an_adapter(tiny_model: Path) -> None:
     assert "did you mean 'nf4'" in check(cfg).findings[0].message
 
 
+def test_a_quantised_base_trains_under_an_adapter(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    report = check(run(tiny_model, "model.quantization=nf4", "model.model_args.dtype=float32"))
+    assert report.ok, report.findings
+    assert (
+        type(load_model(section(tiny_model, quantization="nf4")).model.layers[0].mlp.up_proj).__name__
+        == "Linear4bit"
+    )
+
+
 def test_the_model_section_asks_for_checkpointing(tiny_model: Path) -> None:
     from orbit.pipeline.folder import RunFolder
     from orbit.pipeline.prepare import prepare

@@ -75,7 +75,7 @@ def load_model(cfg: Mapping[str, Any], strict: bool = False) -> nn.Module:
         if cfg.get("quantization"):
             raise ConfigError(f"model.quantization is for transformers' models, and handler is {handler!r}")
         try:
-            return make(MODEL_REGISTRY[handler], given, f"model {handler!r}")  # type: ignore[no-any-return]
+            return make(MODEL_REGISTRY[handler], given, f"model {handler!r}")
         except TypeError as error:  # one that takes any arguments, and hands them on
             raise ConfigError(f"model.model_args: {_told(error)}") from error
     need("llm", "transformers")
