@@ -266,8 +266,8 @@ def test_a_parameter_without_a_gradient(tiny_model: Path, monkeypatch: pytest.Mo
 
     load = prepare.parts.load_model
 
-    def with_a_spare(section: Any) -> Any:
-        model = load(section)
+    def with_a_spare(section: Any, strict: bool) -> Any:
+        model = load(section, strict)
         model.spare = torch.nn.Linear(2, 2)
         return model
 
@@ -295,6 +295,12 @@ def test_memory_that_is_not_there(tiny_model: Path, monkeypatch: pytest.MonkeyPa
     assert report.rules() == {"memory"}
     assert not report.ok
     assert memory.memory_limit(torch.device("cpu")) > 2**17
+
+
+def test_a_warm_up_that_outlasts_the_run(tiny_model: Path) -> None:
+    more = ("trainer.args.max_steps=3", "trainer.args.warmup_steps=3")
+    assert looked_at(tiny_model, *more).rules() == {"warmup-too-long"}
+    assert looked_at(tiny_model, more[0], "trainer.args.warmup_steps=2").rules() == set()
 
 
 def test_a_trainer_with_a_loop_of_its_own(tiny_model: Path) -> None:

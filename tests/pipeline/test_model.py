@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from orbit import adapter
 from orbit.config import ConfigError
-from orbit.core.components import ComponentError
 from orbit.model.registry import MODEL_REGISTRY
 from orbit.pipeline import compose, train
 from orbit.pipeline.adapters import TYPES, adapt
@@ -84,13 +83,11 @@ def test_code_of_the_folder_is_not_run_and_nobody_is_asked(
 
 
 def test_a_registered_model(tiny_model: Path) -> None:
-    asked = {
-        "handler": "transformer",
-        "model_args": {"vocab_size": 50, "hidden_size": 32, "num_layers": 1, "num_heads": 2},
-    }
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
+    asked = {"handler": "transformer", "model_args": sizes}
     assert isinstance(load_model(asked), nn.Module)
-    asked["model_args"]["hiden_size"] = 3
-    with pytest.raises(ComponentError, match="hidden_size"):
+    sizes["hiden_size"] = 3
+    with pytest.raises(ConfigError, match="hiden_size"):
         load_model(asked)
     assert "transformer" in MODEL_REGISTRY
 
@@ -179,6 +176,16 @@ def test_a_quantised_base_needs_an_adapter(tiny_model: Path) -> None:
     assert "nothing would train" in check(cfg).findings[0].message
     cfg = run(tiny_model, "model.quantization=nf5")
     assert "did you mean 'nf4'" in check(cfg).findings[0].message
+
+
+def test_a_quantised_base_trains_under_an_adapter(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    report = check(run(tiny_model, "model.quantization=nf4", "model.model_args.dtype=float32"))
+    assert report.ok, report.findings
+    assert (
+        type(load_model(section(tiny_model, quantization="nf4")).model.layers[0].mlp.up_proj).__name__
+        == "Linear4bit"
+    )
 
 
 def test_the_model_section_asks_for_checkpointing(tiny_model: Path) -> None:

@@ -1,11 +1,12 @@
 """The section `adapter`: what is trained beside the frozen model.
 
-null                                    nothing: all of the model trains
-{type: lora, r: 16, ...}                a fresh adapter, with the fields of `AdapterConfig`; the type sets one of them:
-                                        dora, rslora, gated; pissa, olora, gaussian, orthogonal as `init`
-{type: eva, r: 16, ...}                 its A from the inputs of a few batches of the training data
-{path: FOLDER}                          training goes on from a saved adapter
-{type: xlora, adapters: {NAME: FOLDER, ...}, ...}     a mixture of saved ones, with the fields of `xLoRAConfig`
+null                              nothing: all of the model trains
+{type: lora, r: 16, ...}          a fresh adapter, with the fields of `AdapterConfig`; the type sets one of them:
+                                  dora, rslora, gated; pissa, olora, gaussian, orthogonal as `init`
+{type: eva, r: 16, ...}           its A from the inputs of a few batches of the training data
+{path: FOLDER}                    training goes on from a saved adapter
+{type: xlora, adapters: {NAME: FOLDER, ...}, ...}
+                                  a mixture of saved ones, with the fields of `xLoRAConfig`
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def adapt(
         batches: a few batches of the training data, for what starts from them (eva).
 
     Raises:
-        ConfigError: an unknown type or setting, or two that exclude each other. AdapterError: it does not fit the model.
+        ConfigError: an unknown type or setting, or two that exclude each other.
+        AdapterError: it does not fit the model.
     """
     settings = dict(cfg)
     kind = settings.pop("type", "lora")

@@ -1,6 +1,6 @@
 """The section `model`: a tokenizer and a model.
 
-    handler                 null: transformers' AutoModelForCausalLM; else a registered `orbit.model`, called with model_args
+    handler                 null: transformers' AutoModelForCausalLM; else a registered model, called with model_args
     model_args              what `from_pretrained` takes, and nothing else; `torch_dtype` is `dtype`'s old name
     tokenizer_args          the same of AutoTokenizer; its path is the model's unless given
     quantization            nf4, fp4, int8: the frozen base by bitsandbytes, under an adapter
@@ -57,7 +57,7 @@ def load_tokenizer(cfg: Mapping[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(resolve_model(path), **given)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"model.tokenizer_args: {_first(error)}") from error
+        raise ConfigError(f"model.tokenizer_args: {_told(error)}") from error
 
 
 def load_model(cfg: Mapping[str, Any], strict: bool = False) -> nn.Module:
@@ -74,7 +74,10 @@ def load_model(cfg: Mapping[str, Any], strict: bool = False) -> nn.Module:
     if handler not in (None, "AutoModelForCausalLM"):
         if cfg.get("quantization"):
             raise ConfigError(f"model.quantization is for transformers' models, and handler is {handler!r}")
-        return make(MODEL_REGISTRY[handler], given, f"model {handler!r}")  # type: ignore[no-any-return]
+        try:
+            return make(MODEL_REGISTRY[handler], given, f"model {handler!r}")
+        except TypeError as error:  # one that takes any arguments, and hands them on
+            raise ConfigError(f"model.model_args: {_told(error)}") from error
     need("llm", "transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,7 +105,7 @@ def load_model(cfg: Mapping[str, Any], strict: bool = False) -> nn.Module:
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"model.model_args: {_first(error)}") from error
+        raise ConfigError(f"model.model_args: {_told(error)}") from error
     return model
 
 
@@ -160,6 +163,6 @@ def _flash() -> bool:
     )
 
 
-def _first(error: Exception) -> str:
-    """The first line of what is wrong."""
-    return str(error).strip().partition("\n")[0]
+def _told(error: Exception) -> str:
+    """What is wrong, in one line."""
+    return " ".join(str(error).split())

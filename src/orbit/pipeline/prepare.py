@@ -81,17 +81,17 @@ def prepare(cfg: Mapping[str, Any], folder: RunFolder) -> Prepared:
         if processes and several:
             raise ConfigError("trainer multitask runs in one process: start it without torchrun")
     model = parts.load_model(cfg["model"], bool(cfg.get("strict")))
-    section = cfg.get("adapter")
-    mixes = section is not None and section.get("type") == "xlora"
-    if section is None and cfg["model"].get("quantization"):
+    grafted = cfg.get("adapter")
+    mixes = grafted is not None and grafted.get("type") == "xlora"
+    if grafted is None and cfg["model"].get("quantization"):
         raise ConfigError("model.quantization freezes the model, and adapter is null: nothing would train")
     if mixes and several:
         raise ConfigError(
             "trainer multitask trains one adapter a task, and adapter.type=xlora mixes trained ones"
         )
-    tasks = () if section is None else several or (TASK,)
+    tasks = () if grafted is None else several or (TASK,)
     few = partial(_first_batches, data, collate, arguments.per_device_train_batch_size)
-    reports = [parts.adapt(model, section, task, few) for task in tasks]
+    reports = [parts.adapt(model, grafted or {}, task, few) for task in tasks]
     if isinstance(data, Packed):
         check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
     ref = None

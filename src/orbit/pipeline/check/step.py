@@ -8,6 +8,7 @@ and tells the time.
     not-finite       a loss or gradient is infinite or no number
     memory           the estimate is over what is there, or nearly
     step-not-tried   somebody else's loop
+    warmup-too-long  the run ends before the warm-up does
 """
 
 from __future__ import annotations
@@ -69,6 +70,12 @@ def try_steps(work: Work, samples: list[Any], report: Report) -> None:
         return
     loader = train_loader(work.train, work.collate, replace(args, dataloader_num_workers=0))
     steps = total_steps(windows_per_epoch(loader, args), args)
+    if args.warmup(steps) >= steps > 1:
+        report.warning(
+            "warmup-too-long",
+            f"the warm-up takes {args.warmup(steps)} steps and the run has {steps}: the learning rate never reaches "
+            f"{args.learning_rate}",
+        )
     times = args.gradient_accumulation_steps
     fewer = replace(args, gradient_accumulation_steps=min(times, 2))
     longest = sorted(samples, key=length_of)[-args.per_device_train_batch_size :]
