@@ -170,7 +170,7 @@ def test_an_evaluation_on_what_was_trained(tiny_model: Path) -> None:
     )
     section = {"handler": "QADataset", "args": {"hf_args": {"rows": ROWS}}}
     cfg["data"] = {"train": {"facts": section}, "eval": {"same": section}}
-    assert check(cfg).rules() == {"eval-in-train", "eval-unused"}
+    assert check(cfg).rules() == {"eval-in-train"}, "orbit eval reads it"
     cfg["trainer"]["args"]["eval_strategy"] = "epoch"
     assert check(cfg).rules() == {"eval-in-train"}
     other = [{"question": "hello", "answer": "hello"}]

@@ -141,7 +141,8 @@ def resolved(cfg: Any) -> dict[str, Any]:
 
 
 def opened(overrides: Sequence[str], name: str = "train") -> list[str]:
-    """Overrides of an open section, and below one, may name new keys; `adapter=null` leaves out its file.
+    """Overrides of an open section, and below one, and of keys of the schema may name what no file has; `adapter=null`
+    leaves out its file.
 
     >>> opened(["trainer.args.eval_steps=5", "trainer.args={eval_steps: 5}", "trainer.drivr=hf", "adapter=null"])
     ['++trainer.args.eval_steps=5', '++trainer.args={eval_steps: 5}', 'trainer.drivr=hf', '~adapter']
@@ -166,7 +167,8 @@ def _lies_open(override: str, name: str) -> bool:
         schema = schema.get(step) if isinstance(schema, Mapping) else None
         if schema is OPEN:
             return True
-    return False
+    known = schema.get(steps[-1]) if isinstance(schema, Mapping) and len(steps) > 1 else None
+    return isinstance(known, tuple)  # a value that the schema knows, whether or not a file has it
 
 
 # -- Hydra -------------------------------------------------------------------------------------------------------

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any
+
+from torch.utils.data import IterableDataset
 
 from orbit.adapter import InjectReport
 from orbit.config import ConfigError
@@ -13,7 +17,7 @@ from orbit.data.build import build_dataset
 from orbit.data.packing import Packed, check_packable
 from orbit.objective import CausalLM
 from orbit.pipeline import orbit_driver, parts
-from orbit.pipeline.arguments import read_arguments
+from orbit.pipeline.arguments import Arguments, read_arguments
 from orbit.pipeline.folder import RunFolder
 from orbit.pipeline.references import check_reference, make_reference
 from orbit.pipeline.resume import resume_from
@@ -21,6 +25,7 @@ from orbit.pipeline.stepping import tasks_of
 from orbit.pipeline.work import Work, driver_of, is_hf_trainer
 
 TASK = "default"
+_FEW = 8  # batches
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Prepared:
 
     Attributes:
         driver: "orbit" or "hf".
-        tasks: the adapters' names; none where the whole model trains.
+        tasks: the adapters' names; none where the whole model trains, or a mixture of saved adapters.
         adapted: what was grafted for each.
     """
 
@@ -49,6 +54,7 @@ def prepare(cfg: Mapping[str, Any], folder: RunFolder) -> Prepared:
     trainer = parts.trainer_of(section)
     driver = driver_of(section.get("driver"), trainer)
     arguments = read_arguments(section.get("args") or {}, bool(cfg.get("strict")), driver)
+    arguments = _switched_on(arguments, cfg["model"])
     resume = resume_from(arguments.resume_from_checkpoint or cfg.get("resume"), driver)
     tokenizer = parts.load_tokenizer(cfg["model"])
     template = cfg["model"].get("template_args") or {}
@@ -74,9 +80,18 @@ def prepare(cfg: Mapping[str, Any], folder: RunFolder) -> Prepared:
         processes = orbit_driver.several_processes(arguments)  # before anything is written: one rank writes
         if processes and several:
             raise ConfigError("trainer multitask runs in one process: start it without torchrun")
-    model = parts.load_model(cfg["model"])
-    tasks = () if cfg.get("adapter") is None else several or (TASK,)
-    adapted = tuple(parts.adapt(model, cfg["adapter"], task) for task in tasks)
+    model = parts.load_model(cfg["model"], bool(cfg.get("strict")))
+    section = cfg.get("adapter")
+    mixes = section is not None and section.get("type") == "xlora"
+    if section is None and cfg["model"].get("quantization"):
+        raise ConfigError("model.quantization freezes the model, and adapter is null: nothing would train")
+    if mixes and several:
+        raise ConfigError(
+            "trainer multitask trains one adapter a task, and adapter.type=xlora mixes trained ones"
+        )
+    tasks = () if section is None else several or (TASK,)
+    few = partial(_first_batches, data, collate, arguments.per_device_train_batch_size)
+    reports = [parts.adapt(model, section, task, few) for task in tasks]
     if isinstance(data, Packed):
         check_packable(model, CausalLM() if is_hf_trainer(trainer) else trainer, collate)
     ref = None
@@ -95,4 +110,24 @@ def prepare(cfg: Mapping[str, Any], folder: RunFolder) -> Prepared:
         ref=ref,
         resume=resume,
     )
-    return Prepared(work, driver, tasks, adapted)
+    adapted = tuple(report for report in reports if report is not None)
+    return Prepared(work, driver, () if mixes else tasks, adapted)
+
+
+def _first_batches(data: Any, collate: Any, size: int) -> Iterator[Any]:
+    """A few batches, for adapters that start from data."""
+    samples = iter(data) if isinstance(data, IterableDataset) else (data[i] for i in range(len(data)))
+    for _ in range(_FEW):
+        batch = list(islice(samples, size))
+        if batch:
+            yield collate(batch)
+
+
+def _switched_on(arguments: Arguments, model: Mapping[str, Any]) -> Arguments:
+    """The arguments with what the section `model` asks of training."""
+    asked: dict[str, Any] = {}
+    if model.get("compile"):
+        asked["torch_compile"] = True
+    if model.get("gradient_checkpointing"):
+        asked["gradient_checkpointing"] = True
+    return replace(arguments, **asked)

@@ -1,6 +1,6 @@
 """What a run's config may say: its sections and keys. Anything else is an error with the nearest key.
 
-    model      model_args · tokenizer_args · template_args · attention, quantisation, compile, checkpointing
+    model      handler · model_args · tokenizer_args · template_args · quantization · compile · gradient_checkpointing
     adapter    type · the fields of that type, or null
     data       train, eval: {NAME: {handler, args}}
     collator   handler · args
@@ -32,6 +32,9 @@ SCHEMA: dict[str, Any] = {
         "model_args": OPEN,
         "tokenizer_args": OPEN,
         "template_args": OPEN,
+        "quantization": TEXT,
+        "compile": FLAG,
+        "gradient_checkpointing": FLAG,
     },
     "adapter": OPEN,
     "data": {"train": OPEN, "eval": OPEN},

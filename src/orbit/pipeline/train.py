@@ -18,6 +18,7 @@ from orbit.core.ranks import on_main, shards
 from orbit.pipeline import orbit_driver, schema
 from orbit.pipeline.folder import RunFolder
 from orbit.pipeline.prepare import prepare
+from orbit.xlora import xLoRAModel
 
 
 def train(
@@ -79,6 +80,9 @@ def _save(model: Any, folder: RunFolder, tasks: Sequence[str]) -> None:
         else:
             on_main(partial(adapter.save, model, folder.adapter(task), task))
     if tasks:
+        return
+    if isinstance(model, xLoRAModel):
+        on_main(lambda: model.save_pretrained(folder.adapter("xlora")))
         return
     if sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

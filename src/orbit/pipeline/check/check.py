@@ -84,8 +84,3 @@ def _look_at_adapters(prepared: Prepared, report: Report) -> None:
 def _look_at_arguments(prepared: Prepared, report: Report) -> None:
     work = prepared.work
     args = work.arguments
-    if work.evals and args.eval_strategy == "no" and not args.do_eval and not args.eval_on_start:
-        report.warning(
-            "eval-unused",
-            f"data.eval has {', '.join(work.evals)} and nothing evaluates: give trainer.args.eval_strategy=epoch",
-        )
