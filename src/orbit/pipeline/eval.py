@@ -141,7 +141,7 @@ def _subject(cfg: Mapping[str, Any]) -> _Subject:
     elif adapter is not None and not (adapter / "adapter_config.json").is_file():
         require_folder(adapter)
         raise ConfigError(f"adapter_path={adapter} holds no adapter_config.json: of a run say run={adapter}")
-    if not (model.get("model_args") or {}).get(_PATH):
+    if not model.get("handler") and not (model.get("model_args") or {}).get(_PATH):
         raise ConfigError(f"which model? say run=FOLDER, model=smollm2, or model.model_args.{_PATH}=FOLDER")
     if not data:
         raise ConfigError("data.eval names no dataset: say data=facts, or data.eval.NAME={handler: ...}")
@@ -151,6 +151,8 @@ def _subject(cfg: Mapping[str, Any]) -> _Subject:
 def _trained(run: Path) -> dict[str, Any]:
     """The section `model` of a run without an adapter, which trained all of the model; its tokenizer is the base's."""
     section = load_config(run / "config.yaml")["model"]
+    if section.get("handler") not in (None, "AutoModelForCausalLM"):
+        raise ConfigError(f"{run} trained {section['handler']}, whose folder orbit eval cannot load")
     base = {_PATH: section["model_args"][_PATH]}
     own = {"model_args": {_PATH: str(run / "model")}, "tokenizer_args": section.get("tokenizer_args") or {}}
     return merge(merge(section, {"tokenizer_args": base}), own)

@@ -57,7 +57,6 @@ def _check(cfg: Mapping[str, Any], experiment: str | None, overrides: Sequence[s
     work = prepared.work
     folder.require_room(2 * checkpoint_size(work.model))
     _look_at_adapters(prepared, report)
-    _look_at_arguments(prepared, report)
     look_at_template(cfg["model"].get("template_args"), work.tokenizer, work.model, report)
     samples = look(work.train)
     look_at_data(work, samples, report)
@@ -79,8 +78,3 @@ def _look_at_adapters(prepared: Prepared, report: Report) -> None:
     report.facts["model"] = facts
     if not trains:
         report.error("nothing-trains", "no parameter of the model trains")
-
-
-def _look_at_arguments(prepared: Prepared, report: Report) -> None:
-    work = prepared.work
-    args = work.arguments
