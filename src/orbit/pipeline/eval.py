@@ -123,7 +123,8 @@ def look(cfg: Mapping[str, Any]) -> Path:
 
 
 def _subject(cfg: Mapping[str, Any]) -> _Subject:
-    model, data = cfg.get("model"), (cfg.get("data") or {}).get("eval")
+    model: Mapping[str, Any] = cfg.get("model") or {}
+    data = (cfg.get("data") or {}).get("eval")
     adapter = None if cfg["adapter_path"] is None else Path(cfg["adapter_path"])
     if cfg["run"]:
         if adapter is not None:
@@ -131,16 +132,16 @@ def _subject(cfg: Mapping[str, Any]) -> _Subject:
         run = Path(cfg["run"])
         require_folder(run)
         if (run / "model").is_dir() and not (run / "adapters").is_dir():
-            section = _trained(run)
+            base: Mapping[str, Any] = _trained(run)
         else:
-            adapter, section = find_adapter(run, cfg["task"], "task=")
-        model = merge(section, model or {})
+            adapter, base = find_adapter(run, cfg["task"], "task=")
+        model = merge(base, model)
         if data is None and (run / "config.yaml").is_file():
             data = (load_config(run / "config.yaml").get("data") or {}).get("eval")
     elif adapter is not None and not (adapter / "adapter_config.json").is_file():
         require_folder(adapter)
         raise ConfigError(f"adapter_path={adapter} holds no adapter_config.json: of a run say run={adapter}")
-    if not ((model or {}).get("model_args") or {}).get(_PATH):
+    if not model.get("handler") and not (model.get("model_args") or {}).get(_PATH):
         raise ConfigError(f"which model? say run=FOLDER, model=smollm2, or model.model_args.{_PATH}=FOLDER")
     if not data:
         raise ConfigError("data.eval names no dataset: say data=facts, or data.eval.NAME={handler: ...}")
@@ -150,6 +151,8 @@ def _subject(cfg: Mapping[str, Any]) -> _Subject:
 def _trained(run: Path) -> dict[str, Any]:
     """The section `model` of a run without an adapter, which trained all of the model; its tokenizer is the base's."""
     section = load_config(run / "config.yaml")["model"]
+    if section.get("handler") not in (None, "AutoModelForCausalLM"):
+        raise ConfigError(f"{run} trained {section['handler']}, whose folder orbit eval cannot load")
     base = {_PATH: section["model_args"][_PATH]}
     own = {"model_args": {_PATH: str(run / "model")}, "tokenizer_args": section.get("tokenizer_args") or {}}
     return merge(merge(section, {"tokenizer_args": base}), own)
