@@ -285,6 +285,8 @@ def test_a_step_that_fails(tiny_model: Path) -> None:
 
 
 class _Breaks:
+    """Fails."""
+
     def __call__(self, model: Any, batch: Any, ref: Any = None) -> Any:
         raise RuntimeError("no such loss")
 
