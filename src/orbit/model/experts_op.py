@@ -50,22 +50,23 @@ def _forward(
     activation: str,
     value: Pieces,
     gate: Pieces,
-) -> tuple[Tensor, Tensor, Pieces]:
-    """y, y_S and φ; fills `value` with W_up·x and, of gated experts, `gate` with W_gate·x."""
+) -> tuple[Tensor, Tensor, Pieces, Pieces]:
+    """y, y_S, φ and what enters W_down; fills `value` with W_up·x and, of gated experts, `gate` with W_gate·x."""
     phi, inner = ACTIVATIONS[activation].forward, down.shape[2]
     y_S = x.new_empty(len(order), x.shape[1])
     y_S[stops[-1] :] = 0
-    p = []
+    p, h = [], []
     for e, (rows, y_e) in enumerate(zip(_cut(order % max(len(x), 1), stops), _cut(y_S, stops), strict=True)):
         x_e = x.index_select(0, rows)
         torch.mm(x_e, up[e, -inner:].T, out=value[e])
         if gate:
             torch.mm(x_e, up[e, :inner].T, out=gate[e])
         p.append(phi(gate[e] if gate else value[e]))
-        torch.mm(p[e] * value[e] if gate else p[e], down[e].T, out=y_e)
+        h.append(p[e] * value[e] if gate else p[e])
+        torch.mm(h[e], down[e].T, out=y_e)
     place = _places(order, weights)
     w = weights.masked_fill(place >= stops[-1], 0).to(x.dtype)
-    return F.embedding_bag(place, y_S, mode="sum", per_sample_weights=w), y_S, p
+    return F.embedding_bag(place, y_S, mode="sum", per_sample_weights=w), y_S, p, h
 
 
 def _backward(
@@ -81,6 +82,7 @@ def _backward(
     value: Pieces,
     gate: Pieces,
     p: Pieces,
+    h: Pieces,
     frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, up and down (both empty if `frozen`) and weights."""
@@ -94,7 +96,7 @@ def _backward(
     for e, (rows, d_e) in enumerate(zip(_cut(token, stops), _cut(d_S, stops), strict=True)):
         dh = d_e @ down[e]
         if not frozen:
-            torch.mm(d_e.T, p[e] * value[e] if gate else p[e], out=ddown[e])
+            torch.mm(d_e.T, h[e], out=ddown[e])
         dvalue = dh * p[e] if gate else phi.backward(dh, value[e])
         dx_e = torch.mm(dvalue, up[e, -inner:], out=d_e)
         if gate:
@@ -118,8 +120,8 @@ class _Experts(torch.autograd.Function):
         ctx.stops, ctx.activation = ends.tolist(), activation
         value = [x.new_empty(len(rows), down.shape[2]) for rows in _cut(order, ctx.stops)]
         gate = [torch.empty_like(piece) for piece in value] if _gated(up, down) else []
-        y, y_S, p = _forward(x, up, down, weights, order, ctx.stops, activation, value, gate)
-        ctx.save_for_backward(x, up, down, weights, order, y_S, *value, *p, *gate)
+        y, y_S, p, h = _forward(x, up, down, weights, order, ctx.stops, activation, value, gate)
+        ctx.save_for_backward(x, up, down, weights, order, y_S, *value, *p, *h, *gate)
         return y
 
     @staticmethod
@@ -127,10 +129,10 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, up, down, weights, order, y_S, *pieces = ctx.saved_tensors
         count = len(ctx.stops)
-        value, p, gate = pieces[:count], pieces[count : 2 * count], pieces[2 * count :]
+        value, p, h, gate = (pieces[start : start + count] for start in range(0, 4 * count, count))
         frozen = not any(ctx.needs_input_grad[1:3])
         dx, dup, ddown, dw = _backward(
-            d, x, up, down, weights, order, ctx.stops, ctx.activation, y_S, value, gate, p, frozen
+            d, x, up, down, weights, order, ctx.stops, ctx.activation, y_S, value, gate, p, h, frozen
         )
         return dx, *((None, None) if frozen else (dup, ddown)), dw, None, None, None
 
@@ -162,7 +164,7 @@ def _op(
     _, _, value, p, gate = _shapes(x, up, down, weights, order, ends, activation)
     stops = ends.tolist()
     gates = _cut(gate, stops) if _gated(up, down) else []
-    y, y_S, pieces = _forward(x, up, down, weights, order, stops, activation, _cut(value, stops), gates)
+    y, y_S, pieces, _ = _forward(x, up, down, weights, order, stops, activation, _cut(value, stops), gates)
     torch.cat(tuple(pieces), out=p[: stops[-1]])
     return y, y_S, value, p, gate
 
@@ -195,7 +197,8 @@ def _backward_op(
     """The gradients of x, up, down and weights."""
     stops = ends.tolist()
     gates = _cut(gate, stops) if _gated(up, down) else []
-    pieces = _cut(value, stops), gates, _cut(p, stops)
+    h = _cut(p if frozen or not gates else p * value, stops)
+    pieces = _cut(value, stops), gates, _cut(p, stops), h
     return _backward(d, x, up, down, weights, order, stops, activation, y_S, *pieces, frozen)
 
 
