@@ -26,7 +26,7 @@ from orbit.adapter.graft import Graft
 from orbit.adapter.inject import one_task, task_layers, unwrapped
 from orbit.adapter.owners import BiasSlot, Slot, TokenSlot
 from orbit.adapter.routes.route import route
-from orbit.core.modes import modes_kept
+from orbit.core.modes import evaluating
 
 
 class _Directions:
@@ -93,8 +93,7 @@ def init_eva(
             raise ConfigError(f"keep={keep} is below the rank {r} of layer {path!r}")
         found[path] = _Directions(2 * r + 16 if keep is None else keep)
     mask: list[Tensor | None] = [None]
-    with _watched(layers, found, mask), modes_kept(model), torch.no_grad(), route(model, None):
-        model.eval()
+    with _watched(layers, found, mask), evaluating(model), torch.no_grad(), route(model, None):
         for batch in batches:
             given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             mask[0] = given if isinstance(given, Tensor) and given.dim() == 2 else None

@@ -32,6 +32,7 @@ from orbit.chat.streaming import Reply
 from orbit.chat.terminal import Session
 from orbit.chat.voices import MIXTURE, default_voice, find_voice, speaking, voice_name
 from orbit.core.extras import need
+from orbit.core.modes import evaluating
 from orbit.core.rng import preserved
 from orbit.core.runtime import resolve_device
 from orbit.data.sft import pad_token_id
@@ -259,18 +260,14 @@ class ChatInterface:
         )  # else any way to generate will do, beams too
         if follows:
             arguments |= {"streamer": reply, "stopping_criteria": [reply.is_over]}
-        training = self.model.training
-        self.model.eval()
-        try:
-            with (
-                torch.inference_mode(),
-                speaking(self.model, voice),
-                contiguous_head(self.model),
-                _seeded(self.settings.seed),
-            ):
-                made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
-        finally:
-            self.model.train(training)
+        with (
+            evaluating(self.model),
+            torch.inference_mode(),
+            speaking(self.model, voice),
+            contiguous_head(self.model),
+            _seeded(self.settings.seed),
+        ):
+            made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
         if not follows:
             reply.put(ids)
             reply.put(made[0, ids.shape[1] :])

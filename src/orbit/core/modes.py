@@ -1,4 +1,4 @@
-"""Training flags that come back."""
+"""Training flags that come back: `modes_kept` around whatever changes them, `evaluating` where nothing is to train."""
 
 from __future__ import annotations
 
@@ -24,3 +24,21 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the whole model is in evaluation mode; then every module is in its own again.
+
+    A model that evaluates already is not touched: its layers keep what they have derived from their weights.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
+    >>> with evaluating(model):
+    ...     inside = [layer.training for layer in model]
+    >>> inside, [layer.training for layer in model]
+    ([False, False], [True, False])
+    """
+    with modes_kept(model):
+        if any(module.training for module in model.modules()):
+            model.eval()
+        yield

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from orbit.core.modes import modes_kept
+from orbit.core.modes import evaluating
 from orbit.data.rows import DataError
 
 _TAKEN = {"input_ids", "labels", "attention_mask", "position_ids"}
@@ -142,6 +142,8 @@ def pack(lengths: ArrayLike, max_length: int) -> list[NDArray[np.int64]]:
 def lengths_of(dataset: Any) -> NDArray[np.int64]:
     """The number of tokens of each sample, (samples,): the dataset's own `lengths`, else by looking at every sample."""
     known = getattr(dataset, "lengths", None)
+    if callable(known):
+        known = known()
     if known is None:
         known = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
     return np.asarray(known, np.int64)
@@ -156,8 +158,7 @@ def check_packable(model: nn.Module, objective: Any, collate: Any) -> None:
     device = next(model.parameters()).device
     sample = torch.arange(1, 5)
     losses = []
-    with modes_kept(model), torch.no_grad():
-        model.eval()
+    with evaluating(model), torch.no_grad():
         for before in (sample.flip(0), torch.full_like(sample, 2)):
             ids = torch.cat([before, sample])
             ignored = torch.full_like(ids, -100)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from orbit.chat.head import contiguous_head
-from orbit.data.sft import pad_token_id
+from orbit.core.modes import evaluating
 from orbit.data.template import encode, render
 from orbit.evaluate.metrics import normalise
+from orbit.evaluate.passes import greedy_replies
 from orbit.objective.causal_lm import CausalLM
 
 
@@ -41,44 +41,28 @@ def answers(
         model: a transformers causal LM; it answers as its current adapter has it.
         max_new_tokens: replies are cut here.
     """
-    device, training = next(model.parameters()).device, model.training
     prompts = [
         encode(tokenizer, render(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True))
         for q in questions
     ]
-    pad, replies = pad_token_id(tokenizer), []
-    model.eval()
-    for i in range(0, len(prompts), batch_size):
-        some = prompts[i : i + batch_size]
-        longest = max(map(len, some))
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in some], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some], device=device)
-        with torch.inference_mode(), contiguous_head(model):
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-        replies += tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
-    model.train(training)
-    return [reply.strip() for reply in replies]
+    replies: list[str] = []
+    with evaluating(model), torch.inference_mode():
+        for i in range(0, len(prompts), batch_size):
+            replies += greedy_replies(model, tokenizer, prompts[i : i + batch_size], max_new_tokens)
+    return replies
 
 
 def perplexity(model: Any, tokenizer: Any, text: str, block: int = 512) -> float:
     """Perplexity of a text, read in blocks of at most `block` tokens and of the model's context length."""
     block = min(block, getattr(model.config, "max_position_embeddings", block))
-    device, training = next(model.parameters()).device, model.training
-    ids = torch.tensor(encode(tokenizer, text), device=device)
+    ids = torch.tensor(encode(tokenizer, text), device=next(model.parameters()).device)
     total = weight = 0.0
-    model.eval()
-    for part in ids.split(block):
-        batch = {"input_ids": part[None], "attention_mask": torch.ones_like(part[None]), "labels": part[None]}
-        with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
+        for part in ids.split(block):
+            row = part[None]
+            batch = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
             outcome = CausalLM()(model, batch)
-        assert outcome.loss is not None
-        total += float(outcome.loss) * float(outcome.weight)
-        weight += float(outcome.weight)
-    model.train(training)
+            assert outcome.loss is not None
+            total += float(outcome.loss) * float(outcome.weight)
+            weight += float(outcome.weight)
     return math.exp(total / weight)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from orbit.chat.head import contiguous_head
-from orbit.core.modes import modes_kept
+from orbit.core.modes import evaluating
 from orbit.data.collate import SFTCollator
 from orbit.data.package import IGNORE_INDEX
 from orbit.data.sft import pad_token_id
@@ -105,35 +105,52 @@ def generate_pass(
     if not callable(getattr(model, "generate", None)):
         raise EvaluationError(f"{type(model).__name__} has no generate(): leave out the metrics of replies")
     found = [(index, _answers(item, index)) for index, item in _items(dataset)]
-    device, pad = next(model.parameters()).device, pad_token_id(tokenizer)
-    generating: Any = model
+    ends = _end(model, tokenizer)
 
     def run(some: Sequence[tuple[int, list[Mapping[str, Any]]]]) -> list[Reply]:
         prompts = [torch.as_tensor(samples[0]["input_ids"]).tolist() for _, samples in some]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        with contiguous_head(model):
-            made = generating.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                **_end(model, tokenizer),
-            )
-        said = tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+        said = greedy_replies(model, tokenizer, prompts, max_new_tokens, **ends)
         return [
             Reply(
                 index,
                 tokenizer.decode(prompt),
-                text.strip(),
+                text,
                 tuple(_reference(sample, tokenizer) for sample in samples),
             )
             for (index, samples), prompt, text in zip(some, prompts, said, strict=True)
         ]
 
     return _longest_first(model, found, lambda one: len(one[1][0]["input_ids"]), run, batch_size)
+
+
+def greedy_replies(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, **settings: Any
+) -> list[str]:
+    """What the model says to each of these prompts, which go through it as one batch padded on the left.
+
+    Args:
+        model: as it is: what is to be put into evaluation mode, is.
+        prompts: token ids.
+        settings: further arguments of `model.generate`.
+
+    Returns:
+        The replies as text, without special tokens and surrounding white space.
+    """
+    device, pad = next(model.parameters()).device, pad_token_id(tokenizer)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    with contiguous_head(model):
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            **settings,
+        )
+    said = tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+    return [text.strip() for text in said]
 
 
 def _longest_first(
@@ -145,8 +162,7 @@ def _longest_first(
 ) -> list[_R]:
     order = sorted(range(len(found)), key=lambda i: -length(found[i]))
     results: dict[int, _R] = {}
-    with modes_kept(model), torch.inference_mode():
-        model.eval()
+    with evaluating(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             results.update(zip(places, run([found[i] for i in places]), strict=True))

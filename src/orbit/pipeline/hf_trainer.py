@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from orbit.core.meters import Averages
+from orbit.core.modes import evaluating
 from orbit.core.nested import count_samples, flat
 from orbit.core.outcome import Outcome
 from orbit.pipeline.arguments import Arguments
@@ -120,16 +121,12 @@ class ObjectiveTrainer(Trainer):
 
         model = self._wrap_model(self.model, training=False, dataloader=dataloader)
         means = Averages()
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model), torch.no_grad():
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
-                with torch.no_grad(), self.compute_loss_context_manager():
+                with self.compute_loss_context_manager():
                     outcome = self.objective(model, batch, self.ref)
                 means.add({"loss": outcome.loss, **outcome.records}, outcome.weight)
-        finally:
-            model.train(training)
         if self.args.world_size > 1:
             means.over_ranks()
         found = {f"{metric_key_prefix}_{name}": float(value) for name, value in flat(means.flush())}

@@ -17,9 +17,10 @@ from torch import nn
 from orbit.config import ConfigError
 from orbit.core import rng, runtime
 from orbit.core.events import Plugin
-from orbit.core.modes import modes_kept
+from orbit.core.modes import evaluating
 from orbit.core.ranks import shards
 from orbit.data.template import encode, render
+from orbit.evaluate.passes import greedy_replies
 from orbit.plugin.trackers.metrics_file import cut_lines
 
 if TYPE_CHECKING:
@@ -28,22 +29,11 @@ if TYPE_CHECKING:
 
 def answers(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
     """The model's greedy answer to each prompt, asked as a user's turn of the tokenizer's chat template."""
-    said = []
-    generating: Any = model
-    with rng.preserved(), modes_kept(model), torch.no_grad():
-        model.eval()
-        device = next(model.parameters()).device
+    said: list[str] = []
+    with rng.preserved(), evaluating(model), torch.no_grad():
         for prompt in prompts:
             text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-            ids = torch.tensor([encode(tokenizer, text)], device=device)
-            out = generating.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            )
-            said.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+            said += greedy_replies(model, tokenizer, [encode(tokenizer, text)], max_new_tokens)
     return said
 
 

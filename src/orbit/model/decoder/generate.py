@@ -8,13 +8,13 @@ padded on the left, so that all rows go on at the same column; a row's text does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from orbit.core.modes import evaluating
 from orbit.model.decoder.sampling import Sampling
 from orbit.model.errors import MaskError, SettingError, ShapeError
 from orbit.model.mask import positions_from_mask
@@ -85,7 +85,7 @@ def generate(
     is_open = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
     if streamer is not None:
         streamer.put(ids.cpu())
-    with _evaluating(model):
+    with evaluating(model):
         for _ in range(count):
             output = model(new, attention_mask=real, cache=cache, positions=positions, logits_to_keep=1)
             logits = output.logits[:, -1]
@@ -150,16 +150,3 @@ def _checked_mask(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
             "prompts are padded on the left, so that every row goes on at the last column: padding_side='left'"
         )
     return real
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing trains; afterwards each part is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

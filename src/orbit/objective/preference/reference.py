@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from orbit.adapter import adapter_parameters, route
-from orbit.core.modes import modes_kept
+from orbit.core.modes import evaluating
 from orbit.core.nested import map_nested_tensor
 from orbit.core.runtime import unwrap
 from orbit.objective.preference.sequences import Rows, rows_of, sequence_logps
@@ -141,7 +141,5 @@ def needed(ref: Reference | None, objective: object) -> Reference:
 
 @torch.no_grad()
 def _logps(model: nn.Module, rows: Rows) -> Tensor:
-    if not model.training:
+    with evaluating(model):
         return sequence_logps(model, rows).sums
-    with modes_kept(model):
-        return sequence_logps(model.eval(), rows).sums

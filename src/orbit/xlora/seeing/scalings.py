@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orbit.core.modes import evaluating
 from orbit.xlora.classifier import applied
 from orbit.xlora.errors import XLoRAError
 from orbit.xlora.model import xLoRAModel
@@ -184,7 +184,7 @@ def predict(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     mixture = _mixture(model)
     device = next(mixture.parameters()).device
     given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    with _evaluating(mixture), torch.no_grad():
+    with evaluating(mixture), torch.no_grad():
         return forward.predict(mixture, given, None)
 
 
@@ -192,16 +192,3 @@ def _mixture(model: nn.Module) -> xLoRAModel:
     if not isinstance(model, xLoRAModel):
         raise XLoRAError(f"{type(model).__name__} is no mixture: make it one with add_xlora_to_model")
     return model
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and then each in its own again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
